@@ -1,0 +1,120 @@
+"""What is asked of an engine and what it answers: the messages between the HTTP process and the engine process.
+
+Plain msgspec structs, no torch: both processes import this file. It knows tokens and text, not HTTP.
+A prompt arrives as token ids; what comes back is text, token ids and log-probabilities, one `Output` per
+choice and step.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are drawn. The defaults draw from the model's own distribution."""
+
+    max_tokens: int = 16
+    """Most tokens to generate per choice (at least 1)."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Smallest set of tokens whose probability reaches this."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 means all."""
+    min_p: float = 0.0
+    """Only tokens at least this likely relative to the most likely one."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token generated so far."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token per time that it was generated."""
+    logit_bias: dict[int, float] = {}
+    """Added to the logits, by token id."""
+    seed: int | None = None
+    """Draws are keyed by (seed, choice, position); None takes a fresh seed."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a choice; they are not part of the text."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a choice besides the model's own end tokens."""
+    ignore_eos: bool = False
+    """Go on past the model's end tokens."""
+    logprobs: int | None = None
+    """Return the log-probability of each token and of this many most likely ones; None returns none."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """One prompt and how to continue it."""
+
+    id: str
+    prompt: list[int]
+    sampling: Sampling = Sampling()
+    n: int = 1
+    """Independent choices for this prompt."""
+    adapter: str | None = None
+    """Name of a LoRA adapter that the engine has loaded; None is the base model."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop a request and free what it holds. An unknown id is ignored: it has just ended."""
+
+    id: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A generated token, its log-probability, and the most likely tokens at its place.
+
+    Log-probabilities are the model's own, before temperature, penalties and filters.
+    """
+
+    token: int
+    text: str
+    logprob: float
+    top: list[tuple[int, str, float]]
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
+    """What one step added to one choice of one request."""
+
+    id: str
+    choice: int
+    text: str
+    """New text; may be empty while a character or a possible stop string is incomplete."""
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """Tokens generated so far for this choice, the end token included."""
+
+
+class Failure(msgspec.Struct, frozen=True, tag="failure"):
+    """The engine refuses a request (its fault: `param`) or could not finish it."""
+
+    id: str
+    message: str
+    param: str | None = None
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """First message of an engine: what it serves."""
+
+    model: str
+    checkpoint_id: str
+    adapters: list[str]
+    context: int
+    """Most tokens that prompt and completion may have together."""
+    vocabulary: int
+    """Number of token ids: logit_bias and token prompts must be below it."""
+
+
+class Fatal(msgspec.Struct, frozen=True, kw_only=True, tag="fatal"):
+    """The engine cannot start; it says why and exits. Not retried."""
+
+    message: str
+
+
+ToEngine = Request | Abort
+FromEngine = Ready | Output | Failure | Fatal
