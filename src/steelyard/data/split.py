@@ -1,0 +1,41 @@
+"""Exact duplicates removed, and a seeded split with no text in both parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from steelyard.data.rows import Conversation
+from steelyard.errors import ConfigError
+
+
+def remove_duplicates(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The first of every set of exact duplicates, in their order."""
+    return list({conversation.key: conversation for conversation in reversed(conversations)}.values())[::-1]
+
+
+def split(
+    conversations: Sequence[Conversation], holdout: int, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Part rows at random into those to learn from and `holdout` others.
+
+    Rows with the same text (whatever was answered) stay together, so that no text is in both parts; the second part
+    may therefore fall short of `holdout` by less than the largest such group.
+
+    Raises:
+        ConfigError: more to hold out than there is.
+    """
+    groups: dict[str, list[Conversation]] = {}
+    for conversation in conversations:
+        groups.setdefault(conversation.prompt_key, []).append(conversation)
+    if not 0 <= holdout < len(conversations):
+        raise ConfigError(f"cannot hold out {holdout} of {len(conversations)} rows")
+    keys = list(groups)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(keys))
+    kept: list[Conversation] = []
+    held: list[Conversation] = []
+    for index in order:
+        group = groups[keys[index]]
+        (held if len(held) + len(group) <= holdout else kept).extend(group)
+    return kept, held

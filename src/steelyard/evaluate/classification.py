@@ -1,0 +1,141 @@
+"""Classification by label log-probability: which of the given answers the model finds likeliest, and how well it does.
+
+An answer's probability is that of all its tokens, its end of turn included, after the prompt. The prompt is computed
+once: the answers are branches of its row.
+"""
+
+# R rows  L labels
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from steelyard.data.packing import bins
+from steelyard.data.rows import Conversation
+from steelyard.errors import CheckpointError, DataError
+from steelyard.models.attention import PackedAttention
+from steelyard.models.decoder import Decoder
+from steelyard.models.lora import Adapter
+from steelyard.text.chat_template import ChatTemplate
+from steelyard.text.tokenizer import Tokenizer
+
+PACK_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt's tokens and the tokens of each answer."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+
+
+def questions(
+    conversations: Sequence[Conversation], labels: Sequence[str], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> list[Question]:
+    """Everything before the last turn as the prompt, each label as a possible last turn.
+
+    Raises:
+        CheckpointError: the model has no chat template.
+    """
+    if template is None:
+        raise CheckpointError("this model has no chat template, which classification needs; use an instruct model")
+    if not conversations:
+        return []
+    turns = [[{"role": m.role, "content": m.content} for m in chat.messages] for chat in conversations]
+    prompts = template.render_many(
+        [([turn for turn in chat if turn is not chat[-1] or turn["role"] != "assistant"], True) for chat in turns]
+    )
+    asked = [turn for turn in turns[0] if turn["role"] != "assistant"]
+    rendered = template.render_segments([[*asked, {"role": "assistant", "content": label}] for label in labels])
+    answers = [tokenizer.encode("".join(part.text for part in parts if part.trained)) for parts in rendered]
+    return [Question(tokenizer.encode(prompt), answers) for prompt in prompts]
+
+
+@torch.inference_mode()
+def score(
+    decoder: Decoder,
+    adapter: Adapter | None,
+    asked: Sequence[Question],
+    report: Callable[[int], None] = lambda rows: None,
+) -> torch.Tensor:
+    """Log-probability of every answer to every question.
+
+    Returns:
+        `[R, L]` float32, in nats.
+    """
+    scores = torch.empty(len(asked), len(asked[0].answers) if asked else 0)
+    lengths = [len(question.prompt) + sum(map(len, question.answers)) for question in asked]
+    done = 0
+    for group in bins(lengths, PACK_TOKENS):
+        scores[torch.tensor(group)] = _score_pack(decoder, adapter, [asked[row] for row in group])
+        done += len(group)
+        report(done)
+    return scores
+
+
+def _score_pack(decoder: Decoder, adapter: Adapter | None, asked: Sequence[Question]) -> torch.Tensor:
+    tokens: list[int] = []
+    positions: list[int] = []
+    branches: list[int] = []
+    before: list[int] = []  # where the hidden state stands that predicts each answer token
+    targets: list[int] = []
+    owner: list[int] = []  # row * labels + label of each answer token
+    for row, question in enumerate(asked):
+        start, length = len(tokens), len(question.prompt)
+        tokens += question.prompt
+        positions += range(length)
+        branches += [0] * length
+        for label, answer in enumerate(question.answers):
+            before += [start + length - 1, *range(len(tokens), len(tokens) + len(answer) - 1)]
+            targets += answer
+            owner += [row * len(question.answers) + label] * len(answer)
+            tokens += answer
+            positions += range(length, length + len(answer))
+            branches += [label + 1] * len(answer)
+    lengths = [len(question.prompt) + sum(map(len, question.answers)) for question in asked]
+    attend = PackedAttention(lengths, torch.tensor(branches))
+    hidden_states = decoder(torch.tensor(tokens), torch.tensor(positions), attend, adapter)
+    needed, inverse = torch.unique(torch.tensor(before), return_inverse=True)
+    logits = decoder.logits(hidden_states[needed]).float()
+    normalizer = logits.logsumexp(-1)
+    chosen = logits[inverse, torch.tensor(targets)] - normalizer[inverse]
+    scores = torch.zeros(len(asked) * len(asked[0].answers))
+    scores.index_add_(0, torch.tensor(owner), chosen)
+    return scores.view(len(asked), -1)
+
+
+def labels_of(conversations: Sequence[Conversation]) -> tuple[str, ...]:
+    """All labels of labelled rows, sorted.
+
+    Raises:
+        DataError: a row without a label.
+    """
+    for conversation in conversations:
+        if conversation.label is None:
+            raise DataError("has no label; classification needs labelled rows", file=conversation.file)
+    return tuple(sorted({str(conversation.label) for conversation in conversations}))
+
+
+def confusion(truth: Sequence[int], predicted: Sequence[int], labels: int) -> torch.Tensor:
+    """`[L, L]` int64 counts: rows are the truth, columns the prediction."""
+    flat = torch.tensor(truth, dtype=torch.int64) * labels + torch.tensor(predicted, dtype=torch.int64)
+    return flat.bincount(minlength=labels * labels).view(labels, labels)
+
+
+def accuracy(counts: torch.Tensor) -> float:
+    """Share of rows on the diagonal."""
+    return float(counts.diagonal().sum() / counts.sum())
+
+
+def matthews(counts: torch.Tensor) -> float:
+    """Matthews correlation for any number of classes (Gorodkin 2004, equation 8); 0 where it is undefined."""
+    c = counts.double()
+    total, correct = c.sum(), c.diagonal().sum()
+    truth, predicted = c.sum(1), c.sum(0)
+    above = correct * total - truth @ predicted
+    below = ((total**2 - predicted @ predicted) * (total**2 - truth @ truth)).sqrt()
+    return float(above / below) if below > 0 else 0.0

@@ -1,0 +1,202 @@
+"""The engine: requests in, tokens out, one step at a time. It knows neither HTTP nor processes nor the clock."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+
+from steelyard.errors import CheckpointError, RequestError
+from steelyard.infer.decoding import sampling
+from steelyard.infer.kv_cache import BlockPool, KVCache
+from steelyard.infer.request import Failure, Output, Request, TokenLogprob
+from steelyard.infer.runner import Runner
+from steelyard.infer.scheduler import Scheduled, Scheduler
+from steelyard.infer.sequence import Sequence
+from steelyard.models import weights
+from steelyard.models.decoder import Decoder
+from steelyard.models.lora import Adapter
+from steelyard.text.tokenizer import Tokenizer
+
+MAX_CHOICES = 128
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes of an engine."""
+
+    kv_bytes: int = 1 << 30
+    """Memory for keys and values."""
+    block_size: int = 32
+    """Tokens of a cache block."""
+    token_budget: int = 512
+    """Most tokens of one step: longer prompts are computed in chunks beside running streams."""
+    max_running: int = 64
+    """Most sequences that run at once; others wait."""
+
+
+class Engine:
+    """Continuous batching over one decoder.
+
+    Args:
+        decoder: the model.
+        tokenizer: its tokenizer.
+        adapters: LoRA adapters by name.
+        config: sizes.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        adapters: dict[str, Adapter] | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        config = config or EngineConfig()
+        self.decoder, self.tokenizer, self.adapters = decoder, tokenizer, adapters or {}
+        per_block = KVCache.bytes_per_token(decoder.config, decoder.dtype) * config.block_size
+        # Never more than all running sequences could fill.
+        most = config.max_running * -(-decoder.config.context // config.block_size)
+        blocks = max(1, min(config.kv_bytes // per_block, most))
+        self.context = min(decoder.config.context, blocks * config.block_size)
+        self.pool = BlockPool(blocks)
+        self.scheduler = Scheduler(self.pool, config.block_size, config.token_budget, config.max_running)
+        cache = KVCache(decoder.config, blocks, config.block_size, decoder.dtype)
+        self.runner = Runner(decoder, cache, self.adapters)
+        self.sequences: dict[str, list[Sequence]] = {}
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        adapters: dict[str, Path] | None = None,
+        config: EngineConfig | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Engine:
+        """An engine for a checkpoint folder, with adapters by name.
+
+        Raises:
+            CheckpointError: the checkpoint or an adapter is missing or does not fit.
+        """
+        decoder = weights.load(folder, dtype)
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.vocabulary > decoder.config.vocabulary:
+            raise CheckpointError(f"'{folder}': the tokenizer has more tokens than the model; pull it again")
+        loaded = {name: Adapter.load(path, decoder) for name, path in (adapters or {}).items()}
+        return cls(decoder, tokenizer, loaded, config)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it cannot be computed here; the field is named.
+        """
+        if request.id in self.sequences:
+            raise RequestError(f"request id '{request.id}' is in use", param="id")
+        if not request.prompt:
+            raise RequestError("the prompt is empty", param="prompt")
+        if not 1 <= request.n <= MAX_CHOICES or request.sampling.max_tokens < 1:
+            raise RequestError(f"n must be 1 to {MAX_CHOICES} and max_tokens at least 1", param="n")
+        if request.adapter is not None and request.adapter not in self.adapters:
+            raise RequestError(f"adapter '{request.adapter}' is not loaded", param="model", code="model_not_found")
+        if len(request.prompt) >= self.context:
+            raise RequestError(
+                f"the prompt has {len(request.prompt)} tokens; the context holds {self.context}, the answer included",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        vocabulary = self.decoder.config.vocabulary
+        if not all(0 <= token < vocabulary for token in request.prompt):
+            raise RequestError(f"token ids must be 0 to {vocabulary - 1}", param="prompt")
+        if not all(0 <= token < vocabulary for token in request.sampling.logit_bias):
+            raise RequestError(f"token ids must be 0 to {vocabulary - 1}", param="logit_bias")
+        seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed % 2**64
+        choices = [Sequence(request, choice, seed, self.tokenizer) for choice in range(request.n)]
+        self.sequences[request.id] = choices
+        for sequence in choices:
+            self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free what it holds, at once. An unknown id has just ended."""
+        for sequence in self.sequences.pop(request_id, []):
+            if sequence.finish_reason is None:
+                self.scheduler.remove(sequence)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.sequences)
+
+    def step(self) -> list[Output | Failure]:
+        """Schedule, run, draw, deliver."""
+        batch = self.scheduler.schedule()
+        if not batch:
+            return []
+        logits = self.runner.run(batch)
+        drawing = self._advance(batch)
+        try:
+            drawn = sampling.draw(logits, [_row(sequence) for sequence in drawing])
+        except FloatingPointError as error:
+            return self._fail({sequence.request.id for sequence in drawing}, str(error))
+        return [self._deliver(*pair) for pair in zip(drawing, drawn, strict=True)]
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Output]:
+        """Run requests to their end, yielding what each step adds.
+
+        Raises:
+            RequestError: a request that cannot be computed here.
+        """
+        for request in requests:
+            self.add(request)
+        while self.busy:
+            for output in self.step():
+                if isinstance(output, Failure):
+                    raise RequestError(output.message, param=output.param)
+                yield output
+
+    def check_integrity(self) -> None:
+        """No block is lost, none is held by a sequence that has ended."""
+        self.pool.check_integrity([s.block_table for s in [*self.scheduler.running, *self.scheduler.waiting]])
+
+    def _advance(self, batch: list[Scheduled]) -> list[Sequence]:
+        """The cache now holds what the step wrote; returns the sequences whose next token can be drawn."""
+        drawing = [work.sequence for work in batch if work.draws]
+        for work in batch:
+            work.sequence.computed += work.count
+        return drawing
+
+    def _deliver(self, sequence: Sequence, drawn: sampling.Drawn) -> Output:
+        text = sequence.append(drawn.token, self.tokenizer.eos_ids, self.context)
+        if sequence.finish_reason is not None:
+            self.scheduler.remove(sequence)
+            if all(choice.finish_reason is not None for choice in self.sequences[sequence.request.id]):
+                del self.sequences[sequence.request.id]
+        return Output(
+            id=sequence.request.id,
+            choice=sequence.choice,
+            text=text,
+            tokens=[drawn.token],
+            logprobs=self._logprobs(drawn),
+            finish_reason=sequence.finish_reason,
+            prompt_tokens=len(sequence.request.prompt),
+            completion_tokens=sequence.generated,
+        )
+
+    def _logprobs(self, drawn: sampling.Drawn) -> list[TokenLogprob] | None:
+        if drawn.logprob is None:
+            return None
+        top = [(token, self.tokenizer.token_text(token), value) for token, value in drawn.top]
+        return [TokenLogprob(drawn.token, self.tokenizer.token_text(drawn.token), drawn.logprob, top)]
+
+    def _fail(self, ids: set[str], reason: str) -> list[Output | Failure]:
+        for request_id in ids:
+            self.abort(request_id)
+        return [Failure(request_id, reason) for request_id in sorted(ids)]
+
+
+def _row(sequence: Sequence) -> sampling.Row:
+    return sampling.Row(
+        sequence.request.sampling, sequence.seed, sequence.choice, len(sequence.tokens), sequence.counts
+    )

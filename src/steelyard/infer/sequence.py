@@ -1,0 +1,54 @@
+"""One choice of one request while the engine works on it: its tokens, its blocks, its text so far."""
+
+from __future__ import annotations
+
+from steelyard.infer.request import FinishReason, Request
+from steelyard.text.detokenizer import Detokenizer
+from steelyard.text.stop import StopStrings
+from steelyard.text.tokenizer import Tokenizer
+
+
+class Sequence:
+    """Tokens are the prompt and what was generated; the first `computed` of them have keys and values in the cache.
+
+    Args:
+        request: what is asked.
+        choice: which of its n choices this is.
+        seed: what its draws are keyed by.
+        tokenizer: turns its tokens into text.
+    """
+
+    def __init__(self, request: Request, choice: int, seed: int, tokenizer: Tokenizer) -> None:
+        self.request, self.choice, self.seed = request, choice, seed
+        self.tokens = list(request.prompt)
+        self.computed = 0
+        self.block_table: list[int] = []
+        self.detokenizer = Detokenizer(tokenizer)
+        self.stop_strings = StopStrings(request.sampling.stop)
+        self.counts: dict[int, int] = {}  # how often each token was generated, for the penalties
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    def append(self, token: int, end_tokens: frozenset[int], context: int) -> str:
+        """Take a drawn token in; returns the text that is now certain and sets `finish_reason` at the end."""
+        sampling = self.request.sampling
+        self.tokens.append(token)
+        self.counts[token] = self.counts.get(token, 0) + 1
+        ends = token in sampling.stop_token_ids or (token in end_tokens and not sampling.ignore_eos)
+        text, stopped = ("", False) if ends else self.stop_strings.push(self.detokenizer.push(token))
+        if ends or stopped:
+            self.finish_reason = "stop"
+        elif self.generated >= sampling.max_tokens or len(self.tokens) >= context:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and not stopped:
+            tail, stopped = self.stop_strings.push(self.detokenizer.flush())
+            text += tail
+            if stopped:
+                self.finish_reason = "stop"
+            else:
+                text += self.stop_strings.flush()
+        return text

@@ -1,0 +1,113 @@
+"""The engine process: one engine, fed from a socket until the other side goes away.
+
+    python -m steelyard.infer.worker CHECKPOINT --model NAME --socket FD [--adapter NAME=PATH ...]
+
+A thread reads messages into a queue; the main thread takes them between steps. It draws one canary token before it
+says that it is ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from steelyard.checkpoint import manifest
+from steelyard.errors import RequestError, SteelyardError
+from steelyard.infer.engine import Engine
+from steelyard.infer.request import Abort, Failure, Fatal, FromEngine, Ready, Request, Sampling, ToEngine
+from steelyard.infer.wire import EngineSocket
+
+log = logging.getLogger("steelyard.engine")
+
+
+def serve(engine: Engine, inbox: queue.SimpleQueue[ToEngine | None], socket: EngineSocket) -> None:
+    """Step while there is work, wait while there is none, until the other side is gone (None)."""
+    while True:
+        messages: list[ToEngine | None] = [] if engine.busy else [inbox.get()]
+        while not inbox.empty():
+            messages.append(inbox.get())
+        for message in messages:
+            if message is None:
+                return
+            failure = _take(engine, message)
+            if failure is not None:
+                socket.send([failure])
+        outputs = engine.step()
+        if outputs:
+            socket.send(outputs)
+        if not engine.busy:
+            engine.check_integrity()
+
+
+def _take(engine: Engine, message: ToEngine) -> Failure | None:
+    if isinstance(message, Abort):
+        engine.abort(message.id)
+        return None
+    try:
+        engine.add(message)
+    except RequestError as error:
+        return Failure(message.id, str(error), error.param)
+    return None
+
+
+def start(checkpoint: Path, adapters: dict[str, Path]) -> Engine:
+    """Load the engine and draw a canary token from it and from each adapter."""
+    engine = Engine.load(checkpoint, adapters)
+    for name in (None, *adapters):
+        request = Request(id="canary", prompt=[0], sampling=Sampling(max_tokens=1, temperature=0), adapter=name)
+        for _ in engine.run([request]):
+            pass
+    return engine
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the engine process; returns its exit code."""
+    parser = argparse.ArgumentParser(description="the engine process; started by `steelyard serve`")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--socket", type=int, required=True)
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH")
+    options = parser.parse_args(arguments)
+    # A terminal's Ctrl-C reaches the whole process group: the HTTP process decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    socket = EngineSocket(options.socket)
+    adapters = {name: Path(path) for name, _, path in (item.partition("=") for item in options.adapter)}
+    try:
+        engine = start(options.checkpoint, adapters)
+    except (SteelyardError, FloatingPointError, MemoryError) as error:
+        socket.send([Fatal(message=str(error) or "not enough memory")])
+        return 1
+    ready: FromEngine = Ready(
+        model=options.model,
+        checkpoint_id=manifest.read(options.checkpoint).id,
+        adapters=list(adapters),
+        context=engine.context,
+        vocabulary=engine.decoder.config.vocabulary,
+    )
+    socket.send([ready])
+    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        message: ToEngine | None = socket.receive()
+        while message is not None:
+            inbox.put(message)
+            message = socket.receive()
+        inbox.put(None)
+
+    threading.Thread(target=read, daemon=True, name="reader").start()
+    try:
+        serve(engine, inbox, socket)
+    except (BrokenPipeError, ConnectionError):
+        return 0  # the HTTP process is gone
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    sys.exit(main())

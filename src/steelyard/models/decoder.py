@@ -1,0 +1,189 @@
+"""One decoder for every stage: Llama 2/3, SmolLM, Mistral, Qwen 2/3, by their `config.json`.
+
+Pre-norm blocks of grouped-query attention with rotary positions and a gated feed-forward (Touvron et al. 2023).
+It works on a flat pack of tokens; which token sees which is the `Attend` that the caller hands in, and whose
+adapter a token wears is the `Adapters`. It knows nothing of batches, caches, losses or sampling.
+"""
+
+# T tokens  D model width  H query heads  K key-value heads  E head width  F feed-forward width  V vocabulary
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from steelyard.models.attention import Attend
+from steelyard.models.config import DecoderConfig, rotary_frequencies
+
+
+class Adapters(Protocol):
+    """Low-rank corrections of a pack's linear layers."""
+
+    def add(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """Inputs `[T, in]` and outputs `[T, out]` of the layer `name` -> corrected outputs `[T, out]`."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32 inside (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., size]` -> the same shape and dtype."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        normed: torch.Tensor = self.weight * wide.to(x.dtype)
+        return normed
+
+
+class Projections(nn.Module):
+    """A module whose linear layers adapters may correct, by their full name."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def project(self, layer: str, x: torch.Tensor, adapters: Adapters | None) -> torch.Tensor:
+        """`[T, in]` through the linear layer `layer`, plus its adapters' share."""
+        outputs: torch.Tensor = getattr(self, layer)(x)
+        return outputs if adapters is None else adapters.add(f"{self.path}.{layer}", x, outputs)
+
+
+class Attention(Projections):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__(f"model.layers.{layer}.self_attn")
+        self.config, self.layer, self.window = config, layer, config.windows[layer]
+        query, key = config.heads * config.head_width, config.kv_heads * config.head_width
+        self.q_proj = nn.Linear(config.width, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.width, key, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.width, key, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query, config.width, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_width, config.norm_epsilon)
+            self.k_norm = RMSNorm(config.head_width, config.norm_epsilon)
+
+    def forward(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend, adapters: Adapters | None
+    ) -> torch.Tensor:
+        """`[T, D]` -> `[T, D]`."""
+        tokens, size = x.shape[0], self.config.head_width
+        queries = self.project("q_proj", x, adapters).view(tokens, self.config.heads, size)
+        keys = self.project("k_proj", x, adapters).view(tokens, self.config.kv_heads, size)
+        values = self.project("v_proj", x, adapters).view(tokens, self.config.kv_heads, size)
+        if self.config.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
+        mixed = attend(self.layer, queries, keys, values, self.window)
+        return self.project("o_proj", mixed.reshape(tokens, -1), adapters)
+
+
+class FeedForward(Projections):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__(f"model.layers.{layer}.mlp")
+        bias = config.feed_forward_bias
+        self.gate_proj = nn.Linear(config.width, config.feed_forward, bias=bias)
+        self.up_proj = nn.Linear(config.width, config.feed_forward, bias=bias)
+        self.down_proj = nn.Linear(config.feed_forward, config.width, bias=bias)
+
+    def forward(self, x: torch.Tensor, adapters: Adapters | None) -> torch.Tensor:
+        """`[T, D]` -> `[T, D]`."""
+        gated = F.silu(self.project("gate_proj", x, adapters)) * self.project("up_proj", x, adapters)
+        return self.project("down_proj", gated, adapters)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on the normalised residual stream."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_epsilon)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_epsilon)
+        self.mlp = FeedForward(config, layer)
+
+    def forward(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend, adapters: Adapters | None
+    ) -> torch.Tensor:
+        """`[T, D]` -> `[T, D]`."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attend, adapters)
+        fed: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x), adapters)
+        return fed
+
+
+class Stack(nn.Module):
+    """Embedding, blocks and the last norm, under Hugging Face's name `model`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+
+
+class Decoder(nn.Module):
+    """A causal language model. Parameter names are Hugging Face's."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Stack(config)
+        self.lm_head = nn.Linear(config.width, config.vocabulary, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._frequencies: tuple[torch.Tensor, float] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations: that of the norms, which no compression touches."""
+        return self.model.norm.weight.dtype
+
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions `[T]` int64 -> cos and sin, each `[T, 1, E / 2]` in the model's dtype."""
+        if self._frequencies is None:
+            self._frequencies = rotary_frequencies(self.config)
+        frequencies, factor = self._frequencies
+        angles = positions[:, None].float() * frequencies
+        return (angles.cos() * factor).to(self.dtype)[:, None], (angles.sin() * factor).to(self.dtype)[:, None]
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend, adapters: Adapters | None = None
+    ) -> torch.Tensor:
+        """Hidden states after the last norm.
+
+        Args:
+            token_ids: `[T]` int64, the tokens of all rows one after the other.
+            positions: `[T]` int64, each token's place in its own row.
+            attend: which token sees which.
+            adapters: low-rank corrections, or None for the base model.
+
+        Returns:
+            `[T, D]` in the model's dtype.
+        """
+        x = self.model.embed_tokens(token_ids)
+        rotary = self.rotary(positions)
+        for block in self.model.layers:
+            x = block(x, rotary, attend, adapters)
+        normed: torch.Tensor = self.model.norm(x)
+        return normed
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[N, D]` -> logits `[N, V]` in the model's dtype. Ask only for the rows you need."""
+        logits: torch.Tensor = self.lm_head(hidden_states)
+        return logits
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair `(x[i], x[i + E / 2])` of `[T, heads, E]` by its position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

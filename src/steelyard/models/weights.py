@@ -1,0 +1,149 @@
+"""From a checkpoint folder to a model and back: names, dtypes, int8 layers. Weights are mapped, not read.
+
+Knows the safetensors files and the compressed-tensors layout of int8; knows nothing of training or serving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from steelyard.checkpoint import manifest
+from steelyard.errors import CheckpointError
+from steelyard.models import config as decoder_config
+from steelyard.models.decoder import Decoder
+from steelyard.models.linear import Int8Embedding, Int8Linear
+
+WEIGHTS = "model.safetensors"
+# What a model derived from another keeps of it, besides the weights.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+ARCHITECTURES = {
+    "LlamaForCausalLM": Decoder,
+    "MistralForCausalLM": Decoder,
+    "Qwen2ForCausalLM": Decoder,
+    "Qwen3ForCausalLM": Decoder,
+}
+
+
+def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    """Load a model checkpoint for evaluation.
+
+    Args:
+        folder: the checkpoint; dense weights or int8 in the compressed-tensors layout.
+        dtype: of dense weights and of activations.
+
+    Raises:
+        CheckpointError: missing, an adapter, an unknown architecture, or weights that do not fit `config.json`.
+    """
+    if manifest.kind_of(folder) == "adapter":
+        raise CheckpointError(f"'{folder}' is an adapter: name its base model, and the adapter beside it")
+    raw = manifest.read_json(folder / "config.json")
+    architecture = next(iter(raw.get("architectures") or ["LlamaForCausalLM"]))
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"'{folder}': architecture '{architecture}' is not known here; known: {', '.join(ARCHITECTURES)}"
+        )
+    config = decoder_config.parse(raw)
+    tensors = read_tensors(folder)
+    with torch.device("meta"):
+        decoder = ARCHITECTURES[architecture](config)
+    if config.quantization is not None:
+        _check_quantization(config.quantization, folder)
+        _place_int8(decoder, tensors, dtype)
+    _assign(decoder, tensors, dtype, folder)
+    return decoder.eval().requires_grad_(False)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint's `model*.safetensors`, mapped from the files."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"'{folder}' has no model.safetensors: the checkpoint is incomplete; pull it again")
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"'{path}' cannot be read: {error}") from None
+    return tensors
+
+
+def _check_quantization(quantization: Mapping[str, Any], folder: Path) -> None:
+    method = quantization.get("quant_method")
+    groups = quantization.get("config_groups", {}).values()
+    for group in groups:
+        weights = group.get("weights") or {}
+        known = weights.get("num_bits") == 8 and weights.get("type") == "int" and weights.get("symmetric", True)
+        if not known or weights.get("strategy") != "channel":
+            raise CheckpointError(f"'{folder}': only int8 weights, symmetric, per channel, are read; it has {weights}")
+    if method != "compressed-tensors":
+        raise CheckpointError(f"'{folder}': quantisation '{method}' is not known here; known: compressed-tensors")
+
+
+def _place_int8(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Replace the layers whose stored weights are int8, and hand them their tensors."""
+    for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]:
+        path = name.removesuffix(".weight")
+        weight, scale = tensors.pop(name), tensors.pop(f"{path}.weight_scale", None)
+        if scale is None or scale.shape != (weight.shape[0], 1):
+            raise CheckpointError(f"'{path}' is int8 without a scale per output channel")
+        expected = decoder.get_parameter(name).shape
+        if weight.shape != expected:
+            raise CheckpointError(f"'{path}' is {tuple(weight.shape)}, config.json says {tuple(expected)}")
+        if path == "model.embed_tokens":
+            decoder.model.embed_tokens = Int8Embedding(weight, scale, dtype)  # type: ignore[assignment]
+            if decoder.config.tied:
+                decoder.lm_head = Int8Linear(weight, scale, None, dtype)  # type: ignore[assignment]
+        else:
+            decoder.set_submodule(path, Int8Linear(weight, scale, tensors.pop(f"{path}.bias", None), dtype))
+
+
+def _assign(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
+    wanted = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+    if decoder.config.tied:
+        tensors.pop("lm_head.weight", None)
+    missing = sorted(wanted.keys() - tensors.keys())
+    # Llama files of old carry buffers that are computed now.
+    unknown = sorted(name for name in tensors.keys() - wanted.keys() if "rotary_emb" not in name)
+    if missing or unknown:
+        what = f"lacks '{missing[0]}'" if missing else f"has an unknown '{unknown[0]}'"
+        raise CheckpointError(f"'{folder}' {what}: its weights do not fit its config.json")
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"'{folder}': '{name}' is {tuple(tensors[name].shape)}, config.json says {tuple(shape)}"
+            )
+        path, _, leaf = name.rpartition(".")
+        setattr(decoder.get_submodule(path), leaf, nn.Parameter(tensors[name].to(dtype), requires_grad=False))
+    if decoder.config.tied and isinstance(decoder.model.embed_tokens, nn.Embedding):
+        decoder.lm_head.weight = decoder.model.embed_tokens.weight
+
+
+def save(decoder: Decoder, folder: Path, parent: Path) -> None:
+    """Write a dense model's weights into `folder`, with the tokenizer and configuration of `parent`."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in decoder.named_parameters()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    copy_companions(parent, folder)
+
+
+def copy_companions(parent: Path, folder: Path) -> None:
+    """Copy what a derived model keeps of its parent: configuration, tokenizer, chat template."""
+    for name in COMPANIONS:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(parent / name, folder / name)

@@ -1,0 +1,101 @@
+"""A run's folder: its configuration, log, metrics and lock. Knows nothing of what runs.
+
+config.json      the full configuration, as it was resolved
+log.txt          one line per event
+metrics.jsonl    one object per measured step
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from steelyard.errors import ConfigError
+
+
+class Run:
+    """A folder that one process at a time runs in.
+
+    Args:
+        folder: made if it is not there.
+        config: plain values; a folder that was begun with another configuration is refused.
+
+    Raises:
+        ConfigError: another configuration (the first differing key is named), or another process is in it.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make the run's folder '{folder}': {error.strerror}") from None
+        self._lock = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is running in '{folder}'") from None
+        path = folder / "config.json"
+        config = json.loads(json.dumps(config))
+        if path.is_file():
+            key = _first_difference(json.loads(path.read_text()), config)
+            if key is not None:
+                raise ConfigError(
+                    f"'{folder}' holds a run with another '{key}': choose another output, or --fresh to start over"
+                )
+        else:
+            aside = path.with_suffix(".aside")
+            aside.write_text(json.dumps(config, indent=2) + "\n")
+            aside.replace(path)
+
+    def log(self, message: str) -> None:
+        """Add a line to log.txt."""
+        with (self.folder / "log.txt").open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def measure(self, **values: Any) -> None:
+        """Add an object to metrics.jsonl; `step` is one of its values."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All objects of metrics.jsonl; a line that a kill cut short is left out."""
+        return read_metrics(self.folder)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was measured after `step`: it will be measured again."""
+        kept = [json.dumps(values) + "\n" for values in self.metrics() if values["step"] <= step]
+        path = self.folder / "metrics.jsonl"
+        aside = path.with_suffix(".aside")
+        aside.write_text("".join(kept))
+        aside.replace(path)
+
+    def close(self) -> None:
+        """Let others in."""
+        self._lock.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All objects of a run's metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        found.append(values)
+    return found
+
+
+def _first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            found = _first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if found is not None:
+                return found
+        return None
+    return None if old == new else path

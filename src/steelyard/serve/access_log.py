@@ -1,0 +1,68 @@
+"""The outermost middleware: an id and a clock for every request, one line of log, and an answer to every error.
+
+It logs the method, the path, the status and the time; never a header, a query or a body.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from steelyard.serve.protocol.errors import error_response, is_expected
+
+MAX_CLIENT_ID = 512
+CLIENT_LEFT = 499
+
+log = logging.getLogger("steelyard.access")
+faults = logging.getLogger("steelyard.serve")
+
+
+class AccessLog:
+    """ASGI middleware: adds `x-request-id` and `openai-processing-ms`, echoes `x-client-request-id`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request; nothing escapes but what happens after a response has begun."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 0
+        request_id = f"req_{secrets.token_hex(16)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        client_id = Headers(scope=scope).get("x-client-request-id", "")
+
+        async def labelled(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(_milliseconds(began))
+                if client_id and len(client_id) <= MAX_CLIENT_ID and client_id.isascii() and client_id.isprintable():
+                    headers["x-client-request-id"] = client_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, labelled)
+        except ClientDisconnect:
+            status = CLIENT_LEFT
+        except Exception as error:
+            if not is_expected(error):
+                faults.exception("%s failed", request_id)
+            if status:
+                raise
+            await error_response(error, request_id)(scope, receive, labelled)
+        finally:
+            path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
+            log.info("%s %s %d %d ms %s", scope["method"], path, status, _milliseconds(began), request_id)
+
+
+def _milliseconds(began: float) -> int:
+    return round((time.perf_counter() - began) * 1000)

@@ -1,0 +1,107 @@
+"""`POST /v1/chat/completions`: a conversation in, the assistant's next message out, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from steelyard.errors import RequestError, TemplateError
+from steelyard.infer.request import Output
+from steelyard.serve.connection import DONE, EventStream, event, while_connected
+from steelyard.serve.generation import Generation, Tally, finish, plan
+from steelyard.serve.models import Models, ServedModel, find
+from steelyard.serve.protocol.chat import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatRequest,
+    Delta,
+    Message,
+    chat_logprobs,
+)
+from steelyard.serve.protocol.errors import json_response
+from steelyard.serve.protocol.fields import parse
+
+
+async def create(models: Models, request: Request) -> Response:
+    """Answer a conversation."""
+    body = parse(ChatRequest, await request.body())
+    served = find(models, body.model)
+    served.ready()
+    prompt = await while_connected(request.receive, asyncio.to_thread(_prompt, served, body.messages))
+    generation = plan(
+        body,
+        served,
+        [prompt],
+        prefix="chatcmpl-",
+        param="messages",
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    if body.stream:
+        return EventStream(_events(generation, body.include_usage), request.state.request_id)
+    choices, usage = await while_connected(request.receive, generation.gather())
+    answers = [
+        ChatChoice(
+            number,
+            Message(choice.text),
+            choice.finish_reason,
+            chat_logprobs(choice.logprobs, served.tokenizer) if body.logprobs else None,
+        )
+        for number, choice in enumerate(choices)
+    ]
+    return json_response(
+        ChatCompletion(generation.id, generation.created, served.id, generation.fingerprint, answers, usage)
+    )
+
+
+def _prompt(served: ServedModel, messages: list[dict[str, str]]) -> list[int]:
+    """The token ids of a conversation; control tokens that users wrote are only text."""
+    if served.template is None:
+        raise RequestError(
+            f"'{served.id}' has no chat template, it was not made to chat: use /v1/completions", param="model"
+        )
+    try:
+        text = served.template.render(served.tokenizer.guard_messages(messages), add_generation_prompt=True)
+    except TemplateError as error:
+        raise RequestError(str(error), param="messages", code="template_failed") from None
+    return served.tokenizer.encode_rendered(text)
+
+
+async def _events(generation: Generation, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    tally, begun = Tally(generation), set[int]()
+    blank = ChatChunk(
+        generation.id,
+        generation.created,
+        generation.served.id,
+        generation.fingerprint,
+        [],
+        usage=None if include_usage else msgspec.UNSET,
+    )
+    async with contextlib.aclosing(generation.outputs()) as outputs:
+        async for number, output in outputs:
+            tally.add(number, output)
+            parts = [] if number in begun else [ChatChunkChoice(number, Delta("assistant", ""))]
+            begun.add(number)
+            for part in parts + _parts(number, output, generation.served):
+                yield event(msgspec.structs.replace(blank, choices=[part]))
+    if include_usage:
+        yield event(msgspec.structs.replace(blank, usage=tally.usage()))
+    yield DONE
+
+
+def _parts(number: int, output: Output, served: ServedModel) -> list[ChatChunkChoice]:
+    """What a step adds to the stream: its text, then the end."""
+    parts: list[ChatChunkChoice] = []
+    if output.text or output.logprobs:
+        logprobs = chat_logprobs(output.logprobs, served.tokenizer) if output.logprobs else None
+        parts.append(ChatChunkChoice(number, Delta(content=output.text), logprobs))
+    if output.finish_reason is not None:
+        parts.append(ChatChunkChoice(number, Delta(), finish_reason=finish(output)))
+    return parts

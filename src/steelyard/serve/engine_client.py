@@ -1,0 +1,272 @@
+"""The HTTP process's end of one engine process: starts it, hands it requests, passes on what it answers, restarts it.
+
+Whatever happens to the engine, nobody waits for it in vain: every open request ends with its last output or with
+an error. It knows messages and processes; it knows neither HTTP nor text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from steelyard.errors import EngineUnavailableError, RequestError, SteelyardError
+from steelyard.infer import wire
+from steelyard.infer.request import Abort, Failure, Fatal, FromEngine, Output, Ready, Request
+from steelyard.serve.auth import KEY_VARIABLE
+
+FIRST_DELAY, LAST_DELAY = 0.1, 5.0
+"""Seconds before a restart: doubling from the first to the last."""
+STEADY = 10.0
+"""An engine that was ready for this many seconds restarts after the first delay again."""
+GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL."""
+LAST_WORDS = 0.5
+"""Seconds to read on after the process has ended."""
+
+Status = Literal["starting", "ready", "restarting", "failed", "stopped"]
+Command = Callable[[Path, str, Mapping[str, Path], int], list[str]]
+"""(checkpoint, model, adapters, socket descriptor) -> the command line of an engine process."""
+
+log = logging.getLogger("steelyard.engine")
+
+
+def worker_command(checkpoint: Path, model: str, adapters: Mapping[str, Path], descriptor: int) -> list[str]:
+    """The command line of our own engine process."""
+    command = [sys.executable, "-m", "steelyard.infer.worker", str(checkpoint), "--model", model]
+    command += ["--socket", str(descriptor)]
+    for name, path in adapters.items():
+        command += ["--adapter", f"{name}={path}"]
+    return command
+
+
+class EngineClient:
+    """One engine process and the requests that it works on. Lives on one event loop.
+
+    Args:
+        model: the base model's name.
+        checkpoint: its folder.
+        adapters: LoRA adapter folders by name, loaded beside it.
+        command: makes the command line; another one in tests.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        checkpoint: Path,
+        adapters: Mapping[str, Path] | None = None,
+        *,
+        command: Command = worker_command,
+    ) -> None:
+        self.model, self.checkpoint, self.adapters = model, checkpoint, dict(adapters or {})
+        self.status: Status = "starting"
+        self.ready: Ready | None = None
+        """What the engine serves; None while it is not ready."""
+        self._command = command
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._inboxes: dict[str, asyncio.Queue[Output | SteelyardError | None]] = {}
+        self._fatal: str | None = None
+        self._settled = asyncio.Event()  # set while the status is ready or failed
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The running engine process; None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Start the engine process and keep it running. Returns at once; see `wait_ready`."""
+        assert self._supervisor is None, "an engine client is started once"
+        self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.model}")
+
+    async def wait_ready(self) -> Ready:
+        """Wait until the engine is ready.
+
+        Raises:
+            EngineUnavailableError: it cannot start, for the reason that it gave.
+        """
+        while self.ready is None:
+            await self._settled.wait()
+            if self.ready is None:
+                raise EngineUnavailableError(
+                    f"the engine of '{self.model}' cannot start: {self._fatal or 'it is stopped'}"
+                )
+        return self.ready
+
+    async def stop(self) -> None:
+        """End the engine process: SIGTERM, then SIGKILL after `GRACE`. Open requests get an error."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        if self._process is not None:  # the supervisor was cancelled while it ended a process
+            await _end(self._process)
+            self._process = None
+        self._settle("stopped")
+
+    async def submit(self, *requests: Request) -> AsyncGenerator[Output, None]:
+        """The outputs of requests, interleaved as they come, until every choice has finished.
+
+        Use it under `contextlib.aclosing`: what has not finished when the generator closes is aborted.
+
+        Raises:
+            RequestError: the engine refuses a request; `param` is named.
+            EngineUnavailableError: the engine is not ready, could not finish a request, or died meanwhile.
+        """
+        if self.ready is None:
+            raise self._unavailable()
+        open_choices = Counter({request.id: request.n for request in requests})
+        assert len(open_choices) == len(requests), "request ids are unique"
+        assert self._inboxes.keys().isdisjoint(open_choices), "request ids are unique"
+        frames = [wire.frame(request) for request in requests]
+        inbox: asyncio.Queue[Output | SteelyardError | None] = asyncio.Queue()
+        self._inboxes |= dict.fromkeys(open_choices, inbox)
+        try:
+            self._write(*frames)
+            while open_choices:
+                item = await inbox.get()
+                if item is None:  # aborted from outside
+                    return
+                if isinstance(item, SteelyardError):
+                    raise item
+                if item.finish_reason is not None:
+                    open_choices -= Counter([item.id])
+                    if item.id not in open_choices:
+                        del self._inboxes[item.id]
+                yield item
+        finally:
+            for request_id in open_choices:
+                self.abort(request_id)
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request; its iterator ends. One that has ended already, or failed, is left alone."""
+        inbox = self._inboxes.pop(request_id, None)
+        if inbox is not None:
+            inbox.put_nowait(None)
+            self._write(wire.frame(Abort(request_id)))
+
+    async def _supervise(self) -> None:
+        delay = FIRST_DELAY
+        while True:
+            try:
+                steady = await self._run()
+            except Exception as error:  # the supervisor outlives everything but its cancellation
+                log.error("the engine of '%s' failed: %s", self.model, error)
+                steady = False
+            if self._fatal is not None:
+                log.error("the engine of '%s' cannot start: %s", self.model, self._fatal)
+                self._settle("failed")
+                return
+            delay = FIRST_DELAY if steady else delay
+            log.warning("the engine of '%s' ended; it is restarted in %.1f s", self.model, delay)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LAST_DELAY)
+
+    async def _run(self) -> bool:
+        """One life of the engine process; returns whether it was a long one."""
+        ours, theirs = socket.socketpair()
+        began = time.monotonic()
+        try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command(self.checkpoint, self.model, self.adapters, theirs.fileno()),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=2,  # what an engine prints belongs to the log
+                    start_new_session=True,  # Ctrl+C reaches the server, which lets requests finish first
+                    env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE},
+                )
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+            await self._until_ended(self._process, asyncio.create_task(self._read(reader)))
+        finally:
+            steady = self.ready is not None and time.monotonic() - began > STEADY
+            self._lose()
+            if self._writer is None:
+                ours.close()
+            else:
+                self._writer.transport.abort()
+                self._writer = None
+            if self._process is not None:
+                await _end(self._process)
+                self._process = None
+        return steady
+
+    async def _until_ended(self, process: asyncio.subprocess.Process, reading: asyncio.Task[None]) -> None:
+        ended = asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait({reading, ended}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({reading}, timeout=LAST_WORDS)
+        finally:
+            ended.cancel()
+            reading.cancel()
+            results = await asyncio.gather(reading, ended, return_exceptions=True)
+        if isinstance(results[0], SteelyardError):
+            raise results[0]
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while (message := await wire.receive(reader)) is not None:
+            self._take(message)
+
+    def _take(self, message: FromEngine) -> None:
+        match message:
+            case Output(id=request_id, finish_reason="abort"):
+                self._deliver(request_id, self._unavailable("gave the request up"), ends=True)
+            case Output(id=request_id):
+                self._deliver(request_id, message)
+            case Failure(id=request_id, param=None):
+                self._deliver(request_id, self._unavailable(f"could not finish: {message.message}"), ends=True)
+            case Failure(id=request_id):
+                self._deliver(request_id, RequestError(message.message, param=message.param), ends=True)
+            case Ready():
+                self.ready = message
+                self._settle("ready")
+            case Fatal():
+                self._fatal = message.message
+
+    def _deliver(self, request_id: str, item: Output | SteelyardError, *, ends: bool = False) -> None:
+        # An unknown id was aborted while this was on its way.
+        inbox = self._inboxes.pop(request_id, None) if ends else self._inboxes.get(request_id)
+        if inbox is not None:
+            inbox.put_nowait(item)
+
+    def _lose(self) -> None:
+        """The engine is gone: everybody who waits for it learns so."""
+        self.ready = None
+        self.status = "restarting"
+        self._settled.clear()
+        waiting, self._inboxes = self._inboxes, {}
+        for inbox in set(waiting.values()):
+            inbox.put_nowait(self._unavailable("stopped while it worked on this request"))
+
+    def _settle(self, status: Status) -> None:
+        self.status = status
+        self._settled.set()
+
+    def _write(self, *frames: bytes) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(b"".join(frames))
+
+    def _unavailable(self, what: str | None = None) -> EngineUnavailableError:
+        reason = what or {"failed": "cannot start; the server's log says why"}.get(self.status, f"is {self.status}")
+        return EngineUnavailableError(f"the engine of '{self.model}' {reason}: try again shortly")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """No process is left behind."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), GRACE)
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()

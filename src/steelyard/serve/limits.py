@@ -1,0 +1,117 @@
+"""How much and how long a client may send: body size, deadlines for headers, bodies and slow readers.
+
+Knows nothing of what is sent. The size and the time of a body are limited by ASGI middleware; what happens
+before a request exists and after a response has left is limited by the protocol class that uvicorn is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from steelyard.errors import PayloadTooLargeError, RequestError
+
+MAX_BODY_BYTES = 4 << 20
+BODY_SECONDS = 30.0
+HEADER_SECONDS = 10.0
+STALL_SECONDS = 30.0
+
+
+class BodyLimit:
+    """ASGI middleware: a body of at most `max_bytes`, sent within `seconds`; refused while it comes, not after.
+
+    It raises where the body is read, so that whoever reads it unwinds.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS) -> None:
+        self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request whose body is being counted.
+
+        Raises:
+            PayloadTooLargeError: `content-length` says more than is allowed; also raised by `receive`.
+        """
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        self._check(next((_length(value) for name, value in scope["headers"] if name == b"content-length"), 0))
+        received, complete, deadline = 0, False, time.monotonic() + self.seconds
+
+        async def limited() -> Message:
+            nonlocal received, complete
+            if complete:  # what comes now is only that the client leaves
+                return await receive()
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise RequestError(
+                    f"the body was not sent within {self.seconds:g} s: send it again", code="request_timeout"
+                ) from None
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                self._check(received)
+                complete = not message.get("more_body", False)
+            return message
+
+        await self.app(scope, limited, send)
+
+    def _check(self, size: int) -> None:
+        if size > self.max_bytes:
+            raise PayloadTooLargeError(f"the body is over {self.max_bytes} bytes, the limit here: send less at once")
+
+
+def _length(value: bytes) -> int:
+    return int(value) if value.isdigit() and len(value) < 20 else 0
+
+
+class DeadlineProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol with two deadlines that it lacks.
+
+    A request's header must be complete `HEADER_SECONDS` after the connection or the header's first byte; a reader
+    must make room for more within `STALL_SECONDS`. Past either the connection is closed at once.
+    """
+
+    header_seconds = HEADER_SECONDS
+    stall_seconds = STALL_SECONDS
+    _header_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        self._header_timer = self.loop.call_later(self.header_seconds, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """A client has sent something."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._header_timer = _cancel(self._header_timer)
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.header_seconds, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        self._header_timer, self._stall_timer = _cancel(self._header_timer), _cancel(self._stall_timer)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than we write."""
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(self.stall_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read on."""
+        super().resume_writing()
+        self._stall_timer = _cancel(self._stall_timer)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer that may be running; returns what takes its place: none."""
+    if timer is not None:
+        timer.cancel()
+    return None

@@ -1,0 +1,136 @@
+"""Which models are served: a name to its engine, its adapter, its tokenizer and its chat template.
+
+Knows checkpoint folders and names; nothing of HTTP. A model is called as its checkpoint's folder, an adapter as
+`--adapter NAME=PATH` says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from steelyard.checkpoint.manifest import kind_of
+from steelyard.errors import ConfigError, EngineUnavailableError, ModelNotFoundError
+from steelyard.infer.request import Ready
+from steelyard.serve.engine_client import Command, EngineClient, worker_command
+from steelyard.text.chat_template import ChatTemplate
+from steelyard.text.tokenizer import Tokenizer
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A name that requests may use."""
+
+    id: str
+    engine: EngineClient
+    adapter: str | None
+    """The adapter that its requests wear; None is the base model."""
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    """None for a model that was not made to chat."""
+    created: int
+    """When its checkpoint was written, in Unix seconds."""
+
+    def ready(self) -> Ready:
+        """What its engine says of itself.
+
+        Raises:
+            EngineUnavailableError: the engine is not ready.
+        """
+        if self.engine.ready is None:
+            raise EngineUnavailableError(f"the engine of '{self.id}' is {self.engine.status}: try again shortly")
+        return self.engine.ready
+
+
+Models = Mapping[str, ServedModel]
+
+
+def find(models: Models, name: str) -> ServedModel:
+    """The model called `name`.
+
+    Raises:
+        ModelNotFoundError: there is none; those that exist are named.
+    """
+    if name not in models:
+        raise ModelNotFoundError(
+            f"the model '{name[:80]}' does not exist here: use one of {', '.join(models)}",
+            param="model",
+            code="model_not_found",
+        )
+    return models[name]
+
+
+def engines(models: Models) -> list[EngineClient]:
+    """Every engine, once."""
+    return list({id(model.engine): model.engine for model in models.values()}.values())
+
+
+def parse_adapters(texts: Sequence[str], models: Sequence[str]) -> dict[str, dict[str, Path]]:
+    """`NAME=PATH`, or `NAME=PATH@MODEL` where there are several models, to adapter folders by model and name.
+
+    Raises:
+        ConfigError: a text is not of this form, or a name is taken or no name.
+    """
+    adapters: dict[str, dict[str, Path]] = {model: {} for model in models}
+    taken = set(models)
+    for text in texts:
+        name, _, rest = text.partition("=")
+        path, _, model = rest.rpartition("@")
+        if not path or model not in adapters:
+            path, model = rest, models[0] if len(models) == 1 else ""
+        if not path or not ADAPTER_NAME.fullmatch(name):
+            raise ConfigError(f"--adapter '{text}': write NAME=PATH, NAME of letters, digits and . _ : / -")
+        if not model:
+            raise ConfigError(f"--adapter '{text}': say for which model, NAME=PATH@MODEL, one of {', '.join(models)}")
+        if name in taken:
+            raise ConfigError(f"--adapter '{text}': the name '{name}' is taken; choose another")
+        taken.add(name)
+        adapters[model][name] = Path(path)
+    return adapters
+
+
+def load_models(
+    checkpoints: Sequence[Path], adapters: Sequence[str] = (), *, command: Command = worker_command
+) -> dict[str, ServedModel]:
+    """The models of checkpoint folders and their adapters, in this order. No engine is started.
+
+    Raises:
+        CheckpointError: a folder is missing or no checkpoint, or its tokenizer does not load.
+        ConfigError: an adapter where a model belongs or the reverse, or a name that is used twice.
+    """
+    folders: dict[str, Path] = {}
+    for checkpoint in checkpoints:
+        folder = Path(os.path.abspath(checkpoint))  # noqa: PTH100  (a link keeps its own name)
+        if kind_of(folder) == "adapter":
+            raise ConfigError(
+                f"'{checkpoint}' is an adapter: give its base model as CHECKPOINT and --adapter NAME={checkpoint}"
+            )
+        if folder.name in folders:
+            raise ConfigError(f"two checkpoints are called '{folder.name}': rename one of the folders")
+        folders[folder.name] = folder
+    if not folders:
+        raise ConfigError("no checkpoint to serve: name at least one folder")
+    models: dict[str, ServedModel] = {}
+    for base, worn in parse_adapters(adapters, list(folders)).items():
+        for name, path in worn.items():
+            if kind_of(path) != "adapter":
+                raise ConfigError(f"--adapter {name}={path}: this is a whole model; give it as CHECKPOINT")
+        folder = folders[base]
+        engine = EngineClient(base, folder, worn, command=command)
+        tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
+        models[base] = ServedModel(base, engine, None, tokenizer, template, _written(folder / "config.json"))
+        for name, path in worn.items():
+            # An adapter may have been trained with a template of its own; its tokens are the base model's.
+            own = ChatTemplate.load(path) or template
+            created = _written(path / "adapter_config.json")
+            models[name] = ServedModel(name, engine, name, tokenizer, own, created)
+    return models
+
+
+def _written(file: Path) -> int:
+    return int(file.stat().st_mtime)

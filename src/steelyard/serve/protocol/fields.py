@@ -1,0 +1,221 @@
+"""A request body to a checked request: every field is honoured, or accepted at its neutral value, or refused by name.
+
+Knows JSON, fields and values; nothing of models, tokens or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+import pydantic_core
+from pydantic import Field
+
+from steelyard.errors import RequestError
+
+MAX_CHOICES = 16
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1000
+MAX_LOGIT_BIASES = 1024
+MAX_REPR = 80
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI's, not had here yet. `null` is neutral for every field.
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),  # of no tools
+    "prediction": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),  # of no tools
+    "tools": ([],),
+    "user": (),
+    "verbosity": (),
+    "web_search_options": (),
+    # vLLM's.
+    "bad_words": ([],),
+    "length_penalty": (1, 1.0),
+    "min_tokens": (0,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1, 1.0),
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
+    "use_beam_search": (False,),
+    # Ours.
+    "draft": (),
+    "explain": (),
+}
+"""Fields that are accepted at these values, where nothing is to be done for them, and refused by name at any other."""
+
+Body = TypeVar("Body", bound="Fields")
+
+
+class Fields(pydantic.BaseModel):
+    """A JSON object whose fields are all known; bools are no numbers and numbers are finite."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(Fields):
+    """What a stream says besides its text."""
+
+    include_usage: bool | None = None
+
+
+class SamplingFields(Fields):
+    """What both ways of asking for text have in common."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: tuple[str, ...] = ()
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    logit_bias: dict[int, float] = {}
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    ignore_eos: bool | None = None
+
+    @pydantic.field_validator("stop", mode="before")
+    @classmethod
+    def _stop(cls, value: object) -> tuple[str, ...]:
+        strings = [] if value is None else value if isinstance(value, list) else [value]
+        if len(strings) > MAX_STOP_STRINGS:
+            raise RequestError(f"'stop' has {len(strings)} strings; {MAX_STOP_STRINGS} are the limit", param="stop")
+        for string in strings:
+            if not isinstance(string, str) or not 0 < len(string) <= MAX_STOP_LENGTH:
+                raise RequestError(
+                    f"'stop' must be a string or a list of strings, each of 1 to {MAX_STOP_LENGTH} characters",
+                    param="stop",
+                )
+        return tuple(strings)
+
+    @pydantic.field_validator("logit_bias", mode="before")
+    @classmethod
+    def _logit_bias(cls, value: object) -> dict[int, float]:
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIASES:
+            raise RequestError(
+                f"'logit_bias' must be an object of at most {MAX_LOGIT_BIASES} token ids", param="logit_bias"
+            )
+        biases: dict[int, float] = {}
+        for token, bias in value.items():
+            if not (token.isascii() and token.isdigit() and len(token) < 10 and token == str(int(token))):
+                raise RequestError(f"'logit_bias' has the key {_show(token)}: no token id", param="logit_bias")
+            # Written so that NaN fails it too.
+            if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+                raise RequestError(f"'logit_bias' of token {token} must be -100 to 100", param="logit_bias")
+            biases[int(token)] = float(bias)
+        return biases
+
+    @pydantic.model_validator(mode="after")
+    def _stream_options(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("'stream_options' is only for requests with 'stream': true", param="stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def choices(self) -> int:
+        """Choices for each prompt."""
+        return self.n or 1
+
+
+def parse(kind: type[Body], content: bytes) -> Body:
+    """A request of type `kind` from the bytes of a body.
+
+    Raises:
+        RequestError: it is no JSON object, or a field is missing, unknown, of another type, out of range or not
+            supported at this value; `param` names it.
+    """
+    try:
+        body = pydantic_core.from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_json")
+    honoured = accept_neutral(body, NEUTRAL, kind.model_fields.keys())
+    try:
+        return kind.model_validate(honoured)
+    except pydantic.ValidationError as error:
+        raise _explained(error, body) from None
+
+
+def accept_neutral(
+    given: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]], honoured: Any, prefix: str = ""
+) -> dict[str, Any]:
+    """The fields of `given` that are honoured, once the others are found to be neutral.
+
+    Args:
+        given: a JSON object of the request.
+        neutral: the values at which a field may be ignored, since they ask for nothing.
+        honoured: names of the fields that are honoured.
+        prefix: path of the object within the request, such as `messages[0].`.
+
+    Raises:
+        RequestError: a field is unknown, or not at a neutral value.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in honoured:
+            kept[name] = value
+        elif name not in neutral:
+            path = prefix + name[:MAX_REPR]
+            raise RequestError(f"unknown field '{path}': remove it", param=path, code="unknown_parameter")
+        elif value is not None and not any(type(value) is type(one) and value == one for one in neutral[name]):
+            path = prefix + name
+            raise RequestError(
+                f"'{path}' is not supported here at {_show(value)}: remove it", param=path, code="unsupported_parameter"
+            )
+    return kept
+
+
+def _explained(error: pydantic.ValidationError, body: object) -> RequestError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = _path(first["loc"], body)
+    if first["type"] == "extra_forbidden":
+        return RequestError(f"unknown field '{path}': remove it", param=path, code="unknown_parameter")
+    if first["type"] == "missing":
+        return RequestError(f"'{path}' is missing", param=path, code="missing_required_parameter")
+    reason = first["msg"].removeprefix("Input should be ")
+    return RequestError(f"'{path}' must be {reason}, not {_show(first['input'])}", param=path, code="invalid_value")
+
+
+def _path(location: tuple[int | str, ...], body: object) -> str:
+    """`messages[0].content` for a location in pydantic's terms, which also names branches of unions."""
+    path, here = "", body
+    for number, step in enumerate(location):
+        if isinstance(step, int) and isinstance(here, list):
+            path, here = f"{path}[{step}]", here[step]
+        elif isinstance(step, str) and isinstance(here, dict) and (step in here or number == len(location) - 1):
+            path, here = f"{path}.{step}" if path else step, here.get(step)
+    return path
+
+
+def _show(value: object) -> str:
+    text = pydantic_core.to_json(value, inf_nan_mode="constants").decode()
+    return text if len(text) <= MAX_REPR else text[: MAX_REPR - 3] + "..."

@@ -1,0 +1,24 @@
+"""How many tokens an answer took, and why a choice ended, in OpenAI's words."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Finish = Literal["stop", "length"]
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """Where prompt tokens came from."""
+
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of a request: every prompt once, every choice."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()

@@ -1,0 +1,137 @@
+"""Evaluate a checkpoint on a file: classification for labelled rows, likelihood for text and chat."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from steelyard.data import chat
+from steelyard.data.chat import FormatConfig
+from steelyard.data.rows import Conversation
+from steelyard.data.tokenize import tokenize
+from steelyard.evaluate import classification, likelihood
+from steelyard.models.opening import Opened, open_checkpoint
+from steelyard.report import Report
+
+
+class Classification(msgspec.Struct, frozen=True, kw_only=True):
+    """How well a model labels rows."""
+
+    rows: int
+    labels: tuple[str, ...]
+    accuracy: float
+    mcc: float
+    """Matthews correlation."""
+    confusion: list[list[int]]
+    """Rows are the truth, columns the prediction."""
+    seconds: float
+    tokens_per_second: float
+    """Of the prompts read."""
+
+
+class Likelihood(msgspec.Struct, frozen=True, kw_only=True):
+    """How likely a model finds rows: text (every token) or chat (what the assistant says)."""
+
+    rows: int
+    tokens: int
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float | None
+    """For plain text."""
+    seconds: float
+
+
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    format_: FormatConfig,
+    *,
+    limit: int | None = None,
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> Classification | Likelihood:
+    """Measure a checkpoint (a model, or an adapter on its base) on the rows of a file.
+
+    Args:
+        checkpoint: what to measure.
+        data: the rows.
+        format_: how they are read.
+        limit: only the first so many rows.
+        report: told (rows or tokens done, of how many).
+
+    Raises:
+        DataError: a row; file, line and field are named.
+        CheckpointError: the checkpoint is missing or does not fit.
+    """
+    rows = chat.read(data, format_)[:limit]
+    opened = open_checkpoint(checkpoint)
+    if rows[0].label is not None:
+        labels = format_.labels or classification.labels_of(rows)
+        return classify(opened, rows, labels, report)[0]
+    return _likelihood(opened, rows, report)
+
+
+def classify(
+    opened: Opened,
+    rows: Sequence[Conversation],
+    labels: Sequence[str],
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[Classification, torch.Tensor]:
+    """Label rows by label log-probability; the summary, and the `[R, L]` log-probabilities."""
+    started = time.perf_counter()
+    asked = classification.questions(rows, labels, opened.tokenizer, opened.template)
+    scores = classification.score(opened.decoder, opened.adapter, asked, lambda done: report(done, len(asked)))
+    seconds = time.perf_counter() - started
+    truth = [list(labels).index(str(row.label)) for row in rows]
+    counts = classification.confusion(truth, scores.argmax(1).tolist(), len(labels))
+    summary = Classification(
+        rows=len(rows),
+        labels=tuple(labels),
+        accuracy=classification.accuracy(counts),
+        mcc=classification.matthews(counts),
+        confusion=counts.tolist(),
+        seconds=seconds,
+        tokens_per_second=sum(len(question.prompt) for question in asked) / seconds,
+    )
+    return summary, scores
+
+
+def _likelihood(opened: Opened, rows: Sequence[Conversation], report: Callable[[int, int], None]) -> Likelihood:
+    started = time.perf_counter()
+    plain = [row for row in rows if row.messages[0].role == "text"]
+    context = min(1024, opened.decoder.config.context)
+    size = None
+    if plain:
+        texts = [row.messages[0].content for row in plain]
+        size = sum(len(text.encode()) for text in texts)
+        tokens = [opened.tokenizer.encode_plain(text) for text in texts]
+        scored = [row for ids in tokens if len(ids) > 1 for row in likelihood.windows(ids, context, context // 2)]
+    else:
+        scored = tokenize(rows, opened.tokenizer, opened.template, opened.decoder.config.context)
+    total = sum(len(row.tokens) for row in scored)
+    nats, count = likelihood.negative_log_likelihood(
+        opened.decoder, opened.adapter, scored, lambda done: report(done, total)
+    )
+    found = likelihood.summary(nats, count, size)
+    return Likelihood(
+        rows=len(rows),
+        tokens=count,
+        loss=found["loss"],
+        perplexity=found["perplexity"],
+        bits_per_byte=found.get("bits_per_byte"),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def page(checkpoint: Path, data: Path, found: Classification | Likelihood) -> Report:
+    """A report of one evaluation."""
+    report = Report(f"{checkpoint.name} on {data.name}")
+    values = {key: value for key, value in msgspec.to_builtins(found).items() if key not in ("confusion", "labels")}
+    report.table(["measure", "value"], [[key.replace("_", " "), str(value)] for key, value in values.items()], "")
+    if isinstance(found, Classification):
+        report.matrix("Confusion matrix", list(found.labels), found.confusion)
+    return report

@@ -1,0 +1,121 @@
+"""Rows in, rows out: label every text, or answer every chat, and write what the model said beside the row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from steelyard.checkpoint.atomic import file_aside
+from steelyard.data.chat import FormatConfig, ask
+from steelyard.data.readers import json_rows, table_rows
+from steelyard.data.rows import Conversation, Message
+from steelyard.errors import CheckpointError, ConfigError, DataError
+from steelyard.evaluate import classification
+from steelyard.infer.engine import Engine
+from steelyard.infer.request import Request, Sampling
+from steelyard.models.opening import Opened, open_checkpoint
+
+
+def predict(
+    checkpoint: Path,
+    data: Path,
+    output: Path,
+    format_: FormatConfig,
+    *,
+    max_tokens: int = 256,
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> int:
+    """Write the rows of `data` to `output` (JSONL) with the model's prediction; returns their number.
+
+    Rows with a text get `prediction` and `probabilities` if labels are known (from the checkpoint's training or
+    `format_`); rows with messages get `prediction`: the assistant's next turn, greedy.
+
+    Args:
+        checkpoint: a model, or an adapter on its base.
+        data: JSONL, CSV or TSV.
+        output: replaced whole or left alone.
+        format_: how rows are read.
+        max_tokens: most tokens of an answer.
+        report: told (rows done, of how many).
+
+    Raises:
+        DataError: a row; file, line and field are named.
+        ConfigError: rows with a text, and no labels known.
+        CheckpointError: the checkpoint is missing or does not fit.
+    """
+    tabular = data.suffix.lower() in (".csv", ".tsv")
+    rows = list(table_rows(data, format_.columns) if tabular else json_rows(data))
+    if not rows:
+        raise DataError("the file has no rows", file=data)
+    opened = open_checkpoint(checkpoint)
+    chat = "messages" in rows[0][1]
+    found = _answer(opened, rows, data, max_tokens, report) if chat else _label(opened, rows, data, format_, report)
+    with file_aside(output) as file:
+        for (_, row), prediction in zip(rows, found, strict=True):
+            file.write((json.dumps({**row, **prediction}, ensure_ascii=False) + "\n").encode())
+    return len(rows)
+
+
+def _label(
+    opened: Opened,
+    rows: list[tuple[int, dict[str, Any]]],
+    data: Path,
+    format_: FormatConfig,
+    report: Callable[[int, int], None],
+) -> Iterator[dict[str, Any]]:
+    if len(format_.labels) < 2:
+        raise ConfigError("no labels are known: this checkpoint was not trained on labelled rows; give --labels a,b")
+    conversations = []
+    for line, row in rows:
+        text = row.get(format_.text)
+        if not isinstance(text, str) or not text.strip():
+            reason = f"must be a text; the row has: {', '.join(map(str, row))}"
+            raise DataError(reason, file=data, line=line, field=format_.text)
+        turns = [] if format_.system is None else [Message("system", format_.system)]
+        turns.append(Message("user", ask(text, format_.labels, format_.template)))
+        conversations.append(Conversation(messages=tuple(turns), file=data, line=line))
+    asked = classification.questions(conversations, format_.labels, opened.tokenizer, opened.template)
+    scores = classification.score(opened.decoder, opened.adapter, asked, lambda done: report(done, len(asked)))
+    for probabilities in scores.softmax(-1).tolist():
+        named = dict(zip(format_.labels, probabilities, strict=True))
+        yield {"prediction": max(named, key=lambda label: named[label]), "probabilities": named}
+
+
+def _answer(
+    opened: Opened,
+    rows: list[tuple[int, dict[str, Any]]],
+    data: Path,
+    max_tokens: int,
+    report: Callable[[int, int], None],
+) -> Iterator[dict[str, Any]]:
+    if opened.template is None:
+        raise CheckpointError("this model has no chat template, which chat rows need; use an instruct model")
+    prompts = []
+    for line, row in rows:
+        messages = row.get("messages")
+        valid = isinstance(messages, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in messages
+        )
+        if not valid or not messages:
+            raise DataError("a list of {role, content} is needed", file=data, line=line, field="messages")
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        prompts.append(opened.tokenizer.encode(opened.template.render(asked)))
+    adapters = {} if opened.adapter is None else {"adapter": opened.adapter}
+    engine = Engine(opened.decoder, opened.tokenizer, adapters)
+    sampling = Sampling(max_tokens=max_tokens, temperature=0)
+    texts = [""] * len(rows)
+    done = 0
+    requests = [
+        Request(id=str(index), prompt=prompt, sampling=sampling, adapter=next(iter(adapters), None))
+        for index, prompt in enumerate(prompts)
+    ]
+    for output in engine.run(requests):
+        texts[int(output.id)] += output.text
+        if output.finish_reason is not None:
+            done += 1
+            report(done, len(rows))
+    for text in texts:
+        yield {"prediction": text}

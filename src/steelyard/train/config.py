@@ -1,0 +1,89 @@
+"""Everything that a training run can be told, in one struct: the contents of run.toml."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from steelyard.data.chat import FormatConfig
+from steelyard.errors import ConfigError
+from steelyard.train import optimizers, schedules
+from steelyard.train.lora import LoraConfig
+from steelyard.train.optimizers import OptimizerConfig
+from steelyard.train.schedules import ScheduleConfig
+
+
+class DataConfig(FormatConfig, frozen=True, kw_only=True):
+    """Which rows to learn from and to validate on, besides how they are read."""
+
+    train: str
+    """Path of the rows to learn from."""
+    validation: str | None = None
+    """Path of rows to validate on; they must not be in the training file."""
+    holdout: int = 0
+    """Without a validation file: how many rows of the training file to validate on."""
+    max_length: int = 1024
+    """Most tokens of a row."""
+    too_long: str = "error"
+    """What a longer row is: error, truncate or drop."""
+    deduplicate: bool = True
+    """Remove exact duplicates before anything else."""
+
+
+class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A training run."""
+
+    model: str
+    """The base checkpoint: a folder, or a source that `steelyard pull` takes."""
+    output: str
+    """The run's folder."""
+    data: DataConfig
+    method: Literal["lora", "full"] = "lora"
+    """lora: learn an adapter of a frozen base. full: change all weights."""
+    seed: int = 0
+    """Decides the order of rows, the adapter's start and dropout."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights and activations; the optimizer keeps float32 masters."""
+    epochs: int = 3
+    """Passes over the data."""
+    batch_size: int = 8
+    """Rows of an optimizer step; 0 means all rows (as gd does)."""
+    micro_batch_tokens: int = 4096
+    """Most tokens of a forward pass; a larger batch is accumulated over several, with the same result."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; unset leaves it alone."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 means once an epoch."""
+    checkpoint_every: int = 50
+    """Steps between resumable states: the most that a kill can lose."""
+    threads: int | None = None
+    """CPU threads; unset takes all cores. Another number can round differently."""
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what cannot be run, by key, before anything is loaded.
+
+    Raises:
+        ConfigError: the key and what it should be.
+    """
+    optimizers.check(config.optimizer)
+    schedules.check(config.schedule)
+    for key, least in (("epochs", 1), ("batch_size", 0), ("micro_batch_tokens", 1), ("checkpoint_every", 1)):
+        if getattr(config, key) < least:
+            raise ConfigError(f"{key} must be at least {least}, not {getattr(config, key)}")
+    if config.evaluate_every < 0:
+        raise ConfigError(f"evaluate_every must be at least 0, not {config.evaluate_every}")
+    if config.clip is not None and not config.clip > 0:
+        raise ConfigError(f"clip must be above 0, not {config.clip}; leave it out to not clip")
+    if config.data.max_length < 2 or config.data.holdout < 0:
+        raise ConfigError("data.max_length must be at least 2 and data.holdout at least 0")
+    if config.lora.rank < 1 or not 0 <= config.lora.dropout < 1 or not config.lora.targets:
+        raise ConfigError("lora.rank must be at least 1, lora.dropout in [0, 1), and lora.targets not empty")
+    if config.optimizer.name == "gd" and config.batch_size != 0:
+        raise ConfigError(
+            "optimizer gd descends the gradient of all rows: set batch_size = 0 (or take sgd for batches of rows)"
+        )

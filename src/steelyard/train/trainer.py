@@ -1,0 +1,265 @@
+"""The training loop: batches in, a better model out, resumable at any step with identical weights.
+
+It is told what to learn from (token rows), what to change (an adapter, or all weights) and how to measure on the way
+(callables); it knows no data format and no metric.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from steelyard.checkpoint import manifest
+from steelyard.data.loader import Loader
+from steelyard.data.packing import Pack, bins, pack
+from steelyard.data.rows import TokenRow
+from steelyard.errors import TrainingError
+from steelyard.models import weights
+from steelyard.models.attention import PackedAttention
+from steelyard.models.decoder import Decoder
+from steelyard.models.lora import Adapter
+from steelyard.runs import Run
+from steelyard.train import optimizers, schedules, state
+from steelyard.train.config import TrainConfig
+from steelyard.train.losses import cross_entropy
+
+Evaluator = Callable[[Decoder, Adapter | None], Mapping[str, float]]
+BEST_BY = "validation_loss"
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a run is."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    """Mean over the step's trained tokens, in nats."""
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    """All tokens of the rows, trained or not; a mean since the start or the resumption."""
+    seconds_left: float
+
+
+class Lineage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a trained checkpoint says of its origin."""
+
+    base: Path
+    parent: str
+    data: dict[str, str]
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        decoder: the base model; changed in place by a full run, left alone by LoRA.
+        adapter: what a LoRA run learns; None trains all weights.
+        rows: what to learn from.
+        config: how.
+        run: the run's folder.
+        lineage: for the manifests.
+        evaluator: measures on the way; its `validation_loss` decides which checkpoint is best.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        adapter: Adapter | None,
+        rows: Sequence[TokenRow],
+        config: TrainConfig,
+        run: Run,
+        lineage: Lineage,
+        evaluator: Evaluator | None = None,
+    ) -> None:
+        if not rows:
+            raise TrainingError("no row is left to learn from")
+        self.decoder, self.adapter, self.rows = decoder, adapter, rows
+        self.config, self.run, self.lineage, self.evaluator = config, run, lineage, evaluator
+        self.loader = Loader(len(rows), config.batch_size, config.seed)
+        self.steps = config.epochs * self.loader.batches_per_epoch
+        self.step, self.best, self.stopping = 0, math.inf, False
+        self.parameters = dict(adapter.parameters() if adapter else decoder.named_parameters())
+        for name, tensor in self.parameters.items():
+            if not adapter:  # weights may be mapped from a file: train a copy
+                tensor.data = tensor.data.clone()
+            self.parameters[name] = tensor.requires_grad_(True)
+        self.masters = {name: tensor.detach().float().clone() for name, tensor in self.parameters.items()}
+        self.optimizer = optimizers.build(self.masters.values(), config.optimizer)
+        self._seconds, self._tokens, self._first = 0.0, 0, 0
+
+    def fit(self, report: Callable[[Progress], None] = lambda progress: None) -> bool:
+        """Train to the end, or until `stopping` is set; True at the end.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+        """
+        self._deterministic()
+        self._resume()
+        while self.step < self.steps and not self.stopping:
+            started = time.perf_counter()
+            batch = [self.rows[index] for index in self.loader.next()]
+            loss = self._gradient(batch)
+            norm = self._clip()
+            rate = self._set_learning_rate()
+            self.optimizer.step()
+            self._publish()
+            self.step += 1
+            self._record(batch, loss, norm, rate, time.perf_counter() - started, report)
+            if self._due(self.config.evaluate_every or self.loader.batches_per_epoch):
+                self._evaluate()
+            if self._due(self.config.checkpoint_every) or self.stopping:
+                self._save_state()
+        return self.step == self.steps
+
+    def _gradient(self, batch: Sequence[TokenRow]) -> float:
+        """Gradient of the mean loss over the batch's trained tokens, into the masters; returns that loss.
+
+        Forward passes take `micro_batch_tokens` at most; their sums are added in float32, so that how a batch is cut
+        changes nothing but rounding.
+        """
+        targets = sum(row.targets for row in batch)
+        total = 0.0
+        for group in bins([len(row.tokens) for row in batch], self.config.micro_batch_tokens):
+            loss = self._loss(pack([batch[index] for index in group])) / targets
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss)
+            for name, parameter in self.parameters.items():
+                if parameter.grad is not None:
+                    master = self.masters[name]
+                    wide = parameter.grad.float()
+                    master.grad = wide if master.grad is None else master.grad + wide
+                    parameter.grad = None
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the loss is {total} at step {self.step + 1}: lower optimizer.learning_rate or set clip, then rerun"
+            )
+        return total
+
+    def _loss(self, batch: Pack) -> torch.Tensor:
+        hidden_states = self.decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths), self.adapter)
+        return cross_entropy(self.decoder, hidden_states.index_select(0, batch.places), batch.targets)
+
+    def _clip(self) -> float:
+        limit = math.inf if self.config.clip is None else self.config.clip
+        return float(torch.nn.utils.clip_grad_norm_(self.masters.values(), limit))
+
+    def _set_learning_rate(self) -> float:
+        factor = schedules.factor(self.config.schedule, self.step, self.steps)
+        rate = self.config.optimizer.learning_rate * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Round the masters into the weights that the forward pass uses."""
+        for name, master in self.masters.items():
+            self.parameters[name].copy_(master)
+            master.grad = None
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.steps
+
+    def _record(
+        self,
+        batch: Sequence[TokenRow],
+        loss: float,
+        norm: float,
+        rate: float,
+        seconds: float,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self._seconds += seconds
+        self._tokens += sum(len(row.tokens) for row in batch)
+        done = self.step - self._first
+        progress = Progress(
+            step=self.step,
+            steps=self.steps,
+            epoch=self.loader.epoch,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens_per_second=self._tokens / self._seconds,
+            seconds_left=self._seconds / done * (self.steps - self.step),
+        )
+        self.run.measure(**{key: value for key, value in msgspec.structs.asdict(progress).items() if key != "steps"})
+        report(progress)
+
+    def _evaluate(self) -> None:
+        """Measure, keep the last checkpoint, and the best one if this is it."""
+        found = self._measure()
+        if found:
+            self.run.measure(step=self.step, **found)
+            self.run.log(f"step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+        self.write_checkpoint(self.run.folder / "last", found)
+        score = found.get(BEST_BY, -self.step)  # without validation the last one is the best
+        if score <= self.best:
+            self.best = score
+            self.write_checkpoint(self.run.folder / "best", found)
+
+    def _measure(self) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        self._training(False)
+        with torch.no_grad():
+            found = dict(self.evaluator(self.decoder, self.adapter))
+        self._training(True)
+        return found
+
+    def write_checkpoint(self, path: Path, metrics: Mapping[str, float]) -> None:
+        """Write what was learnt so far, with its lineage: an adapter, or a whole model."""
+        recipe: dict[str, Any] = msgspec.to_builtins(self.config)
+        lineage = self.lineage
+        with manifest.writing(
+            path,
+            parent=lineage.parent,
+            data=lineage.data,
+            recipe={"train": recipe},
+            metrics={"step": self.step, **metrics},
+        ) as folder:
+            if self.adapter is not None:
+                self.adapter.save(folder, str(lineage.base))
+            else:
+                weights.save(self.decoder, folder, lineage.base)
+
+    def _save_state(self) -> None:
+        tensors = {f"master.{name}": master for name, master in self.masters.items()}
+        tensors |= state.flatten(self.optimizer)
+        tensors["random"] = torch.get_rng_state()
+        best = None if math.isinf(self.best) else self.best
+        state.save(self.run.folder / "state", self.step, tensors, {"loader": self.loader.state(), "best": best})
+
+    def _resume(self) -> None:
+        """Go on from the newest undamaged state, if there is one."""
+        found = state.load(self.run.folder / "state")
+        if found is not None:
+            tensors, info = found
+            for name, master in self.masters.items():
+                master.copy_(tensors[f"master.{name}"])
+            state.restore(self.optimizer, tensors.items())
+            torch.set_rng_state(tensors["random"])
+            self.loader.restore(info["loader"])
+            self.step, self.best = int(info["step"]), math.inf if info["best"] is None else float(info["best"])
+            self._publish()
+            self.run.log(f"resumed at step {self.step} of {self.steps}")
+        self.run.rewind(self.step)
+        self._first = self.step
+        self._training(True)
+
+    def _training(self, on: bool) -> None:
+        if self.adapter is not None:
+            self.adapter.training = on
+
+    def _deterministic(self) -> None:
+        """The same run gives the same weights: seeded, and no operator whose order of sums is left to chance."""
+        torch.manual_seed(self.config.seed)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,0 +1,53 @@
+"""Fixtures that every part shares: tiny real things."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SENTENCES = (
+    "The steelyard weighs exactly with one moving weight.",
+    "A model answers the user, the user asks the assistant, the system sets the rules.",
+    "Grüße aus München: 20 °C, ein Stück Käse für 3,50 €, naïve café.",
+    "今天天气很好。 Привет, мир! 😀🚀 and so on",
+    '{"label": "card_arrival", "score": 0.25}',
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a real byte-level BPE tokenizer of at most 512 tokens, ChatML template and end token."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        show_progress=False,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "chat_template": CHATML,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder

@@ -1,0 +1,157 @@
+"""The decoder against transformers: every family, every switch, on small random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from steelyard.errors import CheckpointError
+from steelyard.models import config as decoder_config
+from steelyard.models import weights
+from steelyard.models.attention import PackedAttention
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("llama", {"tie_word_embeddings": False}),
+    "smollm": ("llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-width": ("llama", {"head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": 7, "head_dim": 8}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+}
+
+
+def make(folder: Path, family: str) -> Any:
+    """A small random model of a family, saved by transformers; returns the reference."""
+    kind, fields = FAMILIES[family]
+    torch.manual_seed(hash(family) % 1000)
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **fields}))
+    for parameter in reference.parameters():  # biases and norms start at 0 and 1: make them matter
+        torch.nn.init.normal_(parameter, std=0.08) if parameter.ndim > 1 else parameter.data.normal_(0.5, 0.3)
+    reference = reference.float().eval()
+    reference.save_pretrained(folder)
+    return reference
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(tmp_path: Path, family: str) -> None:
+    reference = make(tmp_path, family)
+    decoder = weights.load(tmp_path, torch.float32)
+    token_ids = torch.randint(97, (50,))
+    with torch.no_grad():
+        expected = reference(token_ids[None]).logits[0]
+        ours = decoder.logits(decoder(token_ids, torch.arange(50), PackedAttention([50])))
+    # Error: float32 rounding alone (measured 2e-6 on logits of size 1).
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen3"])
+def test_rows_of_a_pack_do_not_see_each_other(tmp_path: Path, family: str) -> None:
+    reference = make(tmp_path, family)
+    decoder = weights.load(tmp_path, torch.float32)
+    lengths = [5, 31, 1, 30, 12, 6]
+    rows = [torch.randint(97, (length,)) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    with torch.no_grad():
+        ours = decoder.logits(decoder(torch.cat(rows), positions, PackedAttention(lengths)))
+        expected = torch.cat([reference(row[None]).logits[0] for row in rows])
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_branches_share_their_trunk_and_do_not_see_each_other(tmp_path: Path) -> None:
+    reference = make(tmp_path, "smollm")
+    decoder = weights.load(tmp_path, torch.float32)
+    trunk, tails = torch.randint(97, (9,)), [torch.randint(97, (length,)) for length in (3, 1, 4)]
+    row = torch.cat([trunk, *tails])
+    branches = torch.tensor([0] * 9 + [1] * 3 + [2] + [3] * 4)
+    positions = torch.cat([torch.arange(9), *(9 + torch.arange(len(tail)) for tail in tails)])
+    # A second row, shorter, shares the pack.
+    attend = PackedAttention([17, 9], torch.cat([branches, torch.zeros(9, dtype=torch.int64)]))
+    with torch.no_grad():
+        hidden = decoder(torch.cat([row, trunk]), torch.cat([positions, torch.arange(9)]), attend)
+        ours = decoder.logits(hidden)
+        start = 9
+        for tail in tails:
+            expected = reference(torch.cat([trunk, tail])[None]).logits[0]
+            torch.testing.assert_close(ours[start : start + len(tail)], expected[9:], atol=2e-5, rtol=1e-5)
+            start += len(tail)
+        torch.testing.assert_close(ours[17:], reference(trunk[None]).logits[0], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama-biases", "qwen3", "mistral"])
+def test_gradients_equal_transformers(tmp_path: Path, family: str) -> None:
+    reference = make(tmp_path, family)
+    decoder = weights.load(tmp_path, torch.float32).requires_grad_(True)
+    token_ids = torch.randint(97, (20,))
+    reference(token_ids[None]).logits.logsumexp(-1).sum().backward()
+    decoder.logits(decoder(token_ids, torch.arange(20), PackedAttention([20]))).logsumexp(-1).sum().backward()
+    expected = dict(reference.named_parameters())
+    for name, parameter in decoder.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=2e-4, rtol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"model_type": "mamba"}, "mamba"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"hidden_size": None}, "config.json"),
+        ({"num_attention_heads": 5}, "heads"),
+        ({"vocab_size": 0}, "at least 1"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(CheckpointError, match=complaint):
+        decoder_config.parse({"model_type": "llama", **SIZES, **fields})
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, "llama2")
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2"):
+        weights.load(tmp_path)
+    (tmp_path / "config.json").write_text(text.replace('"vocab_size": 97', '"vocab_size": 98'))
+    with pytest.raises(CheckpointError, match="embed_tokens"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_smollm2_logits_equal_transformers(smollm2: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    decoder = weights.load(smollm2, torch.float32)
+    token_ids = torch.randint(49152, (200,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = reference(token_ids[None]).logits[0]
+        ours = decoder.logits(decoder(token_ids, torch.arange(200), PackedAttention([200])))
+    # Logits reach 40; float32 rounding through 30 layers leaves about 1e-4.
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-4)

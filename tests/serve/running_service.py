@@ -1,0 +1,89 @@
+"""A real server on 127.0.0.1 over a stand-in engine process, and the unmodified SDK to talk to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from starlette.applications import Starlette
+
+from steelyard.app import configure, create_app
+from steelyard.serve.auth import Keys, new_key
+from steelyard.serve.engine_client import Command
+from steelyard.serve.models import ServedModel, load_models
+
+STAND_IN = Path(__file__).with_name("stand_in_engine.py")
+
+
+def stand_in_command(checkpoint: Path, model: str, adapters: Mapping[str, Path], descriptor: int) -> list[str]:
+    worn = [part for name, path in adapters.items() for part in ("--adapter", f"{name}={path}")]
+    command = [sys.executable, str(STAND_IN), str(checkpoint), "--model", model, "--socket", str(descriptor)]
+    return command + worn
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
+    """The first true value of `condition`, asked again and again."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.01)
+    return value
+
+
+@dataclass
+class Service:
+    url: str
+    key: str
+    checkpoint: Path
+    models: dict[str, ServedModel]
+    app: Starlette
+
+    @property
+    def engine(self) -> Any:
+        return next(iter(self.models.values())).engine
+
+    def received(self) -> list[dict[str, Any]]:
+        file = self.checkpoint / "received"
+        return [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+
+    def aborted(self, request: Mapping[str, Any]) -> bool:
+        return any(message["type"] == "abort" and message["id"] == request["id"] for message in self.received())
+
+    def sdk(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0, **options})
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, timeout=10, **options)
+
+
+@contextlib.contextmanager
+def serving(
+    checkpoint: Path, adapters: tuple[str, ...] = (), command: Command = stand_in_command, seconds: float = 20
+) -> Iterator[Service]:
+    """A running service, ready within `seconds`."""
+    models = load_models([checkpoint], adapters, command=command)
+    key = new_key()
+    app = create_app(models, Keys.holding(key))
+    server = configure(app)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    server.config.port = 0
+    thread.start()
+    try:
+        eventually(lambda: server.started and next(iter(models.values())).engine.ready, seconds)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Service(f"http://127.0.0.1:{port}", key, checkpoint, models, app)
+    finally:
+        server.should_exit = True
+        server.hang_up()
+        thread.join(20)
+        assert not thread.is_alive()

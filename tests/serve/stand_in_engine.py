@@ -1,0 +1,135 @@
+"""An engine process without a model: speaks the wire and answers with one sentence, over and over.
+
+Choice c begins c tokens later. `seed` is the milliseconds that a token takes. The prompt [7, 7, 7] is refused,
+[8, 8, 8] fails, [9, 9, 9] kills the process. Files in the checkpoint folder: `fatal` makes it refuse to start,
+`stubborn` makes it ignore SIGTERM and the end of the socket. Every message that it receives is written to `received`,
+one per line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from steelyard.infer.request import Abort, Failure, Fatal, Output, Ready, Request, TokenLogprob
+from steelyard.infer.wire import EngineSocket
+from steelyard.text.detokenizer import Detokenizer
+from steelyard.text.stop import StopStrings
+from steelyard.text.tokenizer import Tokenizer
+
+SENTENCE = "Grüße: the steelyard weighs exactly 😀 with one moving weight. "
+CONTEXT = 256
+
+
+class Choice:
+    def __init__(self, request: Request, number: int, tokenizer: Tokenizer) -> None:
+        self.request, self.number, self.tokenizer = request, number, tokenizer
+        self.detokenizer, self.stop = Detokenizer(tokenizer), StopStrings(request.sampling.stop)
+        self.generated, self.due = 0, time.monotonic()
+
+    def step(self, sentence: list[int]) -> Output:
+        sampling = self.request.sampling
+        token = sentence[(self.number + self.generated) % len(sentence)]
+        self.generated += 1
+        self.due = time.monotonic() + (sampling.seed or 0) / 1000
+        text, stopped = self.stop.push(self.detokenizer.push(token))
+        full = self.generated >= sampling.max_tokens or self.generated + len(self.request.prompt) >= CONTEXT
+        if full and not stopped:
+            text += self.stop.push(self.detokenizer.flush())[0] + self.stop.flush()
+        logprobs = None
+        if sampling.logprobs is not None:
+            top = [(token + n, self.tokenizer.token_text(token + n), -0.25 - n) for n in range(sampling.logprobs)]
+            logprobs = [TokenLogprob(token, self.tokenizer.token_text(token), -0.25, top)]
+        return Output(
+            id=self.request.id,
+            choice=self.number,
+            text=text,
+            tokens=[token],
+            logprobs=logprobs,
+            finish_reason="stop" if stopped else "length" if full else None,
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=self.generated,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--socket", type=int, required=True)
+    parser.add_argument("--adapter", action="append", default=[])
+    arguments = parser.parse_args()
+    wire = EngineSocket(arguments.socket)
+    stubborn = (arguments.checkpoint / "stubborn").exists()
+    if stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if (arguments.checkpoint / "fatal").exists():
+        wire.send([Fatal(message="the weights do not fit")])
+        sys.exit(6)
+    (arguments.checkpoint / "environment").write_text("\n".join(os.environ))
+    tokenizer = Tokenizer.load(arguments.checkpoint)
+    sentence = tokenizer.encode(SENTENCE)
+    inbox: queue.Queue[Request | Abort | None] = queue.Queue()
+
+    def read() -> None:
+        with (arguments.checkpoint / "received").open("ab", buffering=0) as received:
+            while (message := wire.receive()) is not None:
+                received.write(msgspec.json.encode(message) + b"\n")
+                inbox.put(message)
+        inbox.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    wire.send(
+        [
+            Ready(
+                model=arguments.model,
+                checkpoint_id="sha256:0123456789abcdef",
+                adapters=[adapter.partition("=")[0] for adapter in arguments.adapter],
+                context=CONTEXT,
+                vocabulary=tokenizer.vocabulary,
+            )
+        ]
+    )
+    running: list[Choice] = []
+    while True:
+        due = min((choice.due for choice in running), default=time.monotonic() + 60)
+        try:
+            while True:
+                message = inbox.get(timeout=max(0.0, due - time.monotonic()))
+                if message is None:
+                    time.sleep(60 if stubborn else 0)
+                    return
+                running = take(message, running, tokenizer, wire)
+                due = min((choice.due for choice in running), default=time.monotonic() + 60)
+        except queue.Empty:
+            pass
+        outputs = [choice.step(sentence) for choice in running if choice.due <= time.monotonic()]
+        ended = {(output.id, output.choice) for output in outputs if output.finish_reason}
+        running = [choice for choice in running if (choice.request.id, choice.number) not in ended]
+        wire.send(outputs)
+
+
+def take(message: Request | Abort, running: list[Choice], tokenizer: Tokenizer, wire: EngineSocket) -> list[Choice]:
+    if isinstance(message, Abort):
+        return [choice for choice in running if choice.request.id != message.id]
+    if message.prompt == [7, 7, 7]:
+        wire.send([Failure(message.id, "sevens are refused", "prompt")])
+        return running
+    if message.prompt == [8, 8, 8]:
+        wire.send([Failure(message.id, "the logits are not finite")])
+        return running
+    if message.prompt == [9, 9, 9]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return running + [Choice(message, number, tokenizer) for number in range(message.n)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Which models a command line makes, and what it is told when it is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from steelyard.errors import CheckpointError, ConfigError, ModelNotFoundError
+from steelyard.serve.engine_client import worker_command
+from steelyard.serve.models import engines, find, load_models, parse_adapters
+
+Make = Callable[[str], Path]
+
+
+@pytest.mark.parametrize(
+    ("texts", "models", "expected"),
+    [
+        (["a=x"], ["m"], {"m": {"a": "x"}}),
+        (["a=x@m"], ["m"], {"m": {"a": "x"}}),
+        (["a=x@y"], ["m"], {"m": {"a": "x@y"}}),
+        (["a=x=y"], ["m"], {"m": {"a": "x=y"}}),
+        (["a=x@m", "b=y@n", "c=z@z@n"], ["m", "n"], {"m": {"a": "x"}, "n": {"b": "y", "c": "z@z"}}),
+        (["ft:m:p:s:1=x"], ["m"], {"m": {"ft:m:p:s:1": "x"}}),
+        ([], ["m"], {"m": {}}),
+    ],
+)
+def test_adapters(texts: list[str], models: list[str], expected: dict[str, dict[str, str]]) -> None:
+    found = parse_adapters(texts, models)
+    assert {model: {name: str(path) for name, path in worn.items()} for model, worn in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "models", "reason"),
+    [
+        (["x"], ["m"], "NAME=PATH"),
+        (["=x"], ["m"], "NAME=PATH"),
+        (["a="], ["m"], "NAME=PATH"),
+        (["a b=x"], ["m"], "NAME=PATH"),
+        (["a=@m"], ["m", "n"], "which model"),
+        (["a=x"], ["m", "n"], "which model, NAME=PATH@MODEL, one of m, n"),
+        (["a=x@o"], ["m", "n"], "which model"),
+        (["a=x", "a=y"], ["m"], "taken"),
+        (["m=x"], ["m"], "taken"),
+        (["n=x@m"], ["m", "n"], "taken"),
+    ],
+)
+def test_wrong_adapters(texts: list[str], models: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        parse_adapters(texts, models)
+
+
+def test_bases_and_adapters_share_engines(make_checkpoint: Make, make_adapter: Make) -> None:
+    first, second, worn = make_checkpoint("first"), make_checkpoint("second"), make_adapter("worn")
+    models = load_models([first, second], [f"worn={worn}@second"])
+    assert list(models) == ["first", "second", "worn"]
+    assert models["worn"].engine is models["second"].engine
+    assert models["worn"].adapter == "worn"
+    assert [engine.model for engine in engines(models)] == ["first", "second"]
+    assert models["second"].engine.adapters == {"worn": worn}
+    with pytest.raises(ModelNotFoundError, match="first, second, worn") as caught:
+        find(models, "third")
+    assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
+
+
+def test_an_adapter_keeps_the_template_that_it_was_trained_with(make_checkpoint: Make, make_adapter: Make) -> None:
+    worn = make_adapter("worn")
+    (worn / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    models = load_models([make_checkpoint("base")], [f"worn={worn}"])
+    messages = [{"role": "user", "content": "Hi"}]
+    own, base = models["worn"].template, models["base"].template
+    assert own is not None
+    assert base is not None
+    assert own.render(messages) == "Hi!"
+    assert base.render(messages) != "Hi!"
+    own.close()
+    base.close()
+
+
+def test_a_link_keeps_its_own_name(make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "linked").symlink_to(make_checkpoint("target"))
+    assert list(load_models([tmp_path / "linked"])) == ["linked"]
+    monkeypatch.chdir(tmp_path / "linked")
+    assert list(load_models([Path()]))  # a name, whatever the folder is called
+
+
+def test_wrong_checkpoints(make_checkpoint: Make, make_adapter: Make, tmp_path: Path) -> None:
+    worn, base = make_adapter("worn"), make_checkpoint("base")
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_models([tmp_path / "missing"])
+    with pytest.raises(ConfigError, match=r"is an adapter.*--adapter NAME="):
+        load_models([worn])
+    with pytest.raises(ConfigError, match="whole model"):
+        load_models([base], [f"a={base}"])
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_models([base], [f"a={tmp_path / 'missing'}"])
+    with pytest.raises(ConfigError, match="two checkpoints"):
+        load_models([base, make_checkpoint("base")])
+    with pytest.raises(ConfigError, match="at least one"):
+        load_models([])
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        load_models([base])
+
+
+def test_the_command_line_of_the_worker() -> None:
+    command = worker_command(Path("/m"), "m", {"a": Path("/a"), "b": Path("/b")}, 7)
+    assert command[1:] == [
+        *("-m", "steelyard.infer.worker", "/m", "--model", "m", "--socket", "7"),
+        *("--adapter", "a=/a", "--adapter", "b=/b"),
+    ]
