@@ -53,7 +53,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 @contextlib.contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `path`, replacing it, when the block ends without an error."""
-    path = Path(os.path.abspath(path))
+    path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{ASIDE}{path.name}-", dir=path.parent))
     try:

@@ -85,4 +85,4 @@ def linear_baseline(sms: Sms) -> list[list[int]]:
     model.fit([text for text, _ in sms.train_pairs], [label for _, label in sms.train_pairs])
     predicted = model.predict([text for text, _ in sms.held_out_pairs])
     truth = [LABELS.index(label) for _, label in sms.held_out_pairs]
-    return classification.confusion(truth, [LABELS.index(label) for label in predicted], len(LABELS)).tolist()  # type: ignore[no-any-return]
+    return classification.confusion(truth, [LABELS.index(label) for label in predicted], len(LABELS)).tolist()

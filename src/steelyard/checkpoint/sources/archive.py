@@ -6,9 +6,11 @@ swell are refused. Knows file names; the contents are checked by whoever reads t
 
 from __future__ import annotations
 
+import contextlib
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
