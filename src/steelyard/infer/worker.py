@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steelyard.checkpoint import manifest
-from steelyard.errors import RequestError, SteelyardError
+from steelyard.errors import ArtifactError, RequestError, SteelyardError
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Abort, Failure, Fatal, FromEngine, Ready, Request, Sampling, ToEngine
 from steelyard.infer.wire import EngineSocket
@@ -52,7 +52,7 @@ def _take(engine: Engine, message: ToEngine) -> Failure | None:
     try:
         engine.add(message)
     except RequestError as error:
-        return Failure(message.id, str(error), error.param)
+        return Failure(message.id, str(error), error.param, error.code)
     return None
 
 
@@ -94,10 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
 
     def read() -> None:
-        message: ToEngine | None = socket.receive()
-        while message is not None:
-            inbox.put(message)
-            message = socket.receive()
+        try:
+            while (message := socket.receive()) is not None:
+                inbox.put(message)
+        except ArtifactError as error:
+            log.error("%s", error)
         inbox.put(None)
 
     threading.Thread(target=read, daemon=True, name="reader").start()

@@ -225,7 +225,9 @@ class EngineClient:
             case Failure(id=request_id, param=None):
                 self._deliver(request_id, self._unavailable(f"could not finish: {message.message}"), ends=True)
             case Failure(id=request_id):
-                self._deliver(request_id, RequestError(message.message, param=message.param), ends=True)
+                self._deliver(
+                    request_id, RequestError(message.message, param=message.param, code=message.code), ends=True
+                )
             case Ready():
                 self.ready = message
                 self._settle("ready")
