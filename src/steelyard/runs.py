@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from steelyard.errors import ConfigError
 
@@ -34,10 +35,7 @@ class Run:
         except OSError as error:
             raise ConfigError(f"cannot make the run's folder '{folder}': {error.strerror}") from None
         self._lock = (folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is running in '{folder}'") from None
+        _take(self._lock, folder)
         path = folder / "config.json"
         config = json.loads(json.dumps(config))
         if path.is_file():
@@ -76,6 +74,28 @@ class Run:
     def close(self) -> None:
         """Let others in."""
         self._lock.close()
+
+
+def clear(folder: Path) -> None:
+    """Remove a run's folder with all that is in it; one that is not there is fine.
+
+    Raises:
+        ConfigError: it is something else (a checkpoint has a config.json, too), or another process is in it.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / ".lock").is_file() or any(folder.glob("*.safetensors")):
+        raise ConfigError(f"'{folder}' is not a run's folder: --fresh will not empty it")
+    with (folder / ".lock").open("w") as lock:
+        _take(lock, folder)
+        shutil.rmtree(folder)
+
+
+def _take(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError(f"another process is running in '{folder}'") from None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
 from steelyard.models.opening import open_checkpoint
 from steelyard.stages.train import resolve
+from steelyard.text.prompt import prompt_tokens
 
 HELP = console.examples(
     "Answer a prompt, streaming to the terminal: as a chat where the model has a template, else as a continuation.",
@@ -45,7 +46,7 @@ def command(
         ids = ([] if bos is None else [bos]) + opened.tokenizer.encode_plain(text)
     else:
         turns = [] if system is None else [{"role": "system", "content": system}]
-        ids = opened.tokenizer.encode(opened.template.render([*turns, {"role": "user", "content": text}]))
+        ids = prompt_tokens(opened.tokenizer, opened.template, [[*turns, {"role": "user", "content": text}]])[0]
     adapters = {} if opened.adapter is None else {"adapter": opened.adapter}
     engine = Engine(opened.decoder, opened.tokenizer, adapters)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,23 @@ from steelyard.errors import DataError
 
 MAX_LINE_BYTES = 8 << 20
 FORMATS = ("chat", "instruction", "labelled", "text")
+JSON_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+
+
+def json_kind(value: object) -> str:
+    """What JSON calls the kind of a value."""
+    return JSON_KINDS.get(type(value), "a number")
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no file.
+
+    Raises:
+        DataError: nothing is there, or a folder.
+    """
+    if not path.is_file():
+        what = "this is a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{what}; give the path of a JSONL, CSV, TSV or text file", file=path)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -20,9 +38,12 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         DataError: no such file, a line over 8 MB, or bytes that are not UTF-8.
     """
-    if not path.is_file():
-        raise DataError("no such file; give the path of a JSONL, CSV, TSV or text file", file=path)
-    with path.open("rb") as file:
+    check_file(path)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}; check its permissions", file=path) from None
+    with file:
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -40,34 +61,93 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered JSON objects, one a line; blank lines are skipped.
 
     Raises:
-        DataError: a line that is not one JSON object.
+        DataError: a line that is not one JSON object, has a key twice, or holds what JSON cannot (NaN, half a
+            surrogate pair).
     """
     for number, text in lines(path):
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
-        except ValueError as error:
-            reason = f"not JSON: {error}"
+            row = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+            if not isinstance(row, dict):
+                raise DataError(f"a JSON object is needed, not {json_kind(row)}")
+            if "\\u" in text:
+                _check_unicode(row)
+        except DataError as error:
+            raise DataError(error.reason, file=path, line=number, field=error.field) from None
+        except json.JSONDecodeError as error:
+            reason = f"not JSON: {error.msg} at column {error.colno}; each line must be one whole JSON object"
             raise DataError(reason, file=path, line=number) from None
+        except ValueError:
+            raise DataError("not JSON: a number has too many digits", file=path, line=number) from None
         except RecursionError:
             raise DataError("nested too deeply", file=path, line=number) from None
-        if not isinstance(row, dict):
-            raise DataError(f"a JSON object is needed, not {type(row).__name__}", file=path, line=number)
         yield number, row
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError("is there twice; keep one", field=twice)
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise DataError(f"not JSON: {text[:20]} is no finite number")
+    return number
+
+
+def _check_unicode(row: dict[str, Any]) -> None:
+    for field, value in row.items():
+        try:
+            json.dumps([field, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            reason = "has a lone surrogate (\\ud800 to \\udfff); write well-formed Unicode"
+            raise DataError(reason, field=field.encode(errors="replace").decode()) from None
+
+
 def table_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[int, dict[str, str]]]:
-    """Numbered rows of a CSV (quoted fields) or TSV (no quoting) file.
+    """Numbered rows of a CSV (quoted fields, which may span lines) or TSV (no quoting) file.
 
     Args:
         path: ends in .csv or .tsv.
         columns: names of the columns if the first line is no header.
 
     Raises:
-        DataError: a row with more or fewer fields than the header.
+        DataError: a row with more or fewer fields than the header, or broken quotes, by the line it begins in; a
+            column that is there twice.
     """
-    tabs = path.suffix.lower() == ".tsv"
+    header = columns
+    if header is not None:
+        _check_header(header, path, None)
+    for line, fields in _tab_fields(path) if path.suffix.lower() == ".tsv" else _comma_fields(path):
+        if header is None:
+            header = tuple(name.strip() for name in fields)
+            _check_header(header, path, line)
+            continue
+        if len(fields) != len(header):
+            reason = f"{len(fields)} fields where the header has {len(header)} ({', '.join(header)})"
+            raise DataError(reason, file=path, line=line)
+        yield line, dict(zip(header, fields, strict=True))
+
+
+def _check_header(header: tuple[str, ...], path: Path, line: int | None) -> None:
+    for name in header:
+        if name and header.count(name) > 1:
+            raise DataError(f"two columns have this name ({', '.join(header)})", file=path, line=line, field=name)
+
+
+def _tab_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+    for number, text in lines(path):
+        if text:
+            yield number, text.split("\t")
+
+
+def _comma_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
     place = [0]
 
     def numbered() -> Iterator[str]:
@@ -75,12 +155,8 @@ def table_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[in
             place[0] = number
             yield text + "\n"
 
-    if tabs:
-        reader = csv.reader(numbered(), delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None)
-    else:
-        reader = csv.reader(numbered(), strict=True)
     csv.field_size_limit(MAX_LINE_BYTES)
-    header = columns
+    reader = csv.reader(numbered(), strict=True)
     while True:
         first = place[0] + 1
         try:
@@ -88,24 +164,20 @@ def table_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[tuple[in
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"not CSV: {error}", file=path, line=place[0]) from None
-        if not fields:
-            continue
-        if header is None:
-            header = tuple(name.strip() for name in fields)
-            continue
-        if len(fields) != len(header):
-            reason = f"{len(fields)} fields where the header has {len(header)} ({', '.join(header)})"
-            raise DataError(reason, file=path, line=first)
-        yield first, dict(zip(header, fields, strict=True))
+            # The csv module goes on with advice for programmers after a dash.
+            reason = f"not CSV: {str(error).partition(' - ')[0]}; quote a field that holds quotes or line ends"
+            raise DataError(reason, file=path, line=first) from None
+        if fields:
+            yield first, fields
 
 
 def detect(path: Path) -> str:
     """The format of a file by its ending and, for JSONL, its first row.
 
     Raises:
-        DataError: nothing known; what is known is named.
+        DataError: no such file, or nothing known; what is known is named.
     """
+    check_file(path)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
         return "labelled"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from steelyard.data.rows import Conversation, TokenRow
 from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.text.chat_template import ChatTemplate
+from steelyard.text.prompt import segment_tokens
 from steelyard.text.tokenizer import Tokenizer
 
 TOO_LONG = ("error", "truncate", "drop")
@@ -45,16 +46,14 @@ def tokenize(
         return rows
     if template is None:
         raise CheckpointError("this model has no chat template, which chat rows need; train an instruct model")
-    rendered = template.render_segments(
-        [[{"role": message.role, "content": message.content} for message in chat.messages] for chat in chats]
-    )
+    turns = [[{"role": message.role, "content": message.content} for message in chat.messages] for chat in chats]
+    rendered = segment_tokens(tokenizer, template, turns)
     for chat, segments in zip(chats, rendered, strict=True):
         answers = iter([message.trained for message in chat.messages if message.role == "assistant"])
         tokens: list[int] = []
         trained: list[bool] = []
-        for segment in segments:
-            ids = tokenizer.encode(segment.text)
-            counts = segment.trained and next(answers)
+        for ids, spoken in segments:
+            counts = spoken and next(answers)
             tokens += ids
             trained += [counts] * len(ids)
         if len(tokens) > max_length and too_long == "error":

@@ -176,7 +176,8 @@ def run(
     started = time.perf_counter()
     learnt = learn(base, collection, folder, labels=labels, seed=seed, epochs=3, tell=tell, curve=True)
     tell.note("serving the int8 model and asking it through the openai SDK")
-    served_ok, answers = serve_and_ask(learnt.int8, base, folder / "data" / "held_out.jsonl", learnt.format)
+    held_out, log = folder / "data" / "held_out.jsonl", folder / "server.log"
+    served_ok, answers = serve_and_ask(learnt.int8, base, held_out, learnt.format, log)
     figures: dict[str, Any] = {
         "accuracy": _each(learnt.stages, "accuracy"),
         "mcc": _each(learnt.stages, "mcc"),

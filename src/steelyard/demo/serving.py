@@ -20,8 +20,8 @@ QUESTION = "In one sentence: what is a steelyard balance?"
 
 
 @contextlib.contextmanager
-def serving(*checkpoints: Path) -> Iterator[tuple[str, str]]:
-    """Serve checkpoints while the block runs; yields the base URL and the key.
+def serving(log: Path, *checkpoints: Path) -> Iterator[tuple[str, str]]:
+    """Serve checkpoints while the block runs, logging to `log`; yields the base URL and the key.
 
     Raises:
         EngineUnavailableError: the server does not come up; its log says why.
@@ -29,12 +29,13 @@ def serving(*checkpoints: Path) -> Iterator[tuple[str, str]]:
     key = f"sk-demo-{secrets.token_hex(8)}"
     command = [sys.executable, "-m", "steelyard", "serve", *map(str, checkpoints), "--port", "0", "--json"]
     environment = {**os.environ, "STEELYARD_API_KEY": key}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    with log.open("w") as errors:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
     try:
         assert server.stdout is not None, "stdout is a pipe"
         line = server.stdout.readline()
         if not line.startswith("{"):
-            raise EngineUnavailableError("the server did not start; the lines above say why")
+            raise EngineUnavailableError(f"the server did not start; '{log}' says why")
         yield json.loads(line)["url"], key
     finally:
         server.terminate()
@@ -44,9 +45,17 @@ def serving(*checkpoints: Path) -> Iterator[tuple[str, str]]:
 
 
 def serve_and_ask(
-    tuned: Path, base: Path, held_out: Path, format_: FormatConfig, asked: int = ASKED
+    tuned: Path, base: Path, held_out: Path, format_: FormatConfig, log: Path, asked: int = ASKED
 ) -> tuple[bool, list[tuple[str, str]]]:
     """Classify held-out messages with the tuned model, and stream one answer of the base model.
+
+    Args:
+        tuned: a checkpoint that answers with a label.
+        base: a checkpoint that chats.
+        held_out: labelled rows.
+        format_: how they are read and asked.
+        log: gets the server's log.
+        asked: how many rows to ask.
 
     Returns:
         Whether everything was answered well (labels only, nine in ten right, a stream in several pieces with its
@@ -59,7 +68,7 @@ def serve_and_ask(
     rows = chat.read(held_out, format_)[:asked]
     answers: list[tuple[str, str]] = []
     right = 0
-    with serving(tuned, base) as (url, key), openai.OpenAI(base_url=url, api_key=key, max_retries=0) as client:
+    with serving(log, tuned, base) as (url, key), openai.OpenAI(base_url=url, api_key=key, max_retries=0) as client:
         served = {model.id for model in client.models.list()}
         for row in rows:
             text = row.messages[-2].content

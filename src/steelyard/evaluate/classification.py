@@ -20,6 +20,7 @@ from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.text.chat_template import ChatTemplate
+from steelyard.text.prompt import prompt_tokens, segment_tokens
 from steelyard.text.tokenizer import Tokenizer
 
 PACK_TOKENS = 2048
@@ -46,13 +47,15 @@ def questions(
     if not conversations:
         return []
     turns = [[{"role": m.role, "content": m.content} for m in chat.messages] for chat in conversations]
-    prompts = template.render_many(
-        [([turn for turn in chat if turn is not chat[-1] or turn["role"] != "assistant"], True) for chat in turns]
-    )
-    asked = [turn for turn in turns[0] if turn["role"] != "assistant"]
-    rendered = template.render_segments([[*asked, {"role": "assistant", "content": label}] for label in labels])
-    answers = [tokenizer.encode("".join(part.text for part in parts if part.trained)) for parts in rendered]
-    return [Question(tokenizer.encode(prompt), answers) for prompt in prompts]
+    before = [chat[:-1] if chat[-1]["role"] == "assistant" else chat for chat in turns]
+    prompts = prompt_tokens(tokenizer, template, before)
+    answered = [[*before[0], {"role": "assistant", "content": label}] for label in labels]
+    answers = [_last_spoken(parts) for parts in segment_tokens(tokenizer, template, answered)]
+    return [Question(prompt, answers) for prompt in prompts]
+
+
+def _last_spoken(parts: Sequence[tuple[list[int], bool]]) -> list[int]:
+    return next(tokens for tokens, spoken in reversed(parts) if spoken)
 
 
 @torch.inference_mode()

@@ -97,8 +97,9 @@ class Engine:
             raise RequestError(f"request id '{request.id}' is in use", param="id")
         if not request.prompt:
             raise RequestError("the prompt is empty", param="prompt")
-        if not 1 <= request.n <= MAX_CHOICES or request.sampling.max_tokens < 1:
-            raise RequestError(f"n must be 1 to {MAX_CHOICES} and max_tokens at least 1", param="n")
+        if not 1 <= request.n <= MAX_CHOICES:
+            raise RequestError(f"n must be 1 to {MAX_CHOICES}", param="n")
+        sampling.check(request.sampling)
         if request.adapter is not None and request.adapter not in self.adapters:
             raise RequestError(f"adapter '{request.adapter}' is not loaded", param="model", code="model_not_found")
         if len(request.prompt) >= self.context:
@@ -136,11 +137,8 @@ class Engine:
             return []
         logits = self.runner.run(batch)
         drawing = self._advance(batch)
-        try:
-            drawn = sampling.draw(logits, [_row(sequence) for sequence in drawing])
-        except FloatingPointError as error:
-            return self._fail({sequence.request.id for sequence in drawing}, str(error))
-        return [self._deliver(*pair) for pair in zip(drawing, drawn, strict=True)]
+        drawn = sampling.draw(logits, [_row(sequence) for sequence in drawing])
+        return [output for pair in zip(drawing, drawn, strict=True) for output in self._deliver(*pair)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Run requests to their end, yielding what each step adds.
@@ -167,13 +165,18 @@ class Engine:
             work.sequence.computed += work.count
         return drawing
 
-    def _deliver(self, sequence: Sequence, drawn: sampling.Drawn) -> Output:
+    def _deliver(self, sequence: Sequence, drawn: sampling.Drawn | None) -> list[Output | Failure]:
+        if sequence.request.id not in self.sequences:
+            return []  # another choice of it has just failed
+        if drawn is None:
+            self.abort(sequence.request.id)
+            return [Failure(sequence.request.id, "the model's logits are not finite")]
         text = sequence.append(drawn.token, self.tokenizer.eos_ids, self.context)
         if sequence.finish_reason is not None:
             self.scheduler.remove(sequence)
             if all(choice.finish_reason is not None for choice in self.sequences[sequence.request.id]):
                 del self.sequences[sequence.request.id]
-        return Output(
+        output = Output(
             id=sequence.request.id,
             choice=sequence.choice,
             text=text,
@@ -183,17 +186,13 @@ class Engine:
             prompt_tokens=len(sequence.request.prompt),
             completion_tokens=sequence.generated,
         )
+        return [output]
 
     def _logprobs(self, drawn: sampling.Drawn) -> list[TokenLogprob] | None:
         if drawn.logprob is None:
             return None
         top = [(token, self.tokenizer.token_text(token), value) for token, value in drawn.top]
         return [TokenLogprob(drawn.token, self.tokenizer.token_text(drawn.token), drawn.logprob, top)]
-
-    def _fail(self, ids: set[str], reason: str) -> list[Output | Failure]:
-        for request_id in ids:
-            self.abort(request_id)
-        return [Failure(request_id, reason) for request_id in sorted(ids)]
 
 
 def _row(sequence: Sequence) -> sampling.Row:

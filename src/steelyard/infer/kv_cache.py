@@ -59,6 +59,10 @@ class KVCache:
         self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
         self.block_size = block_size
 
+    def begin(self, blocks: list[int]) -> None:
+        """Forget what former holders left in these blocks: a weight of 0 does not hide a value that is not finite."""
+        self.values[:, torch.tensor(blocks, dtype=torch.int64)] = 0
+
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
         """Memory of one token's keys and values over all layers."""
@@ -82,23 +86,28 @@ class PagedAttention:
     def __init__(self, cache: KVCache, spans: Items[Span]) -> None:
         self.cache, size = cache, cache.block_size
         slots, start = [], 0
+        begun: list[int] = []
         self.prefill: list[tuple[int, Span, torch.Tensor]] = []
         decode: list[tuple[int, Span]] = []
         for span in spans:
             table = torch.tensor(span.block_table)
             place = torch.arange(span.computed, span.computed + span.count)
             slots.append(table[place // size] * size + place % size)
+            begun += span.block_table[-(-span.computed // size) : -(-(span.computed + span.count) // size)]
             if span.count == 1:
                 decode.append((start, span))
             else:
                 self.prefill.append((start, span, table))
             start += span.count
         self.slots = torch.cat(slots)
+        if begun:
+            cache.begin(begun)
         self.decode_places = torch.tensor([place for place, _ in decode], dtype=torch.int64)
         self.lengths = torch.tensor([span.computed + 1 for _, span in decode], dtype=torch.int64)
         if decode:
             blocks = int((self.lengths.max() + size - 1) // size)
-            padded = [(span.block_table + [0] * blocks)[:blocks] for _, span in decode]
+            # Padded with a block of its own: a row touches nobody else's values.
+            padded = [(span.block_table + span.block_table[:1] * blocks)[:blocks] for _, span in decode]
             self.tables = torch.tensor(padded)
             self.places = torch.arange(blocks * size)
 

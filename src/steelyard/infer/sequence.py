@@ -51,4 +51,6 @@ class Sequence:
                 self.finish_reason = "stop"
             else:
                 text += self.stop_strings.flush()
+                if self.stop_strings.stopped:
+                    self.finish_reason = "stop"
         return text

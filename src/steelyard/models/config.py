@@ -18,6 +18,7 @@ from steelyard.errors import CheckpointError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+MAX_LAYERS, MAX_SIZE = 1024, 1 << 24  # a file cannot make us build more
 
 
 class Rope(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +97,8 @@ def parse(raw: Mapping[str, Any]) -> DecoderConfig:
         raise CheckpointError(f"config.json: hidden_act '{activation}' is not known here; known: silu")
     try:
         width, layers, heads = int(raw["hidden_size"]), int(raw["num_hidden_layers"]), int(raw["num_attention_heads"])
+        if not 1 <= layers <= MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers must be 1 to {MAX_LAYERS}, not {layers}")
         config = DecoderConfig(
             model_type=model_type,
             vocabulary=int(raw["vocab_size"]),
@@ -103,7 +106,7 @@ def parse(raw: Mapping[str, Any]) -> DecoderConfig:
             layers=layers,
             heads=heads,
             kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_width=int(raw.get("head_dim") or width // heads),
+            head_width=int(raw.get("head_dim") or width // max(heads, 1)),
             feed_forward=int(raw["intermediate_size"]),
             norm_epsilon=float(raw.get("rms_norm_eps", 1e-6)),
             context=int(raw.get("max_position_embeddings", 2048)),
@@ -118,12 +121,19 @@ def parse(raw: Mapping[str, Any]) -> DecoderConfig:
         )
     except KeyError as error:
         raise CheckpointError(f"config.json: field {error} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"config.json: {error}") from None
-    if min(config.vocabulary, width, layers, heads, config.kv_heads, config.head_width, config.feed_forward) < 1:
-        raise CheckpointError("config.json: every size must be at least 1")
+    sizes = (config.vocabulary, width, heads, config.kv_heads, config.head_width, config.feed_forward, config.context)
+    if min(sizes) < 1 or max(sizes) > MAX_SIZE:
+        raise CheckpointError(f"config.json: every size must be at least 1 and at most {MAX_SIZE}")
     if config.heads % config.kv_heads or config.head_width % 2 or len(config.windows) != layers:
         raise CheckpointError("config.json: heads must divide by key-value heads, and each head's width by 2")
+    if config.quantization is not None and not isinstance(config.quantization, dict):
+        raise CheckpointError("config.json: quantization_config must be an object")
+    try:
+        rotary_frequencies(config)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"config.json: rope scaling '{config.rope.kind}' lacks or has a wrong {error}") from None
     return config
 
 

@@ -17,16 +17,19 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 LIMIT = 127  # symmetric: -128 is never used
+TINY = torch.finfo(torch.float32).tiny  # below it a scale has no inverse
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each row of `[T, M]` to int8 by its largest magnitude.
 
     Returns:
-        `[T, M]` int8 in -127..127 and `[T, 1]` float32 scales, with x ~ q * scale. A row of zeros has scale 0.
+        `[T, M]` int8 in -127..127 and `[T, 1]` float32 scales, with x ~ q * scale. A row of zeros has scale 0, and so
+        has one of magnitudes below 1.5e-36.
     """
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True) / LIMIT
+    scale.masked_fill_(scale < TINY, 0.0)
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     return (wide * inverse).round_().clamp_(-LIMIT, LIMIT).to(torch.int8), scale
 

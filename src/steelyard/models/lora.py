@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from steelyard.checkpoint.manifest import kind_of, read_json
-from steelyard.errors import CheckpointError
+from steelyard.errors import CheckpointError, ConfigError
 from steelyard.models.decoder import Decoder
 
 PREFIX = "base_model.model."
@@ -38,6 +38,14 @@ HONOURED: dict[str, tuple[object, ...]] = {
     "alpha_pattern": ({}, None),
     "modules_to_save": (None, []),
     "lora_bias": (False, None),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    # The others (PiSSA, OLoRA, CorDA, LoftQ) change the base's weights when they begin.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -76,15 +84,21 @@ class Adapter:
             targets: last names such as `q_proj`.
             dropout: see the class.
             generator: draws A.
+
+        Raises:
+            ConfigError: a target that is no layer of this model.
         """
         pairs = {}
-        for name, layer in decoder.named_modules():
-            if isinstance(layer, nn.Linear) and name.rsplit(".", 1)[-1] in targets:
-                bound = 1 / math.sqrt(layer.in_features)  # kaiming_uniform(a=sqrt(5)), as the paper's code and PEFT
-                a = (torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) * bound
-                pairs[name] = (a.to(decoder.dtype), torch.zeros(layer.out_features, rank, dtype=decoder.dtype))
-        if not pairs:
-            raise CheckpointError(f"no linear layer of this model is called {' or '.join(targets)}")
+        sizes = linear_sizes(decoder)
+        known = sorted({name.rsplit(".", 1)[-1] for name in sizes})
+        for target in targets:
+            if target not in known:
+                raise ConfigError(f"no layer called '{target}' can have an adapter; this model has: {', '.join(known)}")
+        for name, (outputs, inputs) in sizes.items():
+            if name.rsplit(".", 1)[-1] in targets:
+                bound = 1 / math.sqrt(inputs)  # kaiming_uniform(a=sqrt(5)), as the paper's code and PEFT
+                a = (torch.rand(rank, inputs, generator=generator) * 2 - 1) * bound
+                pairs[name] = (a.to(decoder.dtype), torch.zeros(outputs, rank, dtype=decoder.dtype))
         return cls(pairs, alpha, dropout)
 
     def add(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -154,12 +168,16 @@ def _pairs(
     tensors: dict[str, torch.Tensor], decoder: Decoder, folder: Path
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     sizes = linear_sizes(decoder)
+    if not tensors:
+        raise CheckpointError(f"'{folder}' holds no weights: it is no adapter")
     names = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in tensors}
     pairs = {}
     for name in sorted(names):
         a, b = (tensors.get(f"{PREFIX}{name}.lora_{side}.weight") for side in "AB")
         if name not in sizes or a is None or b is None:
-            raise CheckpointError(f"'{folder}': '{name}' is no linear layer of the base model, or lacks its A or B")
+            raise CheckpointError(
+                f"'{folder}': '{name}' is no layer of the base model that can have an adapter, or lacks its A or B"
+            )
         outputs, inputs = sizes[name]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] > MAX_RANK:
             raise CheckpointError(f"'{folder}': '{name}' is no pair of matrices of rank at most {MAX_RANK}")
@@ -169,15 +187,18 @@ def _pairs(
                 "this adapter belongs to another model"
             )
         pairs[name] = (a.to(decoder.dtype), b.to(decoder.dtype))
+    extra = tensors.keys() - {f"{PREFIX}{name}.lora_{side}.weight" for name in pairs for side in "AB"}
+    if extra:
+        raise CheckpointError(f"'{folder}': '{min(extra)}' is not known here")
     return pairs
 
 
 def linear_sizes(decoder: Decoder) -> dict[str, tuple[int, int]]:
-    """`(outputs, inputs)` of every linear layer, dense or quantised, by name."""
+    """`(outputs, inputs)` of every linear layer that can have an adapter, dense or quantised, by name."""
     return {
         name: (layer.weight.shape[0], layer.weight.shape[1])
         for name, layer in decoder.named_modules()
-        if name.rsplit(".", 1)[-1].endswith(("_proj", "lm_head"))
+        if name.endswith("_proj")
     }
 
 

@@ -86,32 +86,54 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def _check_quantization(quantization: Mapping[str, Any], folder: Path) -> None:
     method = quantization.get("quant_method")
-    groups = quantization.get("config_groups", {}).values()
-    for group in groups:
-        weights = group.get("weights") or {}
-        known = weights.get("num_bits") == 8 and weights.get("type") == "int" and weights.get("symmetric", True)
-        if not known or weights.get("strategy") != "channel":
-            raise CheckpointError(f"'{folder}': only int8 weights, symmetric, per channel, are read; it has {weights}")
     if method != "compressed-tensors":
         raise CheckpointError(f"'{folder}': quantisation '{method}' is not known here; known: compressed-tensors")
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else [groups]:
+        weights, activations = _scheme(group, "weights"), _scheme(group, "input_activations")
+        if not _is_symmetric_int8(weights) or weights.get("strategy") != "channel":
+            raise CheckpointError(f"'{folder}': only int8 weights, symmetric, per channel, are read; it has {weights}")
+        per_token = _is_symmetric_int8(activations) and activations.get("strategy") == "token"
+        # An embedding looks rows up: it has no activations.
+        embedding = isinstance(group, dict) and group.get("targets") == ["Embedding"]
+        if not embedding and not (per_token and activations.get("dynamic")):
+            raise CheckpointError(
+                f"'{folder}': only int8 activations, symmetric, per token, dynamic, are computed; it has {activations}"
+            )
+
+
+def _scheme(group: Any, part: str) -> dict[str, Any]:
+    found = group.get(part) if isinstance(group, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _is_symmetric_int8(scheme: dict[str, Any]) -> bool:
+    return scheme.get("num_bits") == 8 and scheme.get("type") == "int" and bool(scheme.get("symmetric", True))
 
 
 def _place_int8(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Replace the layers whose stored weights are int8, and hand them their tensors."""
-    for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]:
+    layers = dict(decoder.named_modules())
+    # Sorted: a head that is stored beside an embedding tied to it comes first, and gives way.
+    for name in sorted(name for name, tensor in tensors.items() if tensor.dtype == torch.int8):
         path = name.removesuffix(".weight")
+        layer = layers.get(path)
+        if not isinstance(layer, nn.Linear | nn.Embedding):
+            raise CheckpointError(f"'{name}' is int8 and is no weight of a linear layer or an embedding")
         weight, scale = tensors.pop(name), tensors.pop(f"{path}.weight_scale", None)
-        if scale is None or scale.shape != (weight.shape[0], 1):
+        if weight.shape != layer.weight.shape:
+            raise CheckpointError(f"'{path}' is {tuple(weight.shape)}, config.json says {tuple(layer.weight.shape)}")
+        if scale is None or not scale.is_floating_point() or scale.shape != (weight.shape[0], 1):
             raise CheckpointError(f"'{path}' is int8 without a scale per output channel")
-        expected = decoder.get_parameter(name).shape
-        if weight.shape != expected:
-            raise CheckpointError(f"'{path}' is {tuple(weight.shape)}, config.json says {tuple(expected)}")
+        bias, expected = tensors.pop(f"{path}.bias", None), getattr(layer, "bias", None)
+        if (None if bias is None else bias.shape) != (None if expected is None else expected.shape):
+            raise CheckpointError(f"'{path}' has another bias than config.json says")
         if path == "model.embed_tokens":
             decoder.model.embed_tokens = Int8Embedding(weight, scale, dtype)  # type: ignore[assignment]
             if decoder.config.tied:
                 decoder.lm_head = Int8Linear(weight, scale, None, dtype)  # type: ignore[assignment]
         else:
-            decoder.set_submodule(path, Int8Linear(weight, scale, tensors.pop(f"{path}.bias", None), dtype))
+            decoder.set_submodule(path, Int8Linear(weight, scale, bias, dtype))
 
 
 def _assign(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
@@ -131,7 +153,7 @@ def _assign(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dty
             )
         path, _, leaf = name.rpartition(".")
         setattr(decoder.get_submodule(path), leaf, nn.Parameter(tensors[name].to(dtype), requires_grad=False))
-    if decoder.config.tied and isinstance(decoder.model.embed_tokens, nn.Embedding):
+    if decoder.config.tied and isinstance(decoder.lm_head, nn.Linear):
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
 
 

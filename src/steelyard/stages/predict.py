@@ -16,6 +16,7 @@ from steelyard.evaluate import classification
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
 from steelyard.models.opening import Opened, open_checkpoint
+from steelyard.text.prompt import prompt_tokens
 
 
 def predict(
@@ -92,7 +93,7 @@ def _answer(
 ) -> Iterator[dict[str, Any]]:
     if opened.template is None:
         raise CheckpointError("this model has no chat template, which chat rows need; use an instruct model")
-    prompts = []
+    chats = []
     for line, row in rows:
         messages = row.get("messages")
         valid = isinstance(messages, list) and all(
@@ -102,7 +103,8 @@ def _answer(
         if not valid or not messages:
             raise DataError("a list of {role, content} is needed", file=data, line=line, field="messages")
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        prompts.append(opened.tokenizer.encode(opened.template.render(asked)))
+        chats.append([{"role": turn["role"], "content": turn["content"]} for turn in asked])
+    prompts = prompt_tokens(opened.tokenizer, opened.template, chats)
     adapters = {} if opened.adapter is None else {"adapter": opened.adapter}
     engine = Engine(opened.decoder, opened.tokenizer, adapters)
     sampling = Sampling(max_tokens=max_tokens, temperature=0)

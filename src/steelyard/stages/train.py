@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from steelyard.evaluate.likelihood import negative_log_likelihood
 from steelyard.models import weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
-from steelyard.runs import Run
+from steelyard.runs import Run, clear
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora
@@ -70,17 +69,14 @@ def train(
         ConfigError: a setting; the key is named.
         DataError: a row; file, line and field are named.
         CheckpointError: the base model.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the run cannot go on.
     """
     check(config)
     base = resolve(config.model)
-    learnt, validation = _conversations(config)
-    config = msgspec.structs.replace(config, data=_with_labels(config, learnt))
+    config, learnt, validation = _conversations(config)
     output = Path(config.output)
-    if fresh and output.is_dir():
-        if not (output / "config.json").is_file() and any(output.iterdir()):
-            raise ConfigError(f"'{output}' is not a run's folder: --fresh will not empty it")
-        shutil.rmtree(output)
+    if fresh:
+        clear(output)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer, template = Tokenizer.load(base), ChatTemplate.load(base)
@@ -89,7 +85,7 @@ def train(
     run = Run(output, msgspec.to_builtins(config))
     try:
         decoder = weights.load(base, DTYPES[config.dtype])
-        _check_dense(decoder, config.method)
+        _check_dense(decoder)
         adapter = lora.start(decoder, config.lora, config.seed) if config.method == "lora" else None
         evaluator = _evaluator(validation_rows, validation, config, tokenizer, template)
         lineage = Lineage(base=base.resolve(), parent=manifest.read(base).id, data=_digests(config))
@@ -122,18 +118,24 @@ def resolve(model: str) -> Path:
     return path if path.is_dir() or ":" not in model else pull(model, cache=default_cache())
 
 
-def _check_dense(decoder: Decoder, method: str) -> None:
-    if method == "full" and any(not tensor.is_floating_point() for tensor in decoder.buffers()):
-        raise ConfigError("method full cannot train a quantised model: take its parent, or method lora")
+def _check_dense(decoder: Decoder) -> None:
+    if any(not tensor.is_floating_point() for tensor in decoder.buffers()):
+        raise ConfigError("a quantised model cannot be trained, no gradient passes its rounding: take its parent")
 
 
-def _conversations(config: TrainConfig) -> tuple[list[Conversation], list[Conversation]]:
+def _conversations(config: TrainConfig) -> tuple[TrainConfig, list[Conversation], list[Conversation]]:
+    """The rows to learn from and to validate on; and the configuration with the data's labels spelt out, so that the
+    validation file is asked the same question, and the checkpoint knows what it can answer.
+    """
+    rows = chat.read(Path(config.data.train), config.data)
     data = config.data
-    rows = chat.read(Path(data.train), data)
+    if rows[0].label is not None and not data.labels:
+        data = msgspec.structs.replace(data, labels=classification.labels_of(rows))
+        config = msgspec.structs.replace(config, data=data)
     if data.deduplicate:
         rows = remove_duplicates(rows)
     if data.validation is None:
-        return split(rows, data.holdout, config.seed)
+        return (config, *split(rows, data.holdout, config.seed))
     if data.holdout:
         raise ConfigError("data.holdout and data.validation exclude each other: leave one out")
     held = chat.read(Path(data.validation), data)
@@ -143,14 +145,7 @@ def _conversations(config: TrainConfig) -> tuple[list[Conversation], list[Conver
             twin = learnt[row.prompt_key]
             reason = f"the same text is in the training file, line {twin.line}: the validation would be too kind"
             raise DataError(reason, file=row.file, line=row.line)
-    return rows, held
-
-
-def _with_labels(config: TrainConfig, learnt: list[Conversation]) -> Any:
-    """The data's configuration with its labels spelt out, so that the checkpoint knows what it can answer."""
-    if config.data.labels or learnt[0].label is None:
-        return config.data
-    return msgspec.structs.replace(config.data, labels=classification.labels_of(learnt))
+    return config, rows, held
 
 
 def _evaluator(

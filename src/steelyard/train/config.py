@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
 
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError
+from steelyard.models.lora import MAX_RANK
 from steelyard.train import optimizers, schedules
 from steelyard.train.lora import LoraConfig
 from steelyard.train.optimizers import OptimizerConfig
@@ -51,8 +53,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of an optimizer step; 0 means all rows (as gd does)."""
     micro_batch_tokens: int = 4096
     """Most tokens of a forward pass; a larger batch is accumulated over several, with the same result."""
-    clip: float | None = 1.0
-    """Largest norm of the gradient; unset leaves it alone."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it alone."""
     evaluate_every: int = 0
     """Steps between evaluations; 0 means once an epoch."""
     checkpoint_every: int = 50
@@ -77,12 +79,18 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"{key} must be at least {least}, not {getattr(config, key)}")
     if config.evaluate_every < 0:
         raise ConfigError(f"evaluate_every must be at least 0, not {config.evaluate_every}")
-    if config.clip is not None and not config.clip > 0:
-        raise ConfigError(f"clip must be above 0, not {config.clip}; leave it out to not clip")
+    if not 0 <= config.clip < math.inf:
+        raise ConfigError(f"clip must be at least 0, not {config.clip}; 0 does not clip")
+    if not 0 <= config.seed < 1 << 63:
+        raise ConfigError(f"seed must be 0 to 2**63 - 1, not {config.seed}")
+    if config.threads is not None and config.threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {config.threads}")
     if config.data.max_length < 2 or config.data.holdout < 0:
         raise ConfigError("data.max_length must be at least 2 and data.holdout at least 0")
-    if config.lora.rank < 1 or not 0 <= config.lora.dropout < 1 or not config.lora.targets:
-        raise ConfigError("lora.rank must be at least 1, lora.dropout in [0, 1), and lora.targets not empty")
+    if not 1 <= config.lora.rank <= MAX_RANK:
+        raise ConfigError(f"lora.rank must be 1 to {MAX_RANK}, not {config.lora.rank}")
+    if not 0 < config.lora.alpha < math.inf or not 0 <= config.lora.dropout < 1 or not config.lora.targets:
+        raise ConfigError("lora.alpha must be above 0, lora.dropout in [0, 1), and lora.targets not empty")
     if config.optimizer.name == "gd" and config.batch_size != 0:
         raise ConfigError(
             "optimizer gd descends the gradient of all rows: set batch_size = 0 (or take sgd for batches of rows)"

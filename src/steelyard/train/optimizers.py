@@ -15,6 +15,7 @@ docs/algorithms.md states them at length. Knows nothing of models or schedules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,7 +53,10 @@ class GradientDescent(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step down the gradient."""
-        loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for theta in group["params"]:
                 if theta.grad is not None:
@@ -119,8 +123,12 @@ def check(config: OptimizerConfig) -> None:
         if getattr(config, field) is not None and field not in takes:
             known = ", ".join(sorted(takes)) or "none but learning_rate"
             raise ConfigError(f"optimizer.{field} means nothing to {config.name}; its settings: {known}")
-    if not config.learning_rate > 0:
+    if not 0 < config.learning_rate < math.inf:
         raise ConfigError(f"optimizer.learning_rate must be above 0, not {config.learning_rate}")
+    for field in ("momentum", "epsilon", "weight_decay"):
+        value = getattr(config, field)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"optimizer.{field} must be at least 0, not {value}")
     if config.nesterov and config.momentum == 0:
         raise ConfigError("optimizer.nesterov needs a momentum above 0")
     if not all(0 <= beta < 1 for beta in _betas(config)):

@@ -33,7 +33,7 @@ def check(config: ScheduleConfig) -> None:
     """Raise ConfigError for what `factor` cannot compute."""
     if config.name not in SHAPES:
         raise ConfigError(f"schedule.name '{config.name}' is not known; known: {', '.join(SHAPES)}")
-    if config.warmup < 0 or not 0 <= config.floor <= 1:
+    if not 0 <= config.warmup < math.inf or not 0 <= config.floor <= 1:
         raise ConfigError("schedule.warmup must be at least 0, schedule.floor between 0 and 1")
 
 

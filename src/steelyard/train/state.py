@@ -1,6 +1,6 @@
 """The resumable state of a run: masters, optimizer, random generator, position. Written whole, checked when read.
 
-    state/step-00000150/tensors.safetensors    state.json (with the sha256 of the tensors)
+    state/step-00000150/tensors.safetensors    state.json    SHA256SUMS (of both)
 
 Two are kept: one that is damaged falls back to the one before.
 """
@@ -22,6 +22,7 @@ from steelyard.checkpoint.manifest import sha256_file
 
 log = logging.getLogger(__name__)
 KEPT = 2
+SUMS = "SHA256SUMS"
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
@@ -29,8 +30,8 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], info: dict[s
     with folder_aside(folder / f"step-{step:08d}") as aside:
         # Tensors may share memory (tied weights): safetensors stores each by itself.
         save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, aside / "tensors.safetensors")
-        content = {**info, "step": step, "sha256": sha256_file(aside / "tensors.safetensors")}
-        (aside / "state.json").write_text(json.dumps(content))
+        (aside / "state.json").write_text(json.dumps({**info, "step": step}))
+        (aside / SUMS).write_text(_sums(aside))
     for old in _steps(folder)[:-KEPT]:
         shutil.rmtree(old)
 
@@ -42,11 +43,10 @@ def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     sweep(folder)
     for path in reversed(_steps(folder)):
         try:
-            info = json.loads((path / "state.json").read_text())
-            if sha256_file(path / "tensors.safetensors") != info["sha256"]:
-                raise ValueError("its digest differs")
-            return load_file(path / "tensors.safetensors"), info
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if (path / SUMS).read_bytes() != _sums(path).encode():
+                raise ValueError("its digests differ")
+            return load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text())
+        except (OSError, ValueError) as error:
             log.warning("the state '%s' is damaged (%s); falling back to the one before", path, error)
             shutil.rmtree(path)
     return None
@@ -71,6 +71,11 @@ def restore(optimizer: torch.optim.Optimizer, tensors: Iterable[tuple[str, torch
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sums(path: Path) -> str:
+    """What `sha256sum` prints of the state's files."""
+    return "".join(f"{sha256_file(path / name)}  {name}\n" for name in ("tensors.safetensors", "state.json"))
 
 
 def _steps(folder: Path) -> list[Path]:

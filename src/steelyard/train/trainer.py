@@ -6,9 +6,10 @@ It is told what to learn from (token rows), what to change (an adapter, or all w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import msgspec
 import torch
 
 from steelyard.checkpoint import manifest
+from steelyard.checkpoint.atomic import sweep
 from steelyard.data.loader import Loader
 from steelyard.data.packing import Pack, bins, pack
 from steelyard.data.rows import TokenRow
@@ -99,23 +101,25 @@ class Trainer:
         """Train to the end, or until `stopping` is set; True at the end.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: loss or gradient are no longer finite, or the base or the data changed since the run began.
         """
-        self._deterministic()
-        self._resume()
-        while self.step < self.steps and not self.stopping:
-            started = time.perf_counter()
-            batch = [self.rows[index] for index in self.loader.next()]
-            loss = self._gradient(batch)
-            norm = self._clip()
-            rate = self._set_learning_rate()
-            self.optimizer.step()
-            self._publish()
-            self.step += 1
-            self._record(batch, loss, norm, rate, time.perf_counter() - started, report)
-            if self._due(self.config.evaluate_every or self.loader.batches_per_epoch):
-                self._evaluate()
-            if self._due(self.config.checkpoint_every) or self.stopping:
+        with _deterministic(self.config.seed):
+            self._resume()
+            while self.step < self.steps and not self.stopping:
+                started = time.perf_counter()
+                batch = [self.rows[index] for index in self.loader.next()]
+                loss = self._gradient(batch)
+                norm = self._clip()
+                rate = self._set_learning_rate()
+                self.optimizer.step()
+                self._publish()
+                self.step += 1
+                self._record(batch, loss, norm, rate, time.perf_counter() - started, report)
+                if self._due(self.config.evaluate_every or self.loader.batches_per_epoch):
+                    self._evaluate()
+                if self._due(self.config.checkpoint_every):
+                    self._save_state()
+            if self.step < self.steps:
                 self._save_state()
         return self.step == self.steps
 
@@ -130,17 +134,14 @@ class Trainer:
         for group in bins([len(row.tokens) for row in batch], self.config.micro_batch_tokens):
             loss = self._loss(pack([batch[index] for index in group])) / targets
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss)
+            total += float(loss.detach())
             for name, parameter in self.parameters.items():
                 if parameter.grad is not None:
                     master = self.masters[name]
                     wide = parameter.grad.float()
                     master.grad = wide if master.grad is None else master.grad + wide
                     parameter.grad = None
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss is {total} at step {self.step + 1}: lower optimizer.learning_rate or set clip, then rerun"
-            )
+        self._demand_finite("loss", total)
         return total
 
     def _loss(self, batch: Pack) -> torch.Tensor:
@@ -148,8 +149,17 @@ class Trainer:
         return cross_entropy(self.decoder, hidden_states.index_select(0, batch.places), batch.targets)
 
     def _clip(self) -> float:
-        limit = math.inf if self.config.clip is None else self.config.clip
-        return float(torch.nn.utils.clip_grad_norm_(self.masters.values(), limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip or math.inf))
+        self._demand_finite("norm of the gradient", norm)
+        return norm
+
+    def _demand_finite(self, what: str, value: float) -> None:
+        """Before a step: what is not finite never reaches the weights, nor a state."""
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {what} is {value} at step {self.step + 1}: "
+                "lower optimizer.learning_rate or clip, and rerun with --fresh"
+            )
 
     def _set_learning_rate(self) -> float:
         factor = schedules.factor(self.config.schedule, self.step, self.steps)
@@ -235,13 +245,20 @@ class Trainer:
         tensors |= state.flatten(self.optimizer)
         tensors["random"] = torch.get_rng_state()
         best = None if math.isinf(self.best) else self.best
-        state.save(self.run.folder / "state", self.step, tensors, {"loader": self.loader.state(), "best": best})
+        info = {"loader": self.loader.state(), "best": best, "lineage": self._origin()}
+        state.save(self.run.folder / "state", self.step, tensors, info)
 
     def _resume(self) -> None:
         """Go on from the newest undamaged state, if there is one."""
+        sweep(self.run.folder)
         found = state.load(self.run.folder / "state")
         if found is not None:
             tensors, info = found
+            if info["lineage"] != self._origin():
+                raise TrainingError(
+                    f"the base model or the data changed since the run in '{self.run.folder}' began: "
+                    "put them back, or --fresh to start over"
+                )
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master.{name}"])
             state.restore(self.optimizer, tensors.items())
@@ -258,8 +275,20 @@ class Trainer:
         if self.adapter is not None:
             self.adapter.training = on
 
-    def _deterministic(self) -> None:
-        """The same run gives the same weights: seeded, and no operator whose order of sums is left to chance."""
-        torch.manual_seed(self.config.seed)
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    def _origin(self) -> dict[str, Any]:
+        return {"parent": self.lineage.parent, "data": self.lineage.data}
+
+
+@contextlib.contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    """The same run gives the same weights: seeded, and no operator whose order of sums is left to chance."""
+    switches: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+    switches.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        switches.fill_uninitialized_memory = filled

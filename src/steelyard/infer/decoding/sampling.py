@@ -8,13 +8,28 @@ depends on nothing else: not on the batch, the chunking, nor on what was drawn b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from steelyard.errors import RequestError
 from steelyard.infer.request import Sampling
+
+MAX = (1 << 31) - 1
+RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, MAX),
+    "temperature": (0, MAX),
+    "top_p": (0, 1),
+    "top_k": (0, MAX),
+    "min_p": (0, 1),
+    "presence_penalty": (-MAX, MAX),
+    "frequency_penalty": (-MAX, MAX),
+    "logprobs": (0, MAX),
+}
+"""What each field may be, both ends included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +60,38 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return int(bits >> 11) * 2.0**-53
 
 
-def draw(logits: torch.Tensor, rows: list[Row]) -> list[Drawn]:
+def check(sampling: Sampling) -> None:
+    """Refuse what `draw` cannot compute.
+
+    Raises:
+        RequestError: the field is named.
+    """
+    for field, (least, most) in RANGES.items():
+        value = getattr(sampling, field)
+        if value is not None and not least <= value <= most:  # written so that NaN fails it, too
+            raise RequestError(f"{field} must be {least} to {most}, not {value}", param=field)
+    if not all(math.isfinite(bias) for bias in sampling.logit_bias.values()):
+        raise RequestError("logit_bias must be finite", param="logit_bias")
+
+
+def draw(logits: torch.Tensor, rows: list[Row]) -> list[Drawn | None]:
     """Draw one token per row.
 
     Args:
         logits: `[N, V]`, any float dtype.
         rows: N.
 
-    Raises:
-        FloatingPointError: a row of logits is not finite; the message names the row.
+    Returns:
+        N; None for a row whose logits are not finite.
     """
     logits = logits.float()
-    finite = logits.isfinite().all(-1)
-    if not bool(finite.all()):
-        raise FloatingPointError(f"row {int((~finite).nonzero()[0])}: the model's logits are not finite")
+    finite = logits.isfinite().all(-1).tolist()
     greedy = logits.argmax(-1).tolist()
-    drawn = []
+    drawn: list[Drawn | None] = []
     for index, row in enumerate(rows):
+        if not finite[index]:
+            drawn.append(None)
+            continue
         plain = not (row.sampling.logit_bias or row.sampling.presence_penalty or row.sampling.frequency_penalty)
         if row.sampling.temperature == 0 and plain:
             token = greedy[index]
@@ -104,7 +134,8 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor |
     Returns:
         Token ids in falling order of probability, or None for all of them in their own order; and the weights.
     """
-    probabilities = (logits.double() / sampling.temperature).softmax(-1)
+    # The largest is 0 before the division: the smallest temperature cannot make it overflow.
+    probabilities = ((logits.double() - logits.max().double()) / sampling.temperature).softmax(-1)
     tokens = None
     if 0 < sampling.top_k < len(logits):
         probabilities, tokens = probabilities.topk(sampling.top_k)
@@ -114,7 +145,9 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor |
         # Those before which the sum has not reached p yet; the first always stays.
         total = probabilities.sum()
         before = probabilities.cumsum(0) - probabilities
-        probabilities = torch.where(before < sampling.top_p * total, probabilities, 0.0)
+        beyond = before >= sampling.top_p * total
+        beyond[0] = False
+        probabilities = probabilities.masked_fill(beyond, 0.0)
     if sampling.min_p > 0:
         probabilities = torch.where(probabilities >= sampling.min_p * probabilities[0], probabilities, 0.0)
     return tokens, probabilities
