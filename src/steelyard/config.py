@@ -5,11 +5,12 @@ Knows no setting of its own: each stands in a struct beside the component that i
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,35 +34,49 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
         ConfigError: the file, the key and the nearest known key, or what the value should be.
     """
     if not path.is_file():
-        raise ConfigError(f"no file '{path}'")
+        raise ConfigError(f"no file '{path}'" + (": this is a folder" if path.is_dir() else ""))
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"'{path}' is over {MAX_BYTES >> 20} MB: this is no configuration")
     try:
-        raw = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raw = tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error.strerror}; check its permissions") from None
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise ConfigError(f"'{path}' is not TOML: {error}") from None
     return convert(raw, kind, overrides, str(path))
 
 
 def convert(raw: dict[str, Any], kind: type[T], overrides: Sequence[str] = (), source: str = "settings") -> T:
     """Build a struct from plain values; see `load`."""
-    for override in overrides:
-        _override(raw, override)
+    raw = assigned(raw, overrides)
     _check_keys(raw, kind, "", source)
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_plain(str(error))}") from None
+        raise ConfigError(f"{source}: {_plain(str(error), kind)}") from None
 
 
-def _override(raw: dict[str, Any], assignment: str) -> None:
+def assigned(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `raw` with `a.b=value` assignments done, keys unchecked.
+
+    Raises:
+        ConfigError: what is no assignment, or one into a value.
+    """
+    raw = copy.deepcopy(raw)
+    for override in overrides:
+        _assign(raw, override)
+    return raw
+
+
+def _assign(raw: dict[str, Any], assignment: str) -> None:
     path, equals, value = assignment.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):
         raise ConfigError(f"--set {assignment}: write it as table.key=value")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        # A line end would begin another assignment, which nobody asked for.
+        parsed = value if "\n" in value else tomllib.loads(f"value = {value}")["value"]
+    except (ValueError, RecursionError):
         parsed = value
     table = raw
     for key in keys[:-1]:
@@ -85,13 +100,36 @@ def _check_keys(raw: Any, kind: type[msgspec.Struct], where: str, source: str) -
     for key, value in raw.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            hint = f"did you mean '{where}{near[0]}'?" if near else f"known here: {', '.join(fields)}"
+            inside = [path for path in _paths(kind) if path.rpartition(".")[2] == key]
+            right = inside or near
+            hint = f"did you mean '{where}{right[0]}'?" if right else f"known here: {', '.join(fields)}"
             raise ConfigError(f"{source}: unknown key '{where}{key}'; {hint}")
         nested = _struct(fields[key])
         if nested is not None:
             _check_keys(value, nested, f"{where}{key}.", source)
 
 
-def _plain(message: str) -> str:
-    """Msgspec's message with `$.a.b` written as the key that the user wrote."""
-    return message.replace(" - at `$.", " at `").replace("Object missing", "missing").replace(" - at `$`", "")
+def _paths(kind: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
+    """Every key below a struct, as the user writes it."""
+    for field in msgspec.structs.fields(kind):
+        nested = _struct(field.type)
+        yield prefix + field.encode_name
+        if nested is not None:
+            yield from _paths(nested, f"{prefix}{field.encode_name}.")
+
+
+def _plain(message: str, kind: type[msgspec.Struct]) -> str:
+    """Msgspec's message with `$.a.b` written as the key that the user wrote, and the values that a choice has."""
+    path = message.partition(" - at `$.")[2].rstrip("`")
+    choices = ", ".join(map(str, _choices(kind, path.split(".")))) if "Invalid enum" in message else ""
+    plain = message.replace(" - at `$.", " at `").replace("Object missing", "missing").replace(" - at `$`", "")
+    return f"{plain}; known: {choices}" if choices else plain
+
+
+def _choices(kind: type[msgspec.Struct], keys: Sequence[str]) -> tuple[Any, ...]:
+    """The values that a `Literal` field admits; none for any other."""
+    found = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}.get(keys[0])
+    nested = _struct(found)
+    if nested is not None and len(keys) > 1:
+        return _choices(nested, keys[1:])
+    return typing.get_args(found) if typing.get_origin(found) is typing.Literal else ()

@@ -32,26 +32,37 @@ class Run:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")
         except OSError as error:
             raise ConfigError(f"cannot make the run's folder '{folder}': {error.strerror}") from None
-        self._lock = (folder / ".lock").open("w")
-        _take(self._lock, folder)
-        path = folder / "config.json"
-        config = json.loads(json.dumps(config))
-        if path.is_file():
-            key = _first_difference(json.loads(path.read_text()), config)
-            if key is not None:
-                raise ConfigError(
-                    f"'{folder}' holds a run with another '{key}': choose another output, or --fresh to start over"
-                )
-        else:
+        try:
+            _take(self._lock, folder)
+            self._begin(json.loads(json.dumps(config)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        """Record the configuration, or compare it with the recorded one."""
+        path = self.folder / "config.json"
+        if not path.is_file():
             aside = path.with_suffix(".aside")
             aside.write_text(json.dumps(config, indent=2) + "\n")
             aside.replace(path)
+            return
+        try:
+            begun = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            raise ConfigError(f"'{path}' is damaged: choose another output, or --fresh to start over") from None
+        key = _first_difference(begun, config)
+        if key is not None:
+            raise ConfigError(
+                f"'{self.folder}' holds a run with another '{key}': choose another output, or --fresh to start over"
+            )
 
     def log(self, message: str) -> None:
         """Add a line to log.txt."""
-        with (self.folder / "log.txt").open("a") as file:
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def measure(self, **values: Any) -> None:
@@ -65,7 +76,7 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Forget what was measured after `step`: it will be measured again."""
-        kept = [json.dumps(values) + "\n" for values in self.metrics() if values["step"] <= step]
+        kept = [json.dumps(values) + "\n" for values in self.metrics() if values.get("step", 0) <= step]
         path = self.folder / "metrics.jsonl"
         aside = path.with_suffix(".aside")
         aside.write_text("".join(kept))
@@ -99,15 +110,16 @@ def _take(lock: IO[str], folder: Path) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All objects of a run's metrics.jsonl."""
+    """All objects of a run's metrics.jsonl; lines that are none are left out."""
     path = folder / "metrics.jsonl"
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             values = json.loads(line)
         except ValueError:
             continue
-        found.append(values)
+        if isinstance(values, dict):
+            found.append(values)
     return found
 
 

@@ -21,7 +21,7 @@ import msgspec
 
 from steelyard import __version__
 from steelyard.checkpoint.atomic import folder_aside, write_file
-from steelyard.errors import CheckpointError
+from steelyard.errors import CheckpointError, ConfigError
 
 MANIFEST = "steelyard.json"
 SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
@@ -118,10 +118,12 @@ def read(folder: Path) -> Manifest:
     if not path.is_file():
         files = {file.name: sha256_file(file) for file in model_files(folder)}
         return Manifest(id=digest(files), kind=kind, files=files)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"'{path}' is over {MAX_JSON_BYTES >> 20} MB: this is no {MANIFEST}")
     try:
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except msgspec.MsgspecError as error:
-        raise CheckpointError(f"'{path}' does not parse: {error}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' does not parse: {error}; pull or make this checkpoint again") from None
 
 
 def verify(folder: Path) -> Manifest:
@@ -140,6 +142,25 @@ def verify(folder: Path) -> Manifest:
     if digest(found) != manifest.id:
         raise CheckpointError(f"'{folder / MANIFEST}' names an id that its files do not have")
     return manifest
+
+
+def check_output(path: Path, *sources: Path) -> None:
+    """Refuse to put a checkpoint where it would replace something else than a checkpoint.
+
+    Args:
+        path: where the checkpoint will be: nothing, an empty folder, or a checkpoint with a manifest.
+        sources: folders that are still needed; `path` may be none of them, and hold none of them.
+
+    Raises:
+        ConfigError: it may not go there.
+    """
+    if not path.exists():
+        return
+    for source in sources:
+        if source.resolve().is_relative_to(path.resolve()):
+            raise ConfigError(f"the output '{path}' is or holds '{source}', which is still needed: name another folder")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / MANIFEST).is_file()):
+        raise ConfigError(f"the output '{path}' is there and is no checkpoint: name another folder, or remove it first")
 
 
 def write(folder: Path, manifest: Manifest) -> None:

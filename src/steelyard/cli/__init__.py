@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import traceback
@@ -11,7 +12,9 @@ from typer.main import get_command
 
 from steelyard import __version__
 from steelyard.cli import compress, data, demo, evaluate, generate, predict, pull, serve, train
-from steelyard.errors import BUG, SteelyardError, edge
+from steelyard.errors import BUG, ConfigError, SteelyardError, edge
+
+MAX_MESSAGE = 2000  # characters
 
 app = typer.Typer(
     name="steelyard",
@@ -45,30 +48,49 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the code of `errors.EDGES`."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text that the terminal cannot show
     try:
         code = get_command(app).main(args=arguments, prog_name="steelyard", standalone_mode=False)
-    except SteelyardError as error:
-        _complain(error, arguments)
-        sys.exit(edge(error).exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        # Typer vendors click's usage errors: they know how to show themselves.
-        if hasattr(error, "show") and hasattr(error, "exit_code"):
-            error.show()
-            sys.exit(int(error.exit_code))
+        if type(error).__name__ == "NoArgsIsHelpError":  # its text is the help
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(edge(ConfigError()).exit_code)
         if type(error).__name__ == "Abort":
             sys.exit(130)
-        traceback.print_exc()
-        print("error: this is a bug of Steelyard's; please report it with the lines above", file=sys.stderr)
-        sys.exit(BUG.exit_code)
+        complaint = _complaint(error)
+        if complaint is None:
+            traceback.print_exc()
+            print("error: this is a bug of Steelyard's; please report it with the lines above", file=sys.stderr)
+            sys.exit(BUG.exit_code)
+        _complain(complaint, arguments)
+        sys.exit(edge(complaint).exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _complaint(error: Exception) -> SteelyardError | None:
+    """What to tell the user; None for a bug of our own."""
+    if isinstance(error, SteelyardError):
+        return error
+    if isinstance(error, OSError) and error.strerror:  # a path that cannot be written, a full disk
+        if not error.filename:
+            return SteelyardError(f"the system refuses: {error.strerror}")
+        return ConfigError(f"cannot use '{error.filename}': {error.strerror}; choose another path")
+    if hasattr(error, "format_message"):  # typer vendors click's usage errors
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context is not None else "steelyard"
+        return ConfigError(f"{error.format_message().rstrip('.')}; see `{verb} --help`")
+    return None
+
+
 def _complain(error: SteelyardError, arguments: list[str]) -> None:
-    message = " ".join(str(error).split())
+    # One line that a terminal can be trusted with, whatever somebody's file put into it.
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(error).split()))
+    message = shown if len(shown) <= MAX_MESSAGE else f"{shown[:MAX_MESSAGE]}..."
     print(f"error: {message}", file=sys.stderr)
     if "--json" in arguments:
-        kind = edge(error)
-        print(json.dumps({"error": {"message": message, "type": type(error).__name__, "code": kind.code}}))
+        code = getattr(error, "code", None) or edge(error).code
+        print(json.dumps({"error": {"message": message, "type": type(error).__name__, "code": code}}))

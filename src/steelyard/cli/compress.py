@@ -7,6 +7,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich.markup import escape
 
 from steelyard.cli import console
 from steelyard.evaluate.certificate import Thresholds
@@ -47,4 +48,5 @@ def quantize(
         )
     verdict = "passed" if found.passed else "accepted past its thresholds"
     values = {"path": str(output), "certificate": msgspec.to_builtins(found)}
-    console.result(values, as_json, table=f"{found.summary()}\ncertificate {verdict}; checkpoint [bold]{output}[/bold]")
+    told = f"{found.summary()}\ncertificate {verdict}; checkpoint [bold]{escape(str(output))}[/bold]"
+    console.result(values, as_json, table=told)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from steelyard.checkpoint.atomic import write_file
+from steelyard import config
+from steelyard.checkpoint.atomic import file_aside
 from steelyard.cli import console
 from steelyard.data import chat
 from steelyard.data.chat import FormatConfig
@@ -45,7 +46,7 @@ def command(
     console.logs()
     if holdout and out is None:
         raise ConfigError("--holdout needs --out FOLDER: where should the two parts go?")
-    format_ = formats(settings, columns)
+    format_ = FormatConfig(**given(settings, columns))
     rows = chat.read(file, format_)
     distinct = remove_duplicates(rows)
     values: dict[str, Any] = {
@@ -62,25 +63,31 @@ def command(
         values |= {key: value for key, value in token_counts(found).items() if key != "rows"}
     if out is not None:
         kept, held = split(distinct, holdout, seed)
-        for name, part in (("train", kept), ("holdout", held)):
-            write_file(out / f"{name}.jsonl", "".join(_line(row) for row in part))
+        # Both or none: with one of an earlier split, a text could be in both.
+        with file_aside(out / "train.jsonl") as train, file_aside(out / "holdout.jsonl") as rest:
+            train.writelines(map(_line, kept))
+            rest.writelines(map(_line, held))
         values |= {"train_rows": len(kept), "holdout_rows": len(held), "out": str(out)}
     console.result(values, as_json)
 
 
-def formats(settings: list[str] | None, columns: str | None) -> FormatConfig:
-    """How rows are read, from `--set` and `--columns`."""
-    from steelyard import config
+def given(settings: list[str] | None, columns: str | None) -> dict[str, Any]:
+    """How rows are read, as far as `--set` (with or without `data.` before the key) and `--columns` say.
 
+    Raises:
+        ConfigError: a key or a value.
+    """
     raw: dict[str, Any] = {} if columns is None else {"columns": [name.strip() for name in columns.split(",")]}
-    return config.convert(raw, FormatConfig, settings or (), "--set")
+    raw = config.assigned(raw, [setting.strip().removeprefix("data.") for setting in settings or ()])
+    checked = config.convert(raw, FormatConfig, (), "--set")
+    return {key: getattr(checked, key) for key in raw}
 
 
-def _line(row: Conversation) -> str:
+def _line(row: Conversation) -> bytes:
     if row.messages[0].role == "text":
-        return json.dumps({"text": row.messages[0].content}, ensure_ascii=False) + "\n"
+        return (json.dumps({"text": row.messages[0].content}, ensure_ascii=False) + "\n").encode()
     messages = [
         {"role": message.role, "content": message.content} | ({} if message.trained else {"weight": 0})
         for message in row.messages
     ]
-    return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+    return (json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
-from steelyard.checkpoint.atomic import write_file
+from steelyard.checkpoint.atomic import file_aside
 from steelyard.cli import console
-from steelyard.cli.data import formats
+from steelyard.cli.data import given
+from steelyard.data.readers import check_file
 from steelyard.stages import evaluate as stage
 from steelyard.stages.formats import trained_format
 from steelyard.stages.train import resolve
@@ -34,14 +36,16 @@ def command(
 ) -> None:
     """See HELP."""
     console.logs()
+    check_file(file)
+    changed = given(settings, columns)
     checkpoint = resolve(model)
-    given = msgspec.to_builtins(formats(settings, columns))
-    default = msgspec.to_builtins(formats(None, None))
-    format_ = trained_format(checkpoint, **{key: value for key, value in given.items() if value != default[key]})
-    with console.counting("evaluating") as report:
-        found = stage.evaluate(checkpoint, file, format_, limit=limit, report=report)
-    if report_file is not None:
-        write_file(report_file, stage.page(checkpoint, file, found).html())
+    # The page's file first: where it cannot be written, nothing is measured in vain.
+    with contextlib.ExitStack() as stack:
+        page = None if report_file is None else stack.enter_context(file_aside(report_file))
+        with console.counting("evaluating") as report:
+            found = stage.evaluate(checkpoint, file, trained_format(checkpoint, **changed), limit=limit, report=report)
+        if page is not None:
+            page.write(stage.page(checkpoint, file, found).html().encode())
     values = msgspec.to_builtins(found)
     table = console.rows({key: value for key, value in values.items() if key != "confusion" and value is not None})
     console.result(values, as_json, table=table)

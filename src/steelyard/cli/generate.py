@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from steelyard.cli import console
-from steelyard.errors import ConfigError
+from steelyard.errors import ConfigError, DataError
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
 from steelyard.models.opening import open_checkpoint
 from steelyard.stages.train import resolve
 from steelyard.text.prompt import prompt_tokens
 
+MAX_PROMPT = 8 << 20  # bytes
 HELP = console.examples(
     "Answer a prompt, streaming to the terminal: as a chat where the model has a template, else as a continuation.",
     'generate MODEL "What is a steelyard?"',
@@ -37,7 +38,7 @@ def command(
 ) -> None:
     """See HELP."""
     console.logs()
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     opened = open_checkpoint(resolve(model))
     if raw or opened.template is None:
         if system is not None:
@@ -72,3 +73,13 @@ def command(
         return
     print()
     console.note(f"[dim]{last.completion_tokens} tokens, {values['tokens_per_second']:.0f} tokens/s[/dim]")
+
+
+def _standard_input() -> str:
+    content = sys.stdin.buffer.read(MAX_PROMPT + 1)
+    if len(content) > MAX_PROMPT:
+        raise DataError(f"the prompt is over {MAX_PROMPT >> 20} MB", file="standard input")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"byte {error.start} is not UTF-8", file="standard input") from None

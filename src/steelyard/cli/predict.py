@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
+from rich.markup import escape
 
 from steelyard.cli import console
-from steelyard.cli.data import formats
+from steelyard.cli.data import given
+from steelyard.data.readers import check_file
 from steelyard.stages import predict as stage
 from steelyard.stages.formats import trained_format
 from steelyard.stages.train import resolve
@@ -33,15 +34,15 @@ def command(
 ) -> None:
     """See HELP."""
     console.logs()
-    checkpoint = resolve(model)
+    check_file(file)
     output = out or file.with_suffix(".predicted.jsonl")
-    given = msgspec.to_builtins(formats(settings, columns))
-    default = msgspec.to_builtins(formats(None, None))
-    changed = {key: value for key, value in given.items() if value != default[key]}
+    changed = given(settings, columns)
     if labels is not None:
         changed["labels"] = tuple(label.strip() for label in labels.split(","))
+    checkpoint = resolve(model)
     with console.counting("predicting") as report:
         count = stage.predict(
             checkpoint, file, output, trained_format(checkpoint, **changed), max_tokens=max_tokens, report=report
         )
-    console.result({"rows": count, "path": str(output)}, as_json, table=f"{count} rows in [bold]{output}[/bold]")
+    told = f"{count} rows in [bold]{escape(str(output))}[/bold]"
+    console.result({"rows": count, "path": str(output)}, as_json, table=told)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from steelyard.checkpoint import manifest, sources
 from steelyard.checkpoint.sources.cache import default_cache
@@ -30,4 +31,5 @@ def command(
         folder = sources.pull(source, cache=default_cache(), to=to, report=report)
     found = manifest.read(folder)
     values = {"path": str(folder), "id": found.id, "name": folder.name, "source": found.source}
-    console.result(values, as_json, table=f"{folder.name} is at [bold]{folder}[/bold]\n{found.id}")
+    told = f"{escape(folder.name)} is at [bold]{escape(str(folder))}[/bold]\n{escape(found.id)}"
+    console.result(values, as_json, table=told)

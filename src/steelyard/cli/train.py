@@ -9,6 +9,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from steelyard import config as configuration
@@ -76,5 +77,5 @@ def _summary(done: stage.Trained) -> str:
     figures = ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in done.metrics.items() if key != "step")
     return (
         f"{done.steps} steps done{': ' + figures if figures else ''}\n"
-        f"checkpoint [bold]{done.path}[/bold]\nreport     {done.report}"
+        f"checkpoint [bold]{escape(done.path)}[/bold]\nreport     {escape(done.report)}"
     )

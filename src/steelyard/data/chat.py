@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from steelyard.data.readers import FORMATS, detect, json_rows, lines, table_rows
+from steelyard.data.readers import FORMATS, detect, json_kind, json_rows, lines, table_rows
 from steelyard.data.rows import ROLES, Conversation, Message
 from steelyard.errors import ConfigError, DataError
 
@@ -59,30 +59,40 @@ def chat(path: Path, config: FormatConfig) -> Iterator[Conversation]:
     """OpenAI's fine-tuning format: `{"messages": [{"role", "content", "weight"?}, ...]}`."""
     for line, row in json_rows(path):
         _only(row, {"messages"}, path, line)
-        raw = row.get("messages")
-        if not isinstance(raw, list) or not raw:
-            raise DataError("a list of messages is needed", file=path, line=line, field="messages")
-        if len(raw) > MAX_MESSAGES:
-            raise DataError(f"over {MAX_MESSAGES} messages", file=path, line=line, field="messages")
-        messages = tuple(_message(item, index, path, line) for index, item in enumerate(raw))
-        if not any(message.role == "assistant" and message.trained for message in messages):
+        messages = turns(row, path, line)
+        if not any(turn.role == "assistant" and turn.trained for turn in messages):
             reason = "no message of the assistant to learn from"
             raise DataError(reason, file=path, line=line, field="messages")
         yield Conversation(messages=messages, file=path, line=line)
 
 
+def turns(row: dict[str, Any], path: Path, line: int) -> tuple[Message, ...]:
+    """The messages of a row in OpenAI's chat format, checked; at least one.
+
+    Raises:
+        DataError: one that is none; the field is `messages[index]` or one in it.
+    """
+    raw = row.get("messages")
+    if not isinstance(raw, list) or not raw:
+        raise DataError("a list of messages is needed", file=path, line=line, field="messages")
+    if len(raw) > MAX_MESSAGES:
+        raise DataError(f"over {MAX_MESSAGES} messages", file=path, line=line, field="messages")
+    return tuple(_message(item, index, path, line) for index, item in enumerate(raw))
+
+
 def _message(item: Any, index: int, path: Path, line: int) -> Message:
     field = f"messages[{index}]"
     if not isinstance(item, dict):
-        raise DataError(f"an object is needed, not {type(item).__name__}", file=path, line=line, field=field)
+        raise DataError(f"an object is needed, not {json_kind(item)}", file=path, line=line, field=field)
     _only(item, {"role", "content", "weight"}, path, line, f"{field}.")
     role = item.get("role")
     if role not in ROLES:
-        reason = f"must be one of {', '.join(ROLES)}, not {role!r}"
+        given = f"'{role}'" if isinstance(role, str) else json_kind(role)
+        reason = f"must be one of {', '.join(ROLES)}, not {given}"
         raise DataError(reason, file=path, line=line, field=f"{field}.role")
     content = item.get("content")
-    if not isinstance(content, str) or not content:
-        what = "is empty" if content == "" else f"must be a string, not {type(content).__name__}"
+    if not isinstance(content, str) or not content.strip():
+        what = "is empty" if isinstance(content, str) else f"must be a string, not {json_kind(content)}"
         raise DataError(what, file=path, line=line, field=f"{field}.content")
     weight = item.get("weight", 1)
     if weight not in (0, 1) or isinstance(weight, bool):
@@ -95,12 +105,12 @@ def instruction(path: Path, config: FormatConfig) -> Iterator[Conversation]:
     for line, row in json_rows(path):
         _only(row, {"instruction", "input", "output"}, path, line)
         asked = _string(row, "instruction", path, line)
-        given = row.get("input") or ""
+        given = "" if row.get("input") is None else row["input"]
         if not isinstance(given, str):
-            raise DataError("must be a string", file=path, line=line, field="input")
-        turns = [Message("user", f"{asked}\n\n{given}" if given else asked)]
-        turns.append(Message("assistant", _string(row, "output", path, line)))
-        yield Conversation(messages=_with_system(config, turns), file=path, line=line)
+            raise DataError(f"must be a string, not {json_kind(given)}", file=path, line=line, field="input")
+        question = Message("user", f"{asked}\n\n{given}" if given else asked)
+        answer = Message("assistant", _string(row, "output", path, line))
+        yield Conversation(messages=_with_system(config, [question, answer]), file=path, line=line)
 
 
 def labelled(path: Path, config: FormatConfig) -> Iterator[Conversation]:
@@ -111,22 +121,42 @@ def labelled(path: Path, config: FormatConfig) -> Iterator[Conversation]:
     for line, row in rows:
         pairs.append((line, _string(row, config.text, path, line), _string(row, config.label, path, line).strip()))
     labels = config.labels or tuple(sorted({label for _, _, label in pairs}))
-    if len(labels) < 2 and pairs:
-        raise DataError(f"one label only ('{labels[0]}'): at least two are needed", file=path, field=config.label)
+    if config.labels:
+        check_labels(labels)
+    elif len(labels) == 1:
+        reason = f"one label only ('{labels[0]}'): at least two are needed; if the others are rare, set data.labels"
+        raise DataError(reason, file=path, field=config.label)
     for line, text, label in pairs:
         if label not in labels:
             reason = f"'{label}' is not one of {', '.join(labels)}"
             raise DataError(reason, file=path, line=line, field=config.label)
-        turns = [Message("user", ask(text, labels, config.template)), Message("assistant", label)]
-        yield Conversation(messages=_with_system(config, turns), label=label, file=path, line=line)
+        asked = [Message("user", ask(text, labels, config.template)), Message("assistant", label)]
+        yield Conversation(messages=_with_system(config, asked), label=label, file=path, line=line)
 
 
 def ask(text: str, labels: tuple[str, ...], template: str = DEFAULT_TEMPLATE) -> str:
-    """The user's turn for a text to be labelled. Only {labels} and {text} are filled in; nothing is evaluated."""
+    """The user's turn for a text to be labelled. Only {labels} and {text} are filled in; nothing is evaluated.
+
+    Raises:
+        ConfigError: the template has no {text}.
+    """
     if "{text}" not in template:
         raise ConfigError("data.template has no {text}: the text would never be shown")
-    head, _, tail = template.replace("{labels}", " or ".join(labels)).partition("{text}")
-    return head + text.strip() + tail
+    return text.strip().join(part.replace("{labels}", " or ".join(labels)) for part in template.split("{text}"))
+
+
+def check_labels(labels: tuple[str, ...]) -> None:
+    """Refuse labels that are no choice.
+
+    Raises:
+        ConfigError: fewer than two, one that is empty or begins or ends with a space, or one that is there twice.
+    """
+    if len(labels) < 2:
+        raise ConfigError(f"data.labels names {len(labels)}: at least two are needed")
+    for label in labels:
+        if not label or label != label.strip() or labels.count(label) > 1:
+            what = "is there twice" if labels.count(label) > 1 else "is empty, or begins or ends with a space"
+            raise ConfigError(f"data.labels: '{label}' {what}; known: {', '.join(labels)}")
 
 
 def text(path: Path, config: FormatConfig) -> Iterator[Conversation]:
@@ -156,10 +186,14 @@ def _with_system(config: FormatConfig, turns: list[Message]) -> tuple[Message, .
 def _string(row: dict[str, Any], field: str, path: Path, line: int) -> str:
     value = row.get(field)
     if value is None:
-        known = ", ".join(str(name) for name in row)
-        raise DataError(f"is missing; the row has: {known}", file=path, line=line, field=field)
+        known = ", ".join(row) or "nothing"
+        hint = ""
+        if path.suffix.lower() in (".csv", ".tsv"):
+            hint = "; if the first line is no header, name the columns (data.columns, or --columns a,b)"
+        what = "is null" if field in row else f"is missing; the row has: {known}{hint}"
+        raise DataError(what, file=path, line=line, field=field)
     if not isinstance(value, str) or not value.strip():
-        what = "is empty" if isinstance(value, str) else f"must be a string, not {type(value).__name__}"
+        what = "is empty" if isinstance(value, str) else f"must be a string, not {json_kind(value)}"
         raise DataError(what, file=path, line=line, field=field)
     return value
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from steelyard.errors import ConfigError
 
 
 @dataclass(slots=True)
@@ -25,6 +26,8 @@ class Loader:
     seed: int
     epoch: int = 0
     position: int = 0
+    _order: tuple[int, list[int]] = field(default=(-1, []), init=False, repr=False, compare=False)
+    """The current epoch and its order."""
 
     def __post_init__(self) -> None:
         if self.batch_size == 0:
@@ -37,21 +40,28 @@ class Loader:
 
     def next(self) -> list[int]:
         """The next batch's row numbers; moves the position."""
-        order = self._order()
-        batch = order[self.position : self.position + self.batch_size]
+        if self._order[0] != self.epoch:
+            key = np.array([self.seed % 2**64, self.epoch], np.uint64)
+            self._order = self.epoch, np.random.Generator(np.random.Philox(key=key)).permutation(self.rows).tolist()
+        batch = self._order[1][self.position : self.position + self.batch_size]
         self.position += len(batch)
         if self.position >= self.rows:
             self.epoch, self.position = self.epoch + 1, 0
-        return [int(row) for row in batch]
+        return batch
 
     def state(self) -> dict[str, int]:
         """What `restore` needs."""
         return {"epoch": self.epoch, "position": self.position}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken."""
-        self.epoch, self.position = state["epoch"], state["position"]
+        """Go on where `state` was taken.
 
-    def _order(self) -> Sequence[int]:
-        key = np.array([self.seed % 2**64, self.epoch], np.uint64)
-        return np.random.Generator(np.random.Philox(key=key)).permutation(self.rows)  # type: ignore[return-value]
+        Raises:
+            ConfigError: the position is beyond the rows: they are not those that the state was taken over.
+        """
+        if state["epoch"] < 0 or not 0 <= state["position"] < self.rows:
+            raise ConfigError(
+                f"the saved position {state['position']} is beyond the {self.rows} rows: the data has changed since; "
+                "start over with --fresh"
+            )
+        self.epoch, self.position = state["epoch"], state["position"]

@@ -28,7 +28,7 @@ def check_file(path: Path) -> None:
         DataError: nothing is there, or a folder.
     """
     if not path.is_file():
-        what = "this is a folder" if path.is_dir() else "no such file"
+        what = "this is a folder" if path.is_dir() else "this is no regular file" if path.exists() else "no such file"
         raise DataError(f"{what}; give the path of a JSONL, CSV, TSV or text file", file=path)
 
 
@@ -76,7 +76,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except DataError as error:
             raise DataError(error.reason, file=path, line=number, field=error.field) from None
         except json.JSONDecodeError as error:
-            reason = f"not JSON: {error.msg} at column {error.colno}; each line must be one whole JSON object"
+            reason = f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}; each line must be one whole JSON object"
             raise DataError(reason, file=path, line=number) from None
         except ValueError:
             raise DataError("not JSON: a number has too many digits", file=path, line=number) from None

@@ -29,15 +29,15 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     line: int | None = None
 
     @property
-    def prompt_key(self) -> str:
-        """What makes two rows the same text: everything that is not the assistant's."""
-        asked = [message.content.strip() for message in self.messages if message.role != "assistant"]
-        return "\x00".join(asked)
+    def prompt_key(self) -> tuple[str, ...]:
+        """What makes two rows the same text: all that the user says; where he says nothing, all that is said."""
+        asked = tuple(message.content.strip() for message in self.messages if message.role == "user")
+        return asked or tuple(message.content.strip() for message in self.messages)
 
     @property
-    def key(self) -> str:
+    def key(self) -> tuple[tuple[str, str, bool], ...]:
         """What makes two rows exact duplicates."""
-        return "\x00".join(f"{message.role}\x01{message.content.strip()}" for message in self.messages)
+        return tuple((message.role, message.content.strip(), message.trained) for message in self.messages)
 
 
 class TokenRow(msgspec.Struct, frozen=True, kw_only=True):

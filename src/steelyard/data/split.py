@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -12,7 +12,10 @@ from steelyard.errors import ConfigError
 
 def remove_duplicates(conversations: Sequence[Conversation]) -> list[Conversation]:
     """The first of every set of exact duplicates, in their order."""
-    return list({conversation.key: conversation for conversation in reversed(conversations)}.values())[::-1]
+    first: dict[Hashable, Conversation] = {}
+    for conversation in conversations:
+        first.setdefault(conversation.key, conversation)
+    return list(first.values())
 
 
 def split(
@@ -21,18 +24,18 @@ def split(
     """Part rows at random into those to learn from and `holdout` others.
 
     Rows with the same text (whatever was answered) stay together, so that no text is in both parts; the second part
-    may therefore fall short of `holdout` by less than the largest such group.
+    may therefore fall short of `holdout` by less than the smallest such group of the first.
 
     Raises:
         ConfigError: more to hold out than there is.
     """
-    groups: dict[str, list[Conversation]] = {}
+    groups: dict[Hashable, list[Conversation]] = {}
     for conversation in conversations:
         groups.setdefault(conversation.prompt_key, []).append(conversation)
     if not 0 <= holdout < len(conversations):
-        raise ConfigError(f"cannot hold out {holdout} of {len(conversations)} rows")
+        raise ConfigError(f"cannot hold out {holdout} of {len(conversations)} rows: hold out fewer")
     keys = list(groups)
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(keys))
+    order = np.random.Generator(np.random.Philox(seed % 2**64)).permutation(len(keys))
     kept: list[Conversation] = []
     held: list[Conversation] = []
     for index in order:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from steelyard.data.rows import Conversation, TokenRow
-from steelyard.errors import CheckpointError, ConfigError, DataError
+from steelyard.errors import CheckpointError, ConfigError, DataError, TemplateError
 from steelyard.text.chat_template import ChatTemplate
-from steelyard.text.prompt import segment_tokens
+from steelyard.text.prompt import Messages, prompt_tokens, segment_tokens
 from steelyard.text.tokenizer import Tokenizer
 
 TOO_LONG = ("error", "truncate", "drop")
+T = TypeVar("T")
 
 
 def tokenize(
@@ -34,6 +36,7 @@ def tokenize(
 
     Raises:
         DataError: a conversation that is too long, by file and line.
+        TemplateError: the template fails on a conversation, by file and line.
         ConfigError: `too_long` is none of these.
         CheckpointError: chat, and the model has no chat template.
     """
@@ -46,10 +49,13 @@ def tokenize(
         return rows
     if template is None:
         raise CheckpointError("this model has no chat template, which chat rows need; train an instruct model")
-    turns = [[{"role": message.role, "content": message.content} for message in chat.messages] for chat in chats]
-    rendered = segment_tokens(tokenizer, template, turns)
+    rendered = located(chats, lambda turns: segment_tokens(tokenizer, template, turns))
     for chat, segments in zip(chats, rendered, strict=True):
-        answers = iter([message.trained for message in chat.messages if message.role == "assistant"])
+        answered = [message.trained for message in chat.messages if message.role == "assistant"]
+        if len(answered) != sum(spoken for _, spoken in segments):
+            reason = "the chat template leaves out a message of the assistant: nothing could be learnt from it"
+            raise DataError(reason, file=chat.file, line=chat.line)
+        answers = iter(answered)
         tokens: list[int] = []
         trained: list[bool] = []
         for ids, spoken in segments:
@@ -57,7 +63,10 @@ def tokenize(
             tokens += ids
             trained += [counts] * len(ids)
         if len(tokens) > max_length and too_long == "error":
-            reason = f"{len(tokens)} tokens, data.max_length is {max_length}: raise it, or set data.too_long"
+            reason = (
+                f"{len(tokens)} tokens, at most {max_length} fit: shorten it, or for training raise data.max_length or "
+                "set data.too_long"
+            )
             raise DataError(reason, file=chat.file, line=chat.line)
         if len(tokens) > max_length and too_long == "drop":
             continue
@@ -65,6 +74,30 @@ def tokenize(
         if row.targets:
             rows.append(row)
     return rows
+
+
+def prompts(conversations: Sequence[Conversation], tokenizer: Tokenizer, template: ChatTemplate) -> list[list[int]]:
+    """Token ids of conversations up to where the assistant begins to answer.
+
+    Raises:
+        TemplateError: the template fails on a conversation, by file and line.
+    """
+    return located(conversations, lambda turns: prompt_tokens(tokenizer, template, turns))
+
+
+def located(conversations: Sequence[Conversation], render: Callable[[list[Messages]], list[T]]) -> list[T]:
+    """`render` of the conversations' messages; where the template fails, the error says at which file and line."""
+    turns = [[{"role": turn.role, "content": turn.content} for turn in chat.messages] for chat in conversations]
+    try:
+        return render(turns)
+    except TemplateError:
+        for chat, messages in zip(conversations, turns, strict=True):
+            try:
+                render([messages])
+            except TemplateError as error:
+                reason = str(error).removeprefix("conversation 0: ")
+                raise TemplateError(str(DataError(reason, file=chat.file, line=chat.line))) from None
+        raise
 
 
 def _cut(document: Conversation, tokenizer: Tokenizer, max_length: int) -> list[TokenRow]:

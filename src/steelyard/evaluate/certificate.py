@@ -21,7 +21,7 @@ import torch
 from steelyard import __version__
 from steelyard.checkpoint import manifest
 from steelyard.data.rows import TokenRow
-from steelyard.errors import FidelityError
+from steelyard.errors import CheckpointError, FidelityError
 from steelyard.evaluate.likelihood import packs
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
@@ -105,12 +105,19 @@ def compare(
 
     Returns:
         The measured fields of a `Certificate`.
+
+    Raises:
+        CheckpointError: the tokenizer makes nothing of the golden texts.
     """
     texts = golden_texts()
+    most = min(MAX_TOKENS, parent.config.context)
     rows = [
         TokenRow(tokens=tokens, trained=[False] + [True] * (len(tokens) - 1))
-        for tokens in (tokenizer.encode_plain(text)[:MAX_TOKENS] for text in texts)
+        for tokens in (tokenizer.encode_plain(text)[:most] for text in texts)
+        if len(tokens) > 1
     ]
+    if not rows:
+        raise CheckpointError("the tokenizer makes no tokens of the golden texts: nothing can be certified")
     size = sum(len(tokenizer.decode(row.tokens).encode()) for row in rows)
     kl_sum = kl_max = logit_error = before = after = same = 0.0
     count = done = 0
@@ -121,9 +128,9 @@ def compare(
             logits.append(decoder.logits(states[batch.places]).float())
         p, q = (x.log_softmax(-1) for x in logits)  # [T, V]
         kl = (p.exp() * (p - q)).sum(-1)
-        kl_sum, kl_max = kl_sum + float(kl.sum()), max(kl_max, float(kl.max()))
+        kl_sum, kl_max = kl_sum + float(kl.sum()), _largest(kl, kl_max)
         centred = [x - x.mean(-1, keepdim=True) for x in logits]
-        logit_error = max(logit_error, float((centred[0] - centred[1]).abs().max()))
+        logit_error = _largest((centred[0] - centred[1]).abs(), logit_error)
         before -= float(p.gather(1, batch.targets[:, None]).sum())
         after -= float(q.gather(1, batch.targets[:, None]).sum())
         same += float((p.argmax(-1) == q.argmax(-1)).sum())
@@ -145,12 +152,25 @@ def compare(
     }
 
 
-def judge(measured: dict[str, Any], thresholds: Thresholds, **fields: Any) -> Certificate:
-    """A certificate of what was measured. A figure that is not a number never passes."""
-    passed = measured["bits_per_byte_change"] <= thresholds.bits_per_byte
+def _largest(values: torch.Tensor, before: float) -> float:
+    """The largest of all; not a number once one is not."""
+    return float(torch.cat([values.flatten(), torch.tensor([before])]).max())
+
+
+def judge(measured: dict[str, Any], thresholds: Thresholds, accept: bool = False, **fields: Any) -> Certificate:
+    """A certificate of what was measured. A figure that is not a number never passes.
+
+    Args:
+        measured: what `compare` returned.
+        thresholds: what may be lost.
+        accept: hand it on past a threshold.
+        fields: the certificate's other fields.
+    """
+    passed = bool(measured["bits_per_byte_change"] <= thresholds.bits_per_byte)
     if thresholds.kl is not None:
-        passed = passed and measured["kl_mean"] <= thresholds.kl
-    return Certificate(**measured, thresholds=thresholds, passed=bool(passed), **fields)
+        passed = passed and bool(measured["kl_mean"] <= thresholds.kl)
+    accepted = accept and not passed
+    return Certificate(**measured, thresholds=thresholds, passed=passed, accepted=accepted, **fields)
 
 
 def demand(certificate: Certificate) -> None:
@@ -161,7 +181,7 @@ def demand(certificate: Certificate) -> None:
     """
     if certificate.passed or certificate.accepted:
         return
-    limits = f"+{certificate.thresholds.bits_per_byte:.1%} bits per byte"
+    limits = f"{certificate.thresholds.bits_per_byte:+.1%} bits per byte"
     if certificate.thresholds.kl is not None:
         limits += f", KL {certificate.thresholds.kl}"
     raise FidelityError(

@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from steelyard.data.packing import bins
 from steelyard.data.rows import Conversation
+from steelyard.data.tokenize import prompts
 from steelyard.errors import CheckpointError, DataError
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.text.chat_template import ChatTemplate
-from steelyard.text.prompt import prompt_tokens, segment_tokens
+from steelyard.text.prompt import segment_tokens
 from steelyard.text.tokenizer import Tokenizer
 
 PACK_TOKENS = 2048
@@ -40,22 +42,41 @@ def questions(
     """Everything before the last turn as the prompt, each label as a possible last turn.
 
     Raises:
-        CheckpointError: the model has no chat template.
+        CheckpointError: the model has no chat template, or one that shows no prompt or no answer.
+        TemplateError: the template fails on a row, by file and line.
     """
     if template is None:
         raise CheckpointError("this model has no chat template, which classification needs; use an instruct model")
     if not conversations:
         return []
-    turns = [[{"role": m.role, "content": m.content} for m in chat.messages] for chat in conversations]
-    before = [chat[:-1] if chat[-1]["role"] == "assistant" else chat for chat in turns]
-    prompts = prompt_tokens(tokenizer, template, before)
-    answered = [[*before[0], {"role": "assistant", "content": label}] for label in labels]
+    before = [
+        msgspec.structs.replace(chat, messages=chat.messages[:-1]) if chat.messages[-1].role == "assistant" else chat
+        for chat in conversations
+    ]
+    asked = prompts(before, tokenizer, template)
+    turns = [{"role": turn.role, "content": turn.content} for turn in before[0].messages]
+    answered = [[*turns, {"role": "assistant", "content": label}] for label in labels]
     answers = [_last_spoken(parts) for parts in segment_tokens(tokenizer, template, answered)]
-    return [Question(prompt, answers) for prompt in prompts]
+    if not all(answers) or not all(asked):
+        raise CheckpointError("the chat template shows nothing of a prompt or an answer: it cannot classify")
+    return [Question(prompt, answers) for prompt in asked]
+
+
+def check_lengths(asked: Sequence[Question], conversations: Sequence[Conversation], context: int) -> None:
+    """Refuse questions that the model was not made for.
+
+    Raises:
+        DataError: a prompt that does not fit into `context` tokens with its longest answer, by file and line.
+    """
+    for question, chat in zip(asked, conversations, strict=True):
+        length = len(question.prompt) + max(map(len, question.answers))
+        if length > context:
+            reason = f"{length} tokens with the answer; the model's context holds {context}: shorten the text"
+            raise DataError(reason, file=chat.file, line=chat.line)
 
 
 def _last_spoken(parts: Sequence[tuple[list[int], bool]]) -> list[int]:
-    return next(tokens for tokens, spoken in reversed(parts) if spoken)
+    return next((tokens for tokens, spoken in reversed(parts) if spoken), [])
 
 
 @torch.inference_mode()
@@ -69,6 +90,9 @@ def score(
 
     Returns:
         `[R, L]` float32, in nats.
+
+    Raises:
+        CheckpointError: a figure that is not a number: the weights are broken.
     """
     scores = torch.empty(len(asked), len(asked[0].answers) if asked else 0)
     lengths = [len(question.prompt) + sum(map(len, question.answers)) for question in asked]
@@ -77,6 +101,10 @@ def score(
         scores[torch.tensor(group)] = _score_pack(decoder, adapter, [asked[row] for row in group])
         done += len(group)
         report(done)
+    if not bool(scores.isfinite().all()):
+        raise CheckpointError(
+            "the model's log-probabilities are not finite: its weights are broken, pull or train anew"
+        )
     return scores
 
 
@@ -119,7 +147,8 @@ def labels_of(conversations: Sequence[Conversation]) -> tuple[str, ...]:
     """
     for conversation in conversations:
         if conversation.label is None:
-            raise DataError("has no label; classification needs labelled rows", file=conversation.file)
+            reason = "has no label; classification needs labelled rows"
+            raise DataError(reason, file=conversation.file, line=conversation.line)
     return tuple(sorted({str(conversation.label) for conversation in conversations}))
 
 
@@ -131,7 +160,7 @@ def confusion(truth: Sequence[int], predicted: Sequence[int], labels: int) -> to
 
 def accuracy(counts: torch.Tensor) -> float:
     """Share of rows on the diagonal."""
-    return float(counts.diagonal().sum() / counts.sum())
+    return int(counts.diagonal().sum()) / int(counts.sum())
 
 
 def matthews(counts: torch.Tensor) -> float:

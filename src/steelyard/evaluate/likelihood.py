@@ -62,6 +62,7 @@ def windows(tokens: Sequence[int], context: int = 1024, stride: int = 512) -> li
     Raises:
         DataError: fewer than two tokens.
     """
+    assert 0 < stride < context, "the first token of a window is never scored"
     if len(tokens) < 2:
         raise DataError("the text is too short: at least two tokens are needed")
     rows, done = [], 1

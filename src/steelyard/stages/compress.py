@@ -16,7 +16,7 @@ from steelyard.evaluate import certificate
 from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.models import lora, weights
 from steelyard.models.decoder import Decoder
-from steelyard.models.opening import open_checkpoint
+from steelyard.models.opening import base_of, open_checkpoint
 
 
 def compress(
@@ -41,15 +41,14 @@ def compress(
         report: told how many golden texts are done, of how many.
 
     Raises:
-        ConfigError: an unknown method, or an output that is the source.
+        ConfigError: an unknown method, or an output that is the source or no checkpoint.
         CheckpointError: the source is missing, broken or compressed already.
         FidelityError: past a threshold; nothing is written.
     """
     if method not in METHODS:
         raise ConfigError(f"compression method '{method}' is not known; known: {', '.join(METHODS)}")
+    manifest.check_output(output, source, base_of(source))
     opened = open_checkpoint(source)
-    if output.exists() and output.resolve() in (source.resolve(), opened.base.resolve()):
-        raise ConfigError(f"the output '{output}' is the model that is being compressed: name another folder")
     parent = manifest.read(source)
     if opened.adapter is not None:
         lora.merge(opened.decoder, opened.adapter)
@@ -59,8 +58,8 @@ def compress(
         found = certificate.judge(
             measured,
             thresholds or Thresholds(),
+            accept,
             parent=parent.id,
-            accepted=accept,
             bytes_before=dense_bytes(opened.decoder),
             bytes_after=certificate.weight_bytes(folder),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from steelyard.data import chat
 from steelyard.data.chat import FormatConfig
 from steelyard.data.rows import Conversation
 from steelyard.data.tokenize import tokenize
+from steelyard.errors import CheckpointError, DataError
 from steelyard.evaluate import classification, likelihood
 from steelyard.models.opening import Opened, open_checkpoint
 from steelyard.report import Report
@@ -67,12 +69,13 @@ def evaluate(
         DataError: a row; file, line and field are named.
         CheckpointError: the checkpoint is missing or does not fit.
     """
-    rows = chat.read(data, format_)[:limit]
+    rows = chat.read(data, format_)
+    # The labels of all rows, as in the prompts, whatever the limit leaves.
+    labels = format_.labels or classification.labels_of(rows) if rows[0].label is not None else ()
     opened = open_checkpoint(checkpoint)
-    if rows[0].label is not None:
-        labels = format_.labels or classification.labels_of(rows)
-        return classify(opened, rows, labels, report)[0]
-    return _likelihood(opened, rows, report)
+    if labels:
+        return classify(opened, rows[:limit], labels, report)[0]
+    return _likelihood(opened, rows[:limit], report)
 
 
 def classify(
@@ -81,9 +84,15 @@ def classify(
     labels: Sequence[str],
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Classification, torch.Tensor]:
-    """Label rows by label log-probability; the summary, and the `[R, L]` log-probabilities."""
+    """Label rows by label log-probability; the summary, and the `[R, L]` log-probabilities.
+
+    Raises:
+        DataError: a row that the model's context does not hold.
+        CheckpointError: the model has no chat template, or broken weights.
+    """
     started = time.perf_counter()
     asked = classification.questions(rows, labels, opened.tokenizer, opened.template)
+    classification.check_lengths(asked, rows, opened.decoder.config.context)
     scores = classification.score(opened.decoder, opened.adapter, asked, lambda done: report(done, len(asked)))
     seconds = time.perf_counter() - started
     truth = [list(labels).index(str(row.label)) for row in rows]
@@ -103,19 +112,25 @@ def classify(
 def _likelihood(opened: Opened, rows: Sequence[Conversation], report: Callable[[int, int], None]) -> Likelihood:
     started = time.perf_counter()
     plain = [row for row in rows if row.messages[0].role == "text"]
-    context = min(1024, opened.decoder.config.context)
+    context = max(2, min(1024, opened.decoder.config.context))
     size = None
     if plain:
         texts = [row.messages[0].content for row in plain]
-        size = sum(len(text.encode()) for text in texts)
         tokens = [opened.tokenizer.encode_plain(text) for text in texts]
+        size = sum(len(text.encode()) for text, ids in zip(texts, tokens, strict=True) if len(ids) > 1)
         scored = [row for ids in tokens if len(ids) > 1 for row in likelihood.windows(ids, context, context // 2)]
+        if not scored:
+            raise DataError("the text is too short: at least two tokens are needed", file=rows[0].file)
     else:
         scored = tokenize(rows, opened.tokenizer, opened.template, opened.decoder.config.context)
     total = sum(len(row.tokens) for row in scored)
     nats, count = likelihood.negative_log_likelihood(
         opened.decoder, opened.adapter, scored, lambda done: report(done, total)
     )
+    if not math.isfinite(nats):
+        raise CheckpointError(
+            "the model's log-probabilities are not finite: its weights are broken, pull or train anew"
+        )
     found = likelihood.summary(nats, count, size)
     return Likelihood(
         rows=len(rows),

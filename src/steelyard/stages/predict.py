@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from steelyard.checkpoint.atomic import file_aside
-from steelyard.data.chat import FormatConfig, ask
-from steelyard.data.readers import json_rows, table_rows
+from steelyard.data import chat
+from steelyard.data.chat import FormatConfig, ask, check_labels
+from steelyard.data.readers import check_file, json_rows, table_rows
 from steelyard.data.rows import Conversation, Message
+from steelyard.data.tokenize import prompts
 from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
 from steelyard.models.opening import Opened, open_checkpoint
-from steelyard.text.prompt import prompt_tokens
 
 
 def predict(
@@ -43,16 +44,20 @@ def predict(
 
     Raises:
         DataError: a row; file, line and field are named.
-        ConfigError: rows with a text, and no labels known.
+        ConfigError: rows with a text, and no labels known; or an output that is the input.
         CheckpointError: the checkpoint is missing or does not fit.
+        TemplateError: the chat template fails on a row, by file and line.
     """
+    check_file(data)
+    if output.exists() and output.samefile(data):
+        raise ConfigError(f"the output '{output}' is the file that is read: name another")
     tabular = data.suffix.lower() in (".csv", ".tsv")
     rows = list(table_rows(data, format_.columns) if tabular else json_rows(data))
     if not rows:
         raise DataError("the file has no rows", file=data)
     opened = open_checkpoint(checkpoint)
-    chat = "messages" in rows[0][1]
-    found = _answer(opened, rows, data, max_tokens, report) if chat else _label(opened, rows, data, format_, report)
+    chats = "messages" in rows[0][1]
+    found = _answer(opened, rows, data, max_tokens, report) if chats else _label(opened, rows, data, format_, report)
     with file_aside(output) as file:
         for (_, row), prediction in zip(rows, found, strict=True):
             file.write((json.dumps({**row, **prediction}, ensure_ascii=False) + "\n").encode())
@@ -66,18 +71,20 @@ def _label(
     format_: FormatConfig,
     report: Callable[[int, int], None],
 ) -> Iterator[dict[str, Any]]:
-    if len(format_.labels) < 2:
+    if not format_.labels:
         raise ConfigError("no labels are known: this checkpoint was not trained on labelled rows; give --labels a,b")
+    check_labels(format_.labels)
     conversations = []
     for line, row in rows:
         text = row.get(format_.text)
         if not isinstance(text, str) or not text.strip():
-            reason = f"must be a text; the row has: {', '.join(map(str, row))}"
+            reason = f"must be a text that is not empty; the row has: {', '.join(row) or 'nothing'}"
             raise DataError(reason, file=data, line=line, field=format_.text)
         turns = [] if format_.system is None else [Message("system", format_.system)]
         turns.append(Message("user", ask(text, format_.labels, format_.template)))
         conversations.append(Conversation(messages=tuple(turns), file=data, line=line))
     asked = classification.questions(conversations, format_.labels, opened.tokenizer, opened.template)
+    classification.check_lengths(asked, conversations, opened.decoder.config.context)
     scores = classification.score(opened.decoder, opened.adapter, asked, lambda done: report(done, len(asked)))
     for probabilities in scores.softmax(-1).tolist():
         named = dict(zip(format_.labels, probabilities, strict=True))
@@ -95,25 +102,22 @@ def _answer(
         raise CheckpointError("this model has no chat template, which chat rows need; use an instruct model")
     chats = []
     for line, row in rows:
-        messages = row.get("messages")
-        valid = isinstance(messages, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in messages
-        )
-        if not valid or not messages:
-            raise DataError("a list of {role, content} is needed", file=data, line=line, field="messages")
-        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        chats.append([{"role": turn["role"], "content": turn["content"]} for turn in asked])
-    prompts = prompt_tokens(opened.tokenizer, opened.template, chats)
+        turns = chat.turns(row, data, line)
+        asked = turns[:-1] if turns[-1].role == "assistant" else turns
+        if not asked:
+            raise DataError("nothing is asked: a message of the user is needed", file=data, line=line, field="messages")
+        chats.append(Conversation(messages=asked, file=data, line=line))
     adapters = {} if opened.adapter is None else {"adapter": opened.adapter}
     engine = Engine(opened.decoder, opened.tokenizer, adapters)
     sampling = Sampling(max_tokens=max_tokens, temperature=0)
     texts = [""] * len(rows)
     done = 0
-    requests = [
-        Request(id=str(index), prompt=prompt, sampling=sampling, adapter=next(iter(adapters), None))
-        for index, prompt in enumerate(prompts)
-    ]
+    requests = []
+    for index, prompt in enumerate(prompts(chats, opened.tokenizer, opened.template)):
+        if len(prompt) >= engine.context:
+            reason = f"{len(prompt)} tokens; the model's context holds {engine.context}, the answer included"
+            raise DataError(reason, file=data, line=rows[index][0])
+        requests.append(Request(id=str(index), prompt=prompt, sampling=sampling, adapter=next(iter(adapters), None)))
     for output in engine.run(requests):
         texts[int(output.id)] += output.text
         if output.finish_reason is not None:

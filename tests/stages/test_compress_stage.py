@@ -1,0 +1,78 @@
+"""A compressed checkpoint appears with its certificate and lineage, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from steelyard.checkpoint import manifest
+from steelyard.compress.quantize import int8
+from steelyard.errors import CheckpointError, ConfigError, FidelityError
+from steelyard.evaluate.certificate import Thresholds
+from steelyard.models.opening import open_checkpoint
+from steelyard.stages.compress import compress
+
+LOOSE = Thresholds(bits_per_byte=0.5)
+
+
+@pytest.fixture
+def damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight comes out four times too large."""
+    whole = int8.quantize_channels
+
+    def broken(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rounded, scale = whole(weight)
+        return rounded, scale * 4
+
+    monkeypatch.setattr(int8, "quantize_channels", broken)
+
+
+def test_what_passes_is_written_with_certificate_and_lineage(tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small"
+    found = compress(tiny_model, output, thresholds=LOOSE)
+    written = manifest.verify(output)
+    assert found.passed
+    assert written.certificate == msgspec.to_builtins(found)
+    assert written.parent == found.parent == manifest.read(tiny_model).id
+    assert written.id != written.parent
+    assert written.recipe["compress"] == {"method": "int8", "portable": False}
+    assert found.bytes_after < found.bytes_before
+    assert open_checkpoint(output).template is not None
+    assert [entry.name for entry in tmp_path.iterdir()] == ["small"]
+    with pytest.raises(CheckpointError, match="quantised already"):
+        compress(output, tmp_path / "smaller")
+
+
+@pytest.mark.usefixtures("damaged")
+def test_a_damaged_model_is_not_handed_on(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(FidelityError, match="past its thresholds"):
+        compress(tiny_model, tmp_path / "small", thresholds=LOOSE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("damaged")
+def test_accepted_it_is_written_and_says_so(tiny_model: Path, tmp_path: Path) -> None:
+    found = compress(tiny_model, tmp_path / "small", thresholds=LOOSE, accept=True)
+    assert (found.passed, found.accepted) == (False, True)
+    certificate = manifest.verify(tmp_path / "small").certificate
+    assert certificate is not None
+    assert (certificate["passed"], certificate["accepted"]) == (False, True)
+
+
+def test_an_output_that_is_something_else_stays(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for output in (tmp_path, tiny_model):
+        before = sorted(path.name for path in output.iterdir())
+        with pytest.raises(ConfigError, match="name another folder"):
+            compress(tiny_model, output, thresholds=LOOSE)
+        assert sorted(path.name for path in output.iterdir()) == before
+
+
+def test_what_cannot_be_compressed(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="method 'int3' is not known; known: int8"):
+        compress(tiny_model, tmp_path / "small", method="int3")
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        compress(tmp_path / "none", tmp_path / "small")
