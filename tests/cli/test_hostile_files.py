@@ -44,7 +44,7 @@ def test_what_is_odd_but_right_is_read(command: Command, name: str, json_: bool)
 
 
 REFUSED = {
-    # name: (content, line, what is said)
+    # by name, what the file holds, the line complained of, and the complaint
     "open quote.csv": ("text,label\na,ham\n" + '"b,spam\n' + "c,spam\n" * 9, 3, "not CSV: unexpected end of data"),
     "old mac.csv": ("text,label\ra,ham\rb,spam\r", 1, "not CSV: new-line character"),
     "columns.csv": ("text,label\na,ham\nb,spam,c\n", 3, "3 fields where the header has 2 (text, label)"),

@@ -76,7 +76,8 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except DataError as error:
             raise DataError(error.reason, file=path, line=number, field=error.field) from None
         except json.JSONDecodeError as error:
-            reason = f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}; each line must be one whole JSON object"
+            what = error.msg.removesuffix(" at")
+            reason = f"not JSON: {what} at column {error.colno}; each line must be one whole JSON object"
             raise DataError(reason, file=path, line=number) from None
         except ValueError:
             raise DataError("not JSON: a number has too many digits", file=path, line=number) from None
