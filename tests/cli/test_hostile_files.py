@@ -91,7 +91,7 @@ def test_what_is_wrong_is_named_with_its_line(command: Command, name: str) -> No
     complaint = done.complaint(3)
     assert complaint.startswith(f"{name}: " if line is None else f"{name}:{line}: ")
     assert reason in complaint
-    assert len(complaint) < 2100
+    assert len(complaint) <= 2005
     assert done.object["error"] == {"message": complaint, "type": "DataError", "code": "invalid_data"}
     assert not Path("parts").exists()
 

@@ -28,7 +28,10 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from running_service import stand_in_command
 from steelyard.app import run
-run([Path(path) for path in sys.argv[2:]], port=0, command=stand_in_command)
+def announce(url, models):
+    print(f"Steelyard serves {', '.join(models)} on {url}", flush=True)
+
+run([Path(path) for path in sys.argv[2:]], port=0, announce=announce, command=stand_in_command)
 assert "torch" not in sys.modules
 print("ended well")
 """

@@ -89,7 +89,8 @@ def _complaint(error: Exception) -> SteelyardError | None:
 def _complain(error: SteelyardError, arguments: list[str]) -> None:
     # One line that a terminal can be trusted with, whatever somebody's file put into it.
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(error).split()))
-    message = shown if len(shown) <= MAX_MESSAGE else f"{shown[:MAX_MESSAGE]}..."
+    half = MAX_MESSAGE // 2  # what somebody wrote may be long; what is wrong with it stands at the end
+    message = shown if len(shown) <= MAX_MESSAGE else f"{shown[:half]} ... {shown[-half:]}"
     print(f"error: {message}", file=sys.stderr)
     if "--json" in arguments:
         code = getattr(error, "code", None) or edge(error).code
