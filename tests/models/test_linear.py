@@ -1,0 +1,62 @@
+"""int8 layers: oneDNN against the integer reference, to the bit, at every number of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steelyard.compress.quantize.int8 import quantize_channels
+from steelyard.models import linear
+from steelyard.models.linear import LIMIT, Int8Embedding, Int8Linear
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.randint(-LIMIT, LIMIT + 1, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(192, 576), (1, 1), (7, 33), (64, 1536)])
+def test_onednn_equals_the_integers_at_every_row_count(outputs: int, inputs: int) -> None:
+    if not linear.onednn_is_exact():
+        pytest.fail("oneDNN's int8 product should be exact on this machine")
+    torch.manual_seed(0)
+    weight, scale = integers(outputs, inputs), torch.rand(outputs) + 1e-3
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    zeros = torch.zeros(outputs, dtype=torch.int64)
+    x = integers(256, inputs)
+    expected = (x.long() @ weight.long().T).float() * scale
+    assert torch.equal(linear.integer_product(x, weight, scale), expected)
+    for rows in [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 255, 256]:
+        assert torch.equal(linear._onednn_product(x[:rows], packed, scale, zeros), expected[:rows]), rows
+
+
+def test_layer_is_near_the_dense_one_and_the_same_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    dense, bias, x = torch.randn(48, 96) * 0.1, torch.randn(48), torch.randn(20, 96)
+    x[3] = 0
+    weight, scale = quantize_channels(dense)
+    fast = Int8Linear(weight, scale, bias, torch.float32)(x)
+    expected = x.double() @ dense.double().T + bias.double()
+    assert float((fast - expected).norm() / expected.norm()) < 0.02  # 1.1% measured
+    assert torch.equal(fast[3], bias)
+    monkeypatch.setattr(linear, "onednn_is_exact", lambda: False)
+    assert torch.equal(Int8Linear(weight, scale, bias, torch.float32)(x), fast)
+
+
+def test_rounding_stays_within_half_a_step_and_the_range() -> None:
+    torch.manual_seed(2)
+    x = torch.randn(64, 100) * torch.logspace(-6, 6, 64)[:, None]
+    x[5] = 0
+    quantized, scale = linear.quantize_rows(x)
+    assert int(quantized.abs().max()) <= LIMIT
+    assert bool(((quantized * scale - x).abs() <= scale * 0.5001).all())
+    weight, channel = quantize_channels(x)
+    assert int(weight.abs().max()) <= LIMIT
+    # The scale is rounded to bfloat16 first: the largest value of a row can be clamped by 0.4%.
+    assert bool(((weight * channel.float() - x).abs() <= channel.float() * 1.01).all())
+
+
+def test_embedding_looks_up_what_was_rounded() -> None:
+    weight, scale = quantize_channels(torch.randn(10, 8))
+    token_ids = torch.tensor([3, 3, 9])
+    expected = (weight[token_ids].float() * scale[token_ids].float()).bfloat16()
+    assert torch.equal(Int8Embedding(weight, scale, torch.bfloat16)(token_ids), expected)
