@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from steelyard.report import Report
@@ -120,6 +120,7 @@ def test_whatever_is_written_is_text() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.text(max_size=20), st.lists(st.floats(), min_size=1, max_size=8), st.booleans())
+@example("", [1.7976931348623157e308, -9.9792015476736e291], False)
 def test_any_words_and_numbers_give_a_page(words: str, numbers: list[float], log_y: bool) -> None:
     report = Report(words)
     report.table([words], [[number] for number in numbers], words)

@@ -140,9 +140,9 @@ class Report:
 
         def draw(axes: Axes) -> None:
             for place, (name, (xs, ys)) in enumerate(series.items()):
-                values = [y if math.isfinite(y) and (y > 0 or not log_y) else math.nan for y in ys]
+                values = [y if _drawable(y) and (y > 0 or not log_y) else math.nan for y in ys]
                 axes.plot(
-                    [x if math.isfinite(x) else math.nan for x in xs],
+                    [x if _drawable(x) else math.nan for x in xs],
                     values,
                     label=_label(name),
                     color=COLOURS[place % SERIES],
@@ -151,7 +151,7 @@ class Report:
                     marker="o" if len(values) <= 30 else None,
                     markersize=4,
                 )
-            if log_y and any(0 < y < math.inf for _, ys in series.values() for y in ys):
+            if log_y and any(y > 0 and _drawable(y) for _, ys in series.values() for y in ys):
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axes.yaxis.set_minor_formatter(lambda value, _: "")
@@ -166,7 +166,7 @@ class Report:
         """Horizontal bars with their values, in the given order; a value that is not finite has no bar."""
 
         def draw(axes: Axes) -> None:
-            lengths = [value if math.isfinite(value) else 0.0 for value in values.values()]
+            lengths = [value if _drawable(value) else 0.0 for value in values.values()]
             drawn = axes.barh(range(len(values)), lengths, color=COLOURS[0], height=0.65)
             axes.bar_label(drawn, [_cell(value) for value in values.values()], padding=4)
             axes.set_yticks(range(len(values)), [_label(name) for name in values])
@@ -318,6 +318,11 @@ def _svg(drawn: str, prefix: str, title: str, titles: Mapping[str, str]) -> str:
         "style": f"max-width: {width * 4 / 3:.0f}px",
     }
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _drawable(value: float) -> bool:
+    """Finite, and not so large that the arithmetic of an axis overflows."""
+    return math.isfinite(value) and abs(value) <= 1e100
 
 
 def _axis_labels(axes: Axes, x_label: str, y_label: str) -> None:
