@@ -107,8 +107,9 @@ def test_metrics_cut_off_anywhere_lose_only_what_was_cut(
         run.measure(step=step, loss=1 / step)
     path = folder / "metrics.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) - cut])
-    lines = whole[: max(len(whole) - cut, 0)].split(b"\n")
+    kept = whole[: max(len(whole) - cut, 0)]
+    path.write_bytes(kept)
+    lines = kept.split(b"\n")
     complete = len(lines) - 1 + (lines[-1].endswith(b"}"))
     assert [values["step"] for values in run.metrics()] == list(range(1, complete + 1))
     run.rewind(upto)

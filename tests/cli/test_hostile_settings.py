@@ -171,7 +171,11 @@ def test_a_split_of_the_command_line_keeps_every_row_and_weight(command: Command
         chat["messages"].append({"role": "assistant", "content": "b"})
     Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     command("data", "chats.jsonl", "--holdout", 2, "--out", "parts")
-    found = [json.loads(line) for name in ("train", "holdout") for line in Path(f"parts/{name}.jsonl").open()]
+    found = [
+        json.loads(line)
+        for name in ("train", "holdout")
+        for line in Path(f"parts/{name}.jsonl").read_text().splitlines()
+    ]
     for chat in [*chats, *found]:
         for turn in chat["messages"]:
             turn.setdefault("weight", 1)
