@@ -74,10 +74,11 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"--set {assignment}: write it as table.key=value")
     try:
-        # A line end would begin another assignment, which nobody asked for.
-        parsed = value if "\n" in value else tomllib.loads(f"value = {value}")["value"]
+        found = tomllib.loads(f"value = {value}")
     except (ValueError, RecursionError):
-        parsed = value
+        found = {}
+    # Whatever a line end begins (another key, a table) nobody asked for: then it is a plain string, too.
+    parsed = found["value"] if found.keys() == {"value"} else value.strip()
     table = raw
     for key in keys[:-1]:
         table = table.setdefault(key, {})
