@@ -10,15 +10,15 @@ from __future__ import annotations
 import html
 import io
 import math
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
+
+from steelyard.atomic import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,18 +241,7 @@ class Report:
         Raises:
             OSError: the folder cannot be written to.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(prefix=f".aside-{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(self.html().encode())
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)
-                os.fsync(file.fileno())
-            Path(aside).replace(path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+        write_file(path, self.html())
 
     def _figure(self, caption: str, content: str) -> None:
         heading = f"<figcaption>{_escape(caption)}</figcaption>" if caption else ""

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from steelyard.atomic import write_file
 from steelyard.errors import ConfigError
 
 
@@ -46,9 +47,7 @@ class Run:
         """Record the configuration, or compare it with the recorded one."""
         path = self.folder / "config.json"
         if not path.is_file():
-            aside = path.with_suffix(".aside")
-            aside.write_text(json.dumps(config, indent=2) + "\n")
-            aside.replace(path)
+            write_file(path, json.dumps(config, indent=2) + "\n")
             return
         try:
             begun = json.loads(path.read_bytes())
@@ -77,10 +76,7 @@ class Run:
     def rewind(self, step: int) -> None:
         """Forget what was measured after `step`: it will be measured again."""
         kept = [json.dumps(values) + "\n" for values in self.metrics() if values.get("step", 0) <= step]
-        path = self.folder / "metrics.jsonl"
-        aside = path.with_suffix(".aside")
-        aside.write_text("".join(kept))
-        aside.replace(path)
+        write_file(self.folder / "metrics.jsonl", "".join(kept))
 
     def close(self) -> None:
         """Let others in."""

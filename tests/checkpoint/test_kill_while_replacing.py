@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from steelyard.checkpoint.atomic import sweep
+from steelyard.atomic import sweep
 
 REPLACE = """
 import sys
 from pathlib import Path
-from steelyard.checkpoint.atomic import folder_aside, write_file
+from steelyard.atomic import folder_aside, write_file
 folder = Path(sys.argv[1])
 print("begun", flush=True)
 for round in range(1, 1_000_000):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from command import Command
 
-from steelyard.checkpoint import atomic, manifest
+from steelyard import atomic
+from steelyard.checkpoint import manifest
 
 ROWS = "text,label\nhello,ham\nwin now,spam\nhi,ham\n"
 

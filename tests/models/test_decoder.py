@@ -7,58 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from families import FAMILIES, SIZES, make
 from steelyard.errors import CheckpointError
 from steelyard.models import config as decoder_config
 from steelyard.models import weights
 from steelyard.models.attention import PackedAttention
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama2": ("llama", {"tie_word_embeddings": False}),
-    "smollm": ("llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
-    "llama3": ("llama", {"rope_parameters": LLAMA3}),
-    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-    "llama-yarn": ("llama", {"rope_parameters": YARN}),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-head-width": ("llama", {"head_dim": 16}),
-    "mistral": ("mistral", {"sliding_window": 7, "head_dim": 8}),
-    "mistral-no-window": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-    "qwen3": ("qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
-}
-
-
-def make(folder: Path, family: str) -> Any:
-    """A small random model of a family, saved by transformers; returns the reference."""
-    kind, fields = FAMILIES[family]
-    torch.manual_seed(hash(family) % 1000)
-    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **fields}))
-    for parameter in reference.parameters():  # biases and norms start at 0 and 1: make them matter
-        torch.nn.init.normal_(parameter, std=0.08) if parameter.ndim > 1 else parameter.data.normal_(0.5, 0.3)
-    reference = reference.float().eval()
-    reference.save_pretrained(folder)
-    return reference
 
 
 @pytest.mark.parametrize("family", FAMILIES)

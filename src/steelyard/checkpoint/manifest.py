@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from steelyard import __version__
-from steelyard.checkpoint.atomic import folder_aside, write_file
+from steelyard.atomic import folder_aside, write_file
 from steelyard.errors import CheckpointError, ConfigError
 
 MANIFEST = "steelyard.json"

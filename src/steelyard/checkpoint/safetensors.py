@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from steelyard.checkpoint.atomic import file_aside
+from steelyard.atomic import file_aside
 from steelyard.errors import ArtifactError
 
 MAX_HEADER_BYTES = 100_000_000

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from steelyard import config
-from steelyard.checkpoint.atomic import file_aside
+from steelyard.atomic import file_aside
 from steelyard.cli import console
 from steelyard.data import chat
 from steelyard.data.chat import FormatConfig

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from steelyard.checkpoint.atomic import write_file
+from steelyard.atomic import write_file
 from steelyard.checkpoint.sources.cache import default_cache
 from steelyard.cli import console
 from steelyard.demo import lifecycle, page

@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from steelyard.checkpoint.atomic import file_aside
+from steelyard.atomic import file_aside
 from steelyard.cli import console
 from steelyard.cli.data import given
 from steelyard.data.readers import check_file

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from steelyard.checkpoint.atomic import write_file
+from steelyard.atomic import write_file
 from steelyard.checkpoint.sources import pypi
 from steelyard.checkpoint.sources.cache import Cache
 from steelyard.data import chat

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
+from steelyard.atomic import folder_aside
 from steelyard.checkpoint import manifest
-from steelyard.checkpoint.atomic import folder_aside
 from steelyard.compress.method import METHODS
 from steelyard.errors import ConfigError
 from steelyard.evaluate import certificate

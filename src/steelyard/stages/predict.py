@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from steelyard.checkpoint.atomic import file_aside
+from steelyard.atomic import file_aside
 from steelyard.data import chat
 from steelyard.data.chat import FormatConfig, ask, check_labels
 from steelyard.data.readers import check_file, json_rows, table_rows

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import torch
 
+from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
-from steelyard.checkpoint.atomic import write_file
 from steelyard.checkpoint.sources import pull
 from steelyard.checkpoint.sources.cache import default_cache
 from steelyard.data import chat

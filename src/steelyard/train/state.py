@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from steelyard.checkpoint.atomic import folder_aside, sweep
+from steelyard.atomic import folder_aside, sweep
 from steelyard.checkpoint.manifest import sha256_file
 
 log = logging.getLogger(__name__)

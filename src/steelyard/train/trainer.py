@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import torch
 
+from steelyard.atomic import sweep
 from steelyard.checkpoint import manifest
-from steelyard.checkpoint.atomic import sweep
 from steelyard.data.loader import Loader
 from steelyard.data.packing import Pack, bins, pack
 from steelyard.data.rows import TokenRow

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
-from steelyard.checkpoint.atomic import write_file
 from steelyard.errors import CheckpointError
 
 STALE_SECONDS = 24 * 3600

@@ -56,8 +56,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "use_beam_search": (False,),
     # Ours.
-    "draft": (),
-    "explain": (),
+    "draft": (False,),
+    "explain": (False,),
 }
 """Fields that are accepted at these values, where nothing is to be done for them, and refused by name at any other."""
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from steelyard.checkpoint import atomic
-from steelyard.checkpoint.atomic import file_aside, folder_aside, sweep, write_file
+from steelyard import atomic
+from steelyard.atomic import file_aside, folder_aside, sweep, write_file
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from steelyard.checkpoint import atomic
+from steelyard import atomic
 path = Path(sys.argv[1])
 if sys.argv[2] == "file":
     with atomic.file_aside(path) as file:
