@@ -28,6 +28,7 @@ Draw = Callable[["Axes"], None]
 SERIES = 6
 LABEL = 40  # most characters of a tick or legend label
 MATRIX_LABEL = 28
+NARROW = 2.0  # inches; figures up to this width stand side by side
 CELL_NUMBERS = 20  # a larger matrix shows its counts only under the pointer
 
 # matplotlib draws with these stand-ins; in the page each is a variable of the style sheet.
@@ -81,7 +82,8 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; border-bottom: 2px solid var(--rule); white-space: nowrap; }
 th.number, td.number { text-align: right; white-space: nowrap; }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; max-width: 100%; height: auto; }
+figure.narrow { display: inline-block; vertical-align: top; margin: 1rem 3rem 1rem 0; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 @media print { body { margin: 0; max-width: none; } figure { break-inside: avoid; } }
 """
@@ -167,8 +169,11 @@ class Report:
 
         def draw(axes: Axes) -> None:
             lengths = [value if _drawable(value) else 0.0 for value in values.values()]
-            drawn = axes.barh(range(len(values)), lengths, color=COLOURS[0], height=0.65)
-            axes.bar_label(drawn, [_cell(value) for value in values.values()], padding=4)
+            axes.barh(range(len(values)), lengths, color=COLOURS[0], height=0.65)
+            for place, value in enumerate(values.values()):
+                # To the right of the bar and of zero: to the left stand the names.
+                end = (max(lengths[place], 0.0), place)
+                axes.annotate(_cell(value), end, (4, 0), textcoords="offset points", va="center")
             axes.set_yticks(range(len(values)), [_label(name) for name in values])
             axes.tick_params(axis="y", length=0)
             axes.invert_yaxis()
@@ -243,16 +248,18 @@ class Report:
         """
         write_file(path, self.html())
 
-    def _figure(self, caption: str, content: str) -> None:
+    def _figure(self, caption: str, content: str, *, narrow: bool = False) -> None:
         heading = f"<figcaption>{_escape(caption)}</figcaption>" if caption else ""
-        self._parts.append(f"<figure>{heading}{content}</figure>")
+        mark = ' class="narrow"' if narrow else ""
+        self._parts.append(f"<figure{mark}>{heading}{content}</figure>")
 
     def _plot(
         self, title: str, inches: tuple[float, float], draw: Draw, titles: Mapping[str, str] | None = None
     ) -> None:
         self._plots += 1
         drawn = _drawn(inches, draw, outside=titles is not None)
-        self._figure(title, _svg(drawn, f"plot-{self._plots}-", _clean(title), titles or {}))
+        svg = _svg(drawn, f"plot-{self._plots}-", _clean(title), titles or {})
+        self._figure(title, svg, narrow=inches[0] <= NARROW)
 
 
 def _drawn(inches: tuple[float, float], draw: Draw, *, outside: bool) -> str:
@@ -304,7 +311,7 @@ def _svg(drawn: str, prefix: str, title: str, titles: Mapping[str, str]) -> str:
         "viewBox": root.attrib["viewBox"],
         "role": "img",
         "aria-label": title,
-        "style": f"max-width: {width * 4 / 3:.0f}px",
+        "style": f"width: {width * 4 / 3:.0f}px",
     }
     return ElementTree.tostring(root, encoding="unicode")
 

@@ -36,7 +36,18 @@ def page(learnt: Learnt, figures: dict[str, Any], answers: list[tuple[str, str]]
         f"{figures['minutes']:.1f} minutes after the downloads. Tokens/s is how fast messages were read while "
         "classifying them."
     )
-    report.table(list(HEADERS), table(learnt), "Before and after")
+    rows = [
+        (
+            NAMES[key],
+            round(stage.accuracy, 3),
+            round(stage.mcc, 3),
+            None if stage.bytes is None else round(stage.bytes / 1e6, 1),
+            None if stage.tokens_per_second is None else round(stage.tokens_per_second),
+            round(stage.minutes, 1),
+        )
+        for key, stage in learnt.stages.items()
+    ]
+    report.table(HEADERS, rows, "Before and after")
     report.bars("Matthews correlation on the held-out messages", {NAMES[k]: s.mcc for k, s in learnt.stages.items()})
     steps = [point for point in learnt.curve if "loss" in point]
     checks = [point for point in learnt.curve if "validation_loss" in point]
