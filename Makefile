@@ -6,16 +6,18 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 # torch by its pin first: resolved together with others it can bring gigabytes of CUDA.
 INSTALL = test -x $(BIN)/python || $(PYTHON) -m venv .venv; $(PIP) "$$(grep ^torch== constraints.txt)"; $(PIP) -e
 
+NATIVE := setup.py $(wildcard src/steelyard/kernels/native/*)
+
 .PHONY: setup demo test slow check format bench clean
 
 setup: .venv/.dev
 
-.venv/.demo: pyproject.toml constraints.txt
+.venv/.demo: pyproject.toml constraints.txt $(NATIVE)
 	@echo "installing what the demo needs into .venv (a minute or two)"
 	@set -e; $(INSTALL) '.[demo]'
 	@touch $@
 
-.venv/.dev: pyproject.toml constraints.txt
+.venv/.dev: pyproject.toml constraints.txt $(NATIVE)
 	@echo "installing everything for development into .venv (a minute or two)"
 	@set -e; $(INSTALL) '.[dev]'
 	@touch $@ .venv/.demo
@@ -43,4 +45,4 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/sms.py --seeds 0,1,2 --labels 400 --json bench/sms-400.json
 
 clean:
-	rm -rf .venv demo bench build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv demo bench build src/*.egg-info src/steelyard/kernels/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

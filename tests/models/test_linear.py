@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from steelyard.compress.quantize.int8 import quantize_channels
-from steelyard.models import linear
-from steelyard.models.linear import LIMIT, Int8Embedding, Int8Linear
+from steelyard.kernels import onednn
+from steelyard.kernels.reference import integer_product, quantize_rows
+from steelyard.models.linear import Int8Embedding, Int8Linear
+
+LIMIT = 127
 
 
 def integers(*shape: int) -> torch.Tensor:
@@ -16,7 +19,7 @@ def integers(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(192, 576), (1, 1), (7, 33), (64, 1536)])
 def test_onednn_equals_the_integers_at_every_row_count(outputs: int, inputs: int) -> None:
-    if not linear.onednn_is_exact():
+    if not onednn.is_exact():
         pytest.skip("oneDNN's int8 product is not exact on this machine: the reference runs instead")
     torch.manual_seed(0)
     weight, scale = integers(outputs, inputs), torch.rand(outputs) + 1e-3
@@ -24,9 +27,9 @@ def test_onednn_equals_the_integers_at_every_row_count(outputs: int, inputs: int
     zeros = torch.zeros(outputs, dtype=torch.int64)
     x = integers(256, inputs)
     expected = (x.long() @ weight.long().T).float() * scale
-    assert torch.equal(linear.integer_product(x, weight, scale), expected)
+    assert torch.equal(integer_product(x, weight, scale), expected)
     for rows in [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 255, 256]:
-        assert torch.equal(linear._onednn_product(x[:rows], packed, scale, zeros), expected[:rows]), rows
+        assert torch.equal(onednn.product(x[:rows], packed, scale, zeros), expected[:rows]), rows
 
 
 def test_layer_is_near_the_dense_one_and_the_same_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +41,7 @@ def test_layer_is_near_the_dense_one_and_the_same_without_onednn(monkeypatch: py
     expected = x.double() @ dense.double().T + bias.double()
     assert float((fast - expected).norm() / expected.norm()) < 0.02  # 1.1% measured
     assert torch.equal(fast[3], bias)
-    monkeypatch.setattr(linear, "onednn_is_exact", lambda: False)
+    monkeypatch.setattr(onednn, "is_exact", lambda: False)
     assert torch.equal(Int8Linear(weight, scale, bias, torch.float32)(x), fast)
 
 
@@ -46,7 +49,7 @@ def test_rounding_stays_within_half_a_step_and_the_range() -> None:
     torch.manual_seed(2)
     x = torch.randn(64, 100) * torch.logspace(-6, 6, 64)[:, None]
     x[5] = 0
-    quantized, scale = linear.quantize_rows(x)
+    quantized, scale = quantize_rows(x)
     assert int(quantized.abs().max()) <= LIMIT
     assert bool(((quantized * scale - x).abs() <= scale * 0.5001).all())
     weight, channel = quantize_channels(x)

@@ -12,10 +12,13 @@ import torch
 from steelyard.errors import CheckpointError, RequestError
 from steelyard.infer.decoding import sampling
 from steelyard.infer.kv_cache import BlockPool, KVCache
+from steelyard.infer.plan import Plan, PlanCache
 from steelyard.infer.request import Failure, Output, Request, TokenLogprob
-from steelyard.infer.runner import Runner
+from steelyard.infer.runner import PlanRunner, ReferenceRunner, Runner, has_plan
 from steelyard.infer.scheduler import Scheduled, Scheduler
 from steelyard.infer.sequence import Sequence
+from steelyard.kernels import library
+from steelyard.kernels.reference import BLOCK
 from steelyard.models import weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
@@ -30,7 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int = 1 << 30
     """Memory for keys and values."""
     block_size: int = 32
-    """Tokens of a cache block."""
+    """Tokens of a cache block; a plan's are always 32."""
     token_budget: int = 512
     """Most tokens of one step: longer prompts are computed in chunks beside running streams."""
     max_running: int = 64
@@ -56,15 +59,31 @@ class Engine:
     ) -> None:
         config = config or EngineConfig()
         self.decoder, self.tokenizer, self.adapters = decoder, tokenizer, adapters or {}
-        per_block = KVCache.bytes_per_token(decoder.config, decoder.dtype) * config.block_size
+        planned = has_plan(decoder)
+        block_size = BLOCK if planned else config.block_size
+        per_token = (
+            PlanCache.bytes_per_token(decoder) if planned else KVCache.bytes_per_token(decoder.config, decoder.dtype)
+        )
         # Never more than all running sequences could fill.
-        most = config.max_running * -(-decoder.config.context // config.block_size)
-        blocks = max(1, min(config.kv_bytes // per_block, most))
-        self.context = min(decoder.config.context, blocks * config.block_size)
+        most = config.max_running * -(-decoder.config.context // block_size)
+        blocks = max(1, min(config.kv_bytes // (per_token * block_size), most))
+        self.context = min(decoder.config.context, blocks * block_size)
         self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.pool, config.block_size, config.token_budget, config.max_running)
-        cache = KVCache(decoder.config, blocks, config.block_size, decoder.dtype)
-        self.runner = Runner(decoder, cache, self.adapters)
+        self.scheduler = Scheduler(self.pool, block_size, config.token_budget, config.max_running)
+        self.runner: Runner
+        if planned:
+            plan = Plan(
+                decoder,
+                blocks=blocks,
+                tokens=config.token_budget,
+                draws=config.max_running,
+                context=self.context,
+                native=library.load(),
+            )
+            self.runner = PlanRunner(plan, self.adapters)
+        else:
+            cache = KVCache(decoder.config, blocks, block_size, decoder.dtype)
+            self.runner = ReferenceRunner(decoder, cache, self.adapters)
         self.sequences: dict[str, list[Sequence]] = {}
 
     @classmethod

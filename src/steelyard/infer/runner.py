@@ -1,28 +1,47 @@
-"""Runs a step's tokens through the decoder and the paged cache. Knows tensors; nothing of requests' text or time."""
+"""Runs a step's tokens through the decoder and its cache. Knows tensors; nothing of requests' text or time.
+
+An int8 checkpoint runs by its plan; any other by the reference forward, which promises no bits.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 
 from steelyard.infer.kv_cache import KVCache, PagedAttention, Span
+from steelyard.infer.plan import Plan
 from steelyard.infer.scheduler import Scheduled
+from steelyard.kernels.reference import BLOCK
+from steelyard.kernels.steps import Batch
 from steelyard.models.decoder import Decoder
+from steelyard.models.linear import Int8Embedding, Int8Linear
 from steelyard.models.lora import Adapter, AdapterRows
 
 
-class Runner:
-    """A decoder, its cache and its adapters."""
+class Runner(Protocol):
+    """Computes batches."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, adapters: dict[str, Adapter]) -> None:
-        self.decoder, self.cache, self.adapters = decoder, cache, adapters
-
-    @torch.inference_mode()
     def run(self, batch: list[Scheduled]) -> torch.Tensor:
         """One forward pass over the batch; the cache holds its tokens afterwards.
 
         Returns:
-            Logits `[N, V]`, one row for each of the batch's N sequences that draw, in their order.
+            Logits `[N, V]`, one row for each of the batch's N sequences that draw, in their order; valid until the
+            next pass.
         """
+        ...
+
+
+class ReferenceRunner:
+    """A decoder as training and evaluation run it, over a paged cache."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, adapters: Mapping[str, Adapter]) -> None:
+        self.decoder, self.cache, self.adapters = decoder, cache, adapters
+
+    @torch.inference_mode()
+    def run(self, batch: list[Scheduled]) -> torch.Tensor:
+        """See `Runner`."""
         tokens: list[int] = []
         positions: list[torch.Tensor] = []
         last: list[int] = []
@@ -50,3 +69,55 @@ class Runner:
         if len(places) == 1 and len(next(iter(places.values()))) == start:
             return self.adapters[next(iter(places))]
         return AdapterRows((self.adapters[name], torch.tensor(where)) for name, where in places.items())
+
+
+class PlanRunner:
+    """A plan and the adapters that it wears."""
+
+    def __init__(self, plan: Plan, adapters: Mapping[str, Adapter]) -> None:
+        self.plan = plan
+        self.numbers = {name: plan.wear(adapter) for name, adapter in adapters.items()}
+
+    def run(self, batch: list[Scheduled]) -> torch.Tensor:
+        """See `Runner`."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        spans: list[tuple[int, int, int, int]] = []
+        tables: list[int] = []
+        draws: list[int] = []
+        worn: list[int] = []
+        for work in batch:
+            sequence, start = work.sequence, work.sequence.computed
+            end = start + work.count
+            spans.append((len(tokens), start, work.count, len(tables)))
+            tokens += sequence.tokens[start:end]
+            positions += range(start, end)
+            slots += [sequence.block_table[place // BLOCK] for place in range(start, end)]
+            tables += sequence.block_table
+            adapter = sequence.request.adapter
+            worn += [-1 if adapter is None else self.numbers[adapter]] * work.count
+            if work.draws:
+                draws.append(len(tokens) - 1)
+        ready = Batch(
+            token_ids=_numbers(tokens),
+            positions=_numbers(positions),
+            slots=_numbers(slots),
+            spans=_numbers(spans),
+            tables=_numbers(tables),
+            draws=_numbers(draws),
+            adapters=_numbers(worn) if max(worn) >= 0 else None,
+        )
+        return self.plan.run(ready)
+
+
+def _numbers(values: Sequence[object]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def has_plan(decoder: Decoder) -> bool:
+    """Whether all of a decoder's layers are int8, embedding and head included."""
+    layers = (layer for name, layer in decoder.named_modules() if name.endswith(("_proj", "lm_head")))
+    return isinstance(decoder.model.embed_tokens, Int8Embedding) and all(
+        isinstance(layer, Int8Linear) for layer in layers
+    )

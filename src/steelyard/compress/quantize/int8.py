@@ -16,9 +16,9 @@ from torch import nn
 
 from steelyard.checkpoint.manifest import read_json
 from steelyard.errors import CheckpointError
+from steelyard.kernels.reference import LIMIT
 from steelyard.models import weights
 from steelyard.models.decoder import Decoder
-from steelyard.models.linear import LIMIT
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"

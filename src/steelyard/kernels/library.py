@@ -1,0 +1,98 @@
+"""The native library: found, loaded, called. One file per instruction set, built with the package (see setup.py).
+
+It brings no OpenMP runtime of its own: a second one beside torch's would halve everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+FORMS: dict[str, frozenset[str]] = {
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vnni"}),
+    "avx2": frozenset({"avx2", "fma", "f16c", "bmi2"}),
+    "portable": frozenset(),
+}
+"""Instruction sets, the fastest first, and the processor's flags that each needs."""
+CHOICE = "STEELYARD_KERNELS"
+"""Environment variable: one of `FORMS`, or `torch` for the twins in PyTorch."""
+
+
+class Library:
+    """The loaded library.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        ctypes.CDLL(openmp_runtime(), ctypes.RTLD_GLOBAL)
+        self._library = ctypes.CDLL(str(path))
+        self._library.steelyard_isa.restype = ctypes.c_char_p
+        pointer = ctypes.c_void_p
+        self._library.steelyard_run.argtypes = (pointer, ctypes.c_int32, pointer, pointer, pointer)
+        self._library.steelyard_pack.argtypes = (pointer, ctypes.c_int64, ctypes.c_int64, pointer)
+        self.form = str(self._library.steelyard_isa().decode())
+
+    def run(self, steps: int, count: int, buffers: int, batch: int, seconds: int | None = None) -> None:
+        """Run `count` steps; all are addresses. `seconds`, where given, gets each step's time added (float64)."""
+        self._library.steelyard_run(steps, count, buffers, batch, seconds)
+
+    def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
+        """`[N, K]` int8, K a multiple of 4 -> `[ceil(N / 32), K / 4, 32, 4]` uint8, each weight plus 128."""
+        assert weight.is_contiguous()
+        assert packed.is_contiguous()
+        assert weight.shape[1] % 4 == 0
+        self._library.steelyard_pack(weight.data_ptr(), weight.shape[0], weight.shape[1], packed.data_ptr())
+
+
+@functools.cache
+def load() -> Library | None:
+    """The library for this processor; None where it was not built, or the twins are asked for."""
+    wanted = os.environ.get(CHOICE)
+    if wanted == "torch":
+        return None
+    flags = processor_flags()
+    for form, needs in FORMS.items():
+        path = Path(__file__).parent / f"kernels-{form}.so"
+        if (wanted or form) != form or not needs <= flags or not path.is_file():
+            continue
+        try:
+            return Library(path)
+        except OSError as error:
+            log.warning("the native kernels cannot be loaded (%s): PyTorch runs instead, slower", error)
+            return None
+    log.warning("the native kernels were not built (no C++ compiler?): PyTorch runs instead, slower")
+    return None
+
+
+def processor_flags() -> frozenset[str]:
+    """The instruction sets that this processor has, as Linux names them."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def openmp_runtime() -> str:
+    """The OpenMP runtime that torch has loaded into this process.
+
+    Raises:
+        OSError: there is none.
+    """
+    torch.get_num_threads()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        name = line.rpartition(" ")[2]
+        if "libgomp" in name or "libiomp5" in name or "libomp.so" in name:
+            return name
+    raise OSError("torch has no OpenMP runtime here")

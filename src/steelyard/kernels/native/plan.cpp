@@ -1,0 +1,237 @@
+// A plan's steps, run over one batch in one parallel region. The C interface that the Python side loads.
+//
+// Linked to no OpenMP runtime: the symbols are those that torch has brought into the process, so that there is one
+// pool of threads.
+#include <omp.h>
+
+#include <atomic>
+
+#include "attention.h"
+#include "lora.h"
+
+namespace steelyard {
+
+enum Kind : int32_t { EMBED, NORM, PRODUCT, LOW_RANK, GATE_ROWS, ROTATE, ATTEND_STEP, QUANTIZE, GATHER };
+enum Place : int32_t { WIDE, RESIDUAL, GATED, LOGITS, NORMED, MIXED, DRAWN };
+
+// One step. What the fields mean depends on the kind; see `kernels/native.py`, which fills them in.
+struct Step {
+    int32_t kind;
+    int32_t size[7];
+    float value[2];
+    void* pointer[8];
+};
+
+// What a plan works on, all allocated by the caller.
+struct Buffers {
+    float* residual;   // [T, width]
+    float* wide;       // [T, widest product] outputs of products
+    float* normed;     // [T, width]
+    float* queries;    // [T, H, padded]
+    float* mixed;      // [T, H * E, padded to 16]
+    float* gated;      // [T, F]
+    float* drawn;      // [N, width]
+    float* logits;     // [N, V]
+    int8_t* quantized; // [T, widest input]
+    float* scales;     // [T]
+    int32_t* sums;     // [T]
+};
+
+struct Batch {
+    int32_t tokens, spans, draws, pad;
+    const int32_t* token_ids;   // [T]
+    const int32_t* positions;   // [T]
+    const int32_t* slots;       // [T] block of each token
+    const Span* span;           // [S]
+    const int32_t* tables;      // block tables, one after the other
+    const int32_t* draw_places; // [N]
+    const int32_t* adapters;    // [T] each token's adapter, -1 for none; null if no token wears one
+};
+
+struct Scratch {
+    std::vector<std::pair<int32_t, AttentionWork>> works;  // by window
+    std::vector<float> partials;
+    std::atomic<int> next{0}, next_merge{0};
+
+    const AttentionWork& work(int32_t window) const {
+        for (const auto& [own, found] : works)
+            if (own == window) return found;
+        __builtin_unreachable();
+    }
+};
+
+template <class Row>
+static void run_rows(int count, int me, int threads, Row&& row) {
+    const int first = (int64_t)count * me / threads, last = (int64_t)count * (me + 1) / threads;
+    for (int t = first; t < last; t++) row(t);
+}
+
+static float* place(const Buffers& b, int32_t name) {
+    float* const places[] = {b.wide, b.residual, b.gated, b.logits, b.normed, b.mixed, b.drawn};
+    return places[name];
+}
+
+static Heads heads_of(const Step& s) {
+    return {s.size[0], s.size[1], s.size[2], s.size[3], s.size[4], (uint16_t*)s.pointer[0], (uint16_t*)s.pointer[1],
+            (int64_t)s.size[1] * s.size[3] * BLOCK};
+}
+
+static void run_step(const Step& s, const Buffers& b, const Batch& batch, Scratch& scratch, int me, int threads) {
+    const Quantized quantized{b.quantized, b.scales, b.sums};
+    switch (s.kind) {
+        case EMBED:
+            run_rows(batch.tokens, me, threads, [&](int t) {
+                embed_row((const uint8_t*)s.pointer[0], (const float*)s.pointer[1], batch.token_ids[t], s.size[0],
+                          b.residual + (int64_t)t * s.size[0]);
+            });
+            break;
+        case NORM: {  // size: width, true width, 1 = of the rows that draw
+            const float* x = place(b, s.size[2] ? DRAWN : RESIDUAL);
+            run_rows(s.size[2] ? batch.draws : batch.tokens, me, threads, [&](int t) {
+                float* out = b.normed + (int64_t)t * s.size[0];
+                normalize_row(x + (int64_t)t * s.size[0], (const float*)s.pointer[0], s.size[0], s.size[1], s.value[0], out);
+                quantize_row(out, s.size[0], quantized, t);
+            });
+            break;
+        }
+        case PRODUCT: {  // size: inputs, outputs, stride, epilogue, destination, 1 = of the rows that draw
+            Product p{(const uint8_t*)s.pointer[0], (const float*)s.pointer[1], (const float*)s.pointer[2],
+                      b.quantized, b.scales, b.sums, place(b, s.size[4]),
+                      s.size[0], s.size[1], s.size[2], s.size[3]};
+            if (p.epilogue == GATE && batch.adapters) {  // the gates wait for the adapters' share
+                p.epilogue = STORE;
+                p.y = b.wide;
+                p.stride = p.outputs;
+            }
+            product(p, s.size[5] ? batch.draws : batch.tokens, me, threads);
+            break;
+        }
+        case LOW_RANK: {  // size: inputs, outputs, stride, source, destination, first column, 1 = in turns with another
+            if (!batch.adapters) break;
+            const LowRank* pairs = (const LowRank*)s.pointer[0];
+            run_rows(batch.tokens, me, threads, [&](int t) {
+                const int32_t adapter = batch.adapters[t];
+                if (adapter < 0 || !pairs[adapter].rank) return;
+                low_rank_row(pairs[adapter], place(b, s.size[3]) + (int64_t)t * s.size[0], s.size[0], s.size[1], s.size[6],
+                             place(b, s.size[4]) + (int64_t)t * s.size[2] + s.size[5]);
+            });
+            break;
+        }
+        case GATE_ROWS:  // size: width
+            if (!batch.adapters) break;
+            run_rows(batch.tokens, me, threads, [&](int t) {
+                gate_row(b.wide + (int64_t)t * 2 * s.size[0], s.size[0], b.gated + (int64_t)t * s.size[0]);
+            });
+            break;
+        case ROTATE: {  // size: heads, kv heads, E, padded, window, stride of a row
+            const Heads h = heads_of(s);
+            const Rotary r{(const float*)s.pointer[2], (const float*)s.pointer[3], (const float*)s.pointer[4],
+                           (const float*)s.pointer[5], s.value[0]};
+            run_rows(batch.tokens, me, threads, [&](int t) {
+                rotate_and_cache(b.wide + (int64_t)t * s.size[5], batch.positions[t], batch.slots[t], h, r,
+                                 b.queries + (int64_t)t * h.heads * h.padded);
+            });
+            break;
+        }
+        case ATTEND_STEP: {
+            const Heads h = heads_of(s);
+            const AttentionWork& work = scratch.work(h.window);
+            std::vector<float> own;
+            for (int i; (i = scratch.next.fetch_add(1)) < (int)work.pieces.size();) {
+                const Piece& piece = work.pieces[i];
+                const size_t need = (size_t)(piece.last - piece.first) * piece.queries * (h.heads / h.kv_heads) * (h.padded + 2);
+                if (piece.partial < 0 && own.size() < need) own.resize(need);
+                attend_piece(piece, batch.span[piece.span], batch.tables, h, b.queries, scratch.partials.data(),
+                             own.data(), b.mixed, s.size[5]);
+            }
+            if (work.merges.empty()) break;
+#pragma omp barrier
+            const int share = h.heads / h.kv_heads;
+            const int64_t between = (int64_t)share * (h.padded + 2);
+            for (int i; (i = scratch.next_merge.fetch_add(1)) < (int)work.merges.size();) {
+                const Piece& piece = work.merges[i];
+                const int t = batch.span[piece.span].start + piece.query;
+                for (int r = 0; r < share; r++)
+                    merge(scratch.partials.data() + piece.partial + (int64_t)r * (h.padded + 2), piece.last - piece.first,
+                          between, h, b.mixed + (int64_t)t * s.size[5] + (int64_t)(piece.head * share + r) * h.size);
+            }
+            break;
+        }
+        case QUANTIZE: {  // size: width, source
+            const float* x = place(b, s.size[1]);
+            run_rows(batch.tokens, me, threads, [&](int t) { quantize_row(x + (int64_t)t * s.size[0], s.size[0], quantized, t); });
+            break;
+        }
+        case GATHER:
+            run_rows(batch.draws, me, threads, [&](int n) {
+                std::memcpy(b.drawn + (int64_t)n * s.size[0], b.residual + (int64_t)batch.draw_places[n] * s.size[0],
+                            s.size[0] * sizeof(float));
+            });
+            break;
+        default: break;
+    }
+}
+
+}  // namespace steelyard
+
+using namespace steelyard;
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// Which of the three forms this library is.
+EXPORT const char* steelyard_isa() {
+#if LANES_AVX512
+    return "avx512";
+#elif LANES_AVX2
+    return "avx2";
+#else
+    return "portable";
+#endif
+}
+
+// w [N, K] int8, K a multiple of 4 -> packed [N / 32 rounded up][K / 4][32][4], w + 128. Missing rows are zeros.
+EXPORT void steelyard_pack(const int8_t* w, int64_t outputs, int64_t inputs, uint8_t* packed) {
+    const int64_t panels = (outputs + PANEL - 1) / PANEL, groups = inputs / 4;
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t g = 0; g < groups; g++)
+            for (int i = 0; i < PANEL; i++) {
+                const int64_t n = panel * PANEL + i;
+                for (int j = 0; j < 4; j++)
+                    packed[((panel * groups + g) * PANEL + i) * 4 + j] = n < outputs ? (uint8_t)(w[n * inputs + 4 * g + j] + 128) : 128;
+            }
+}
+
+EXPORT void steelyard_run(const Step* steps, int32_t count, const Buffers* buffers, const Batch* batch, double* seconds) {
+    Scratch scratch;
+    const int most = omp_get_max_threads();
+    for (int i = 0; i < count; i++) {
+        if (steps[i].kind != ATTEND_STEP) continue;
+        const Heads h = heads_of(steps[i]);
+        bool known = false;
+        for (const auto& [window, work] : scratch.works) known = known || window == h.window;
+        if (known) continue;
+        scratch.works.emplace_back(h.window, plan_attention(batch->span, batch->spans, h, most));
+        if ((int64_t)scratch.partials.size() < scratch.works.back().second.partials)
+            scratch.partials.resize(scratch.works.back().second.partials);
+    }
+#pragma omp parallel
+    {
+        const int me = omp_get_thread_num(), threads = omp_get_num_threads();
+        for (int i = 0; i < count; i++) {
+            const double begun = seconds && me == 0 ? omp_get_wtime() : 0.0;
+            run_step(steps[i], *buffers, *batch, scratch, me, threads);
+#pragma omp barrier
+            // Only after attention: the others may be in the next step already, and that may not be one.
+            if (me == 0 && steps[i].kind == ATTEND_STEP) {
+                scratch.next.store(0);
+                scratch.next_merge.store(0);
+            }
+            if (me == 0 && seconds) seconds[i] += omp_get_wtime() - begun;
+        }
+    }
+}
+
+}  // extern "C"

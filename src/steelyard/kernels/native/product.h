@@ -1,0 +1,109 @@
+// int8 products: y[t, n] = (sum over k of x[t, k] * w[n, k]) * w_scale[n] * x_scale[t] (+ bias[n]), the sum exact.
+//
+// Weights are stored as w + 128 (unsigned) in panels of 32 outputs: [N / 32][K / 4][32][4]. dot4 multiplies unsigned
+// by signed bytes; 128 times the sum of x is taken off at the end. Integer sums do not depend on the order, so a row's
+// result is the same to the bit whatever rows stand beside it.
+#pragma once
+
+#include "simd.h"
+
+namespace steelyard {
+
+constexpr int PANEL = 32;
+constexpr int MOST_ROWS = 12;  // 24 accumulators
+
+// What becomes of a product.
+enum Epilogue { STORE = 0, ADD = 1, GATE = 2 };
+
+struct Product {
+    const uint8_t* weight;   // packed
+    const float* scale;      // [N], padded to a multiple of 32
+    const float* bias;       // [N] padded, or null
+    const int8_t* x;         // [T, K]
+    const float* x_scale;    // [T]
+    const int32_t* x_sum;    // [T] sum over k of x
+    float* y;                // [T, stride]
+    int32_t inputs, outputs, stride, epilogue;
+};
+
+// The values of one row and 16 outputs.
+INLINE F scaled(I acc, int32_t sum, const Product& p, int t, int n) {
+    F value = to_float(isub(acc, iset(128 * sum)));
+    value = mul(mul(value, load(p.scale + n)), set(p.x_scale[t]));
+    return p.bias ? add(value, load(p.bias + n)) : value;
+}
+
+INLINE F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }
+
+template <int ROWS>
+void panel_rows(const Product& p, int panel, int row) {
+    const int groups = p.inputs / 4;
+    const uint8_t* w = p.weight + (int64_t)panel * groups * PANEL * 4;
+    const int8_t* x = p.x + (int64_t)row * p.inputs;
+    // Loops over ROWS are unrolled: an array that is indexed at run time would live in memory.
+    I low[ROWS], high[ROWS];
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++) low[r] = high[r] = izero();
+    for (int k = 0; k < groups; k++) {
+        if (ROWS <= 6) {
+            prefetch(w + 2048);
+            prefetch(w + 2048 + 64);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; r++) {
+            const I value = broadcast4(x + (int64_t)r * p.inputs + 4 * k);
+            low[r] = dot4(low[r], w, value);
+            high[r] = dot4(high[r], w + 64, value);
+        }
+        w += PANEL * 4;
+    }
+    I sums[2 * ROWS];
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++) {
+        sums[2 * r] = low[r];
+        sums[2 * r + 1] = high[r];
+    }
+    asm volatile("" : : "r"(sums) : "memory");  // the sums are in memory from here on, and only from here on
+    const int n = panel * PANEL;
+    const int left = p.outputs - n;
+    for (int r = 0; r < ROWS; r++) {
+        const int t = row + r;
+        const F first = scaled(sums[2 * r], p.x_sum[t], p, t, n);
+        const F second = scaled(sums[2 * r + 1], p.x_sum[t], p, t, n + 16);
+        if (p.epilogue == GATE) {  // 16 gates, then the 16 values that they open
+            store(p.y + (int64_t)t * p.stride + n / 2, mul(silu(first), second));
+            continue;
+        }
+        float* y = p.y + (int64_t)t * p.stride + n;
+        alignas(64) float both[PANEL];
+        float* out = left >= PANEL ? y : both;
+        if (p.epilogue == ADD && left >= PANEL) {
+            store(out, add(load(y), first));
+            store(out + 16, add(load(y + 16), second));
+            continue;
+        }
+        store(out, first);
+        store(out + 16, second);
+        if (left < PANEL)
+            for (int i = 0; i < left; i++) y[i] = p.epilogue == ADD ? y[i] + both[i] : both[i];
+    }
+}
+
+using PanelRows = void (*)(const Product&, int, int);
+static const PanelRows PANEL_ROWS[MOST_ROWS + 1] = {
+    nullptr,        panel_rows<1>, panel_rows<2>, panel_rows<3>,  panel_rows<4>,  panel_rows<5>, panel_rows<6>,
+    panel_rows<7>, panel_rows<8>, panel_rows<9>, panel_rows<10>, panel_rows<11>, panel_rows<12>};
+
+// The share of thread `me` of `threads`: a range of panels, all rows.
+inline void product(const Product& p, int tokens, int me, int threads) {
+    const int panels = (p.outputs + PANEL - 1) / PANEL;
+    const int first = (int64_t)panels * me / threads, last = (int64_t)panels * (me + 1) / threads;
+    const int chunks = (tokens + MOST_ROWS - 1) / MOST_ROWS;
+    for (int panel = first; panel < last; panel++)
+        for (int c = 0; c < chunks; c++) {
+            const int begin = (int64_t)tokens * c / chunks, end = (int64_t)tokens * (c + 1) / chunks;
+            PANEL_ROWS[end - begin](p, panel, begin);
+        }
+}
+
+}  // namespace steelyard

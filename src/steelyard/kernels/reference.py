@@ -1,0 +1,182 @@
+"""The kernels' arithmetic in PyTorch, operation by operation: the truth in the tests, and the path without a compiler.
+
+Float32 sums go over sixteen lanes and then a tree (8, 4, 2, 1), or in a stated order, exactly as the native code does;
+`fma` rounds once. Integer sums are exact and need no order.
+"""
+
+# T tokens  N outputs  M inputs  W width, padded to a multiple of 16
+
+from __future__ import annotations
+
+import torch
+
+LANES = 16
+LIMIT = 127.0
+TINY = torch.finfo(torch.float32).tiny
+
+
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """A * b + c in float32, rounded once.
+
+    The product is exact in float64; the sum is rounded there and again to float32, which differs from one rounding
+    about once in 2**29 operations.
+    """
+    return (a.double() * b.double() + c.double()).float()
+
+
+def lane_sum(x: torch.Tensor) -> torch.Tensor:
+    """`[..., 16 n]` -> `[...]`: each lane in order, then the lanes as a tree."""
+    lanes = torch.zeros_like(x[..., :LANES])
+    for part in x.split(LANES, dim=-1):  # type: ignore[no-untyped-call]
+        lanes = lanes + part
+    return tree_sum(lanes)
+
+
+def tree_sum(lanes: torch.Tensor) -> torch.Tensor:
+    """`[..., 16]` -> `[...]`: 8, 4, 2, 1."""
+    width = LANES // 2
+    while width:
+        lanes = lanes[..., :width] + lanes[..., width : 2 * width]
+        width //= 2
+    return lanes[..., 0]
+
+
+def exp(x: torch.Tensor) -> torch.Tensor:
+    """e^x as the kernels compute it: Cephes' polynomial after x = n ln 2 + r; 0 below -87.3, x at most 88."""
+
+    def value(number: float) -> torch.Tensor:
+        return torch.tensor(number, dtype=torch.float32)
+
+    small = x < value(-87.3)
+    x = torch.minimum(torch.maximum(x, value(-87.3)), value(88.0))
+    n = (x * value(1.44269504088896341)).round()
+    r = fma(n, value(-0.693359375), x)
+    r = fma(n, value(2.12194440e-4), r)
+    p = value(1.9875691500e-4)
+    for coefficient in (
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    ):
+        p = fma(p, r, value(coefficient))
+    p = fma(p, r * r, r) + value(1.0)
+    power = ((n.to(torch.int32) + 127) << 23).view(torch.float32)
+    return torch.where(small, value(0.0), p * power)
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """X / (1 + e^-x)."""
+    return x / (1.0 + exp(-x))
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row of `[T, M]` to int8 by its largest magnitude.
+
+    Returns:
+        `[T, M]` int8 in -127..127 and `[T, 1]` float32 scales, with x ~ q * scale. A row of zeros has scale 0, and so
+        has one of magnitudes below 1.5e-36.
+    """
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True) / LIMIT
+    scale.masked_fill_(scale < TINY, 0.0)
+    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    return (wide * inverse).round_().clamp_(-LIMIT, LIMIT).to(torch.int8), scale
+
+
+def integer_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """int8 `[T, M]` times int8 `[N, M]` transposed, exactly, times the channel scales `[N]`.
+
+    float64 holds every sum of up to 2**38 products exactly. One rounding to float32 before the scale and one
+    after, as oneDNN does.
+    """
+    return (x.double() @ weight.double().T).float() * scale
+
+
+def normalize(x: torch.Tensor, weight: torch.Tensor, size: int, epsilon: float) -> torch.Tensor:
+    """X / rms(x) * weight over `[..., W]` of which `size` are no padding."""
+    mean = lane_sum(x * x) / float(size) + torch.tensor(epsilon, dtype=torch.float32)
+    # torch's float32 square root is not always the nearest; float64's, rounded, is.
+    return x * (1.0 / mean.double().sqrt().float())[..., None] * weight
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, factor: float) -> torch.Tensor:
+    """Pairs `(x[i], x[i + E / 2])` of `[T, heads, E]` turned by cos and sin `[T, 1, E / 2]`, times a factor."""
+    first, second = x.chunk(2, dim=-1)
+    scale = torch.tensor(factor, dtype=torch.float32)
+    return torch.cat([(first * cos - second * sin) * scale, (second * cos + first * sin) * scale], dim=-1)
+
+
+def low_rank(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Y + scale * B (A x): x `[T, W]`, y `[T, N]`, A `[R, W]`, B transposed `[R, N]`, both bfloat16."""
+    hidden = []
+    for row in a.float():
+        lanes = torch.zeros(len(x), LANES)
+        for part, weight in zip(x.split(LANES, dim=-1), row.split(LANES), strict=True):  # type: ignore[no-untyped-call]
+            lanes = fma(part, weight, lanes)
+        hidden.append(tree_sum(lanes))
+    total = torch.zeros_like(y)
+    for value, row in zip(hidden, b.float(), strict=True):
+        total = fma(value[:, None], row, total)
+    return fma(torch.tensor(scale, dtype=torch.float32), total, y)
+
+
+BLOCK, PARTITION, MASKED = 32, 256, -1e30
+
+
+def attend(
+    queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Attention of some queries over one sequence's cache.
+
+    Args:
+        queries: `[Q, G, E]` float32 of one key-value head, already times 1 / sqrt(E); E padded to a multiple of 16.
+        positions: `[Q]` int64.
+        keys: `[blocks, E, 32]` bfloat16 of that head.
+        values: `[blocks, 32, E]` bfloat16.
+        window: most tokens seen, itself included; 0 means all.
+
+    Returns:
+        `[Q, G, E]` float32.
+    """
+    out = torch.empty_like(queries)
+    for place, position in enumerate(positions.tolist()):
+        first = (position - window + 1) // PARTITION if window and position >= window else 0
+        parts = [
+            _attend_partition(queries[place], position, keys, values, window, part)
+            for part in range(first, position // PARTITION + 1)
+        ]
+        peak = torch.stack([part[1] for part in parts]).amax(0)  # [G]
+        total, mixed = torch.zeros_like(peak), torch.zeros_like(queries[place])
+        for part_mixed, part_peak, part_total in parts:
+            factor = exp(part_peak - peak)
+            total = total + part_total * factor
+            mixed = fma(factor[:, None], part_mixed, mixed)
+        out[place] = mixed / total[:, None]
+    return out
+
+
+def _attend_partition(
+    queries: torch.Tensor, position: int, keys: torch.Tensor, values: torch.Tensor, window: int, part: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries `[G, E]` over 256 tokens: weighted values `[G, E]`, largest score `[G]`, sum of weights `[G]`."""
+    begin = part * PARTITION
+    tokens = min(position + 1 - begin, PARTITION)
+    blocks = slice(begin // BLOCK, begin // BLOCK + -(-tokens // BLOCK))
+    wide_keys = keys[blocks].float().permute(1, 0, 2).flatten(1)  # [E, tokens of the blocks]
+    scores = torch.zeros(len(queries), wide_keys.shape[1])
+    for e in range(queries.shape[1]):
+        scores = fma(queries[:, e, None], wide_keys[e], scores)
+    places = begin + torch.arange(wide_keys.shape[1])
+    hidden = places > position
+    if window:
+        hidden |= places + window <= position
+    scores = scores.masked_fill(hidden, MASKED)
+    peak = scores.amax(-1)
+    weights = exp(scores - peak[:, None])
+    mixed = torch.zeros_like(queries)
+    wide_values = values[blocks].float().flatten(0, 1)
+    for token in range(tokens):
+        mixed = fma(weights[:, token, None], wide_values[token], mixed)
+    return mixed, peak, lane_sum(weights)
