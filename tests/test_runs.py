@@ -25,10 +25,17 @@ def test_it_records_its_configuration_and_what_happens(tmp_path: Path) -> None:
     run.measure(step=1, loss=0.5)
     run.measure(step=2, validation_loss=0.25)
     run.close()
-    assert json.loads((run.folder / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
+    assert json.loads((run.folder / "run.json").read_text()) == json.loads(json.dumps(CONFIG))
     assert (run.folder / "log.txt").read_text("utf-8").endswith(" größe 😀\n")
     assert read_metrics(run.folder) == [{"step": 1, "loss": 0.5}, {"step": 2, "validation_loss": 0.25}]
     Run(run.folder, CONFIG).close()
+
+
+def begun(folder: Path) -> None:
+    """A run that has done a step."""
+    run = Run(folder, CONFIG)
+    run.measure(step=1, loss=0.5)
+    run.close()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +49,7 @@ def test_it_records_its_configuration_and_what_happens(tmp_path: Path) -> None:
     ],
 )
 def test_another_configuration_is_refused_and_lets_go(tmp_path: Path, changed: dict[str, Any], key: str) -> None:
-    Run(tmp_path, CONFIG).close()
+    begun(tmp_path)
     with pytest.raises(ConfigError, match=f"holds a run with another '{key}': choose another output, or --fresh"):
         Run(tmp_path, CONFIG | changed)
     Run(tmp_path, CONFIG).close()
@@ -55,14 +62,16 @@ def test_a_setting_that_came_later_does_not_count_where_it_is_unset(tmp_path: Pa
 
 @pytest.mark.parametrize("content", ["", "{", '{"model": ', "[" * 100_000])
 def test_a_damaged_configuration(tmp_path: Path, content: str) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"config\.json' is damaged: choose another output, or --fresh"):
+    begun(tmp_path)
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"run\.json' is damaged: choose another output, or --fresh"):
         Run(tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "null"])
 def test_a_configuration_that_is_none(tmp_path: Path, content: str) -> None:
-    (tmp_path / "config.json").write_text(content)
+    begun(tmp_path)
+    (tmp_path / "run.json").write_text(content)
     with pytest.raises(ConfigError, match="holds a run with another"):
         Run(tmp_path, CONFIG)
 
@@ -70,6 +79,7 @@ def test_a_configuration_that_is_none(tmp_path: Path, content: str) -> None:
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     (tmp_path / "run" / ".lock").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
     for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "run"):
         with pytest.raises(ConfigError, match="cannot make the run's folder"):
             Run(folder, CONFIG)
@@ -120,6 +130,7 @@ def test_metrics_cut_off_anywhere_lose_only_what_was_cut(
 
 
 def test_lines_that_are_no_metrics_are_left_out(tmp_path: Path) -> None:
+    Run(tmp_path, {}).close()
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n5\n[]\nnull\n\xff\n{"loss": 1}\n')
     run = Run(tmp_path, {})
     assert run.metrics() == [{"step": 1}, {"loss": 1}]
@@ -128,13 +139,39 @@ def test_lines_that_are_no_metrics_are_left_out(tmp_path: Path) -> None:
     run.close()
 
 
-def test_clearing_takes_a_run_and_nothing_else(tmp_path: Path) -> None:
-    clear(tmp_path / "none")
-    Run(tmp_path / "run", {}).close()
-    clear(tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").write_text("precious")
+def test_a_run_that_did_nothing_takes_another_configuration(tmp_path: Path) -> None:
+    Run(tmp_path, CONFIG).close()
+    Run(tmp_path, CONFIG | {"clip": 1.0}).close()
+    assert json.loads((tmp_path / "run.json").read_text())["clip"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "config.json", "log.txt", "src/main.py"])
+def test_a_folder_of_something_else_is_refused_and_stays(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("precious")
+    with pytest.raises(ConfigError, match="is not empty and is no run's folder: name another output"):
+        Run(tmp_path, CONFIG)
     with pytest.raises(ConfigError, match="is not a run's folder: --fresh will not empty it"):
-        clear(tmp_path / "notes")
-    assert (tmp_path / "notes" / "mine.txt").read_text() == "precious"
+        clear(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "precious"
+
+
+def test_clearing_takes_what_the_run_left_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clear(tmp_path / "none")
+    run = tmp_path / "run"
+    begun(run)
+    (run / "best").mkdir()
+    clear(run)
+    assert not run.exists()
+    begun(run)
+    (run / "state" / "step-1").mkdir(parents=True)
+    (run / "thesis.txt").write_text("precious")
+    clear(run)
+    assert [path.name for path in run.iterdir()] == ["thesis.txt"]
+    here = tmp_path / "here"
+    begun(here)
+    monkeypatch.chdir(here)
+    clear(Path())
+    assert list(here.iterdir()) == []

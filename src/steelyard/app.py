@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from steelyard.errors import ConfigError, EngineUnavailableError
 from steelyard.serve.access_log import AccessLog
-from steelyard.serve.auth import Authentication, Keys, open_keys
+from steelyard.serve.auth import Authentication, Keys, key_file, open_keys
 from steelyard.serve.endpoints import chat, completions, health
 from steelyard.serve.endpoints import models as model_endpoints
 from steelyard.serve.engine_client import Command, worker_command
@@ -141,10 +141,11 @@ def run(
         EngineUnavailableError: an engine cannot start; it said why.
     """
     models = load_models(checkpoints, adapters, command=command)
-    keys, new_key = open_keys(environment)
     with _listen(host, port) as listener:
+        keys, new_key = open_keys(environment)  # after the port is ours: a key that is made is also shown
         if new_key is not None:
             print(f"Your API key, shown this once: {new_key}", flush=True)
+            print(f"(kept as a hash in {key_file(environment)}: remove that file, and the next start makes a new key)")
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("steelyard").setLevel(logging.INFO)
         asyncio.run(_serve(configure(create_app(models, keys)), listener, models, announce))

@@ -98,6 +98,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
         yield aside
         for folder, _, files in os.walk(aside):
             for name in files:
+                Path(folder, name).chmod(0o644)
                 _fsync(Path(folder, name))
             _fsync(Path(folder))
         aside.chmod(0o755)

@@ -1,6 +1,6 @@
 """A run's folder: its configuration, log, metrics and lock. Knows nothing of what runs.
 
-config.json      the full configuration, as it was resolved
+run.json         the full configuration, as it was resolved; makes the folder a run's
 log.txt          one line per event
 metrics.jsonl    one object per measured step
 """
@@ -14,23 +14,30 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from steelyard.atomic import write_file
+from steelyard.atomic import sweep, write_file
 from steelyard.errors import ConfigError
+
+CONFIG = "run.json"
+# All that a run puts into its folder. --fresh removes these and nothing else.
+ENTRIES = (CONFIG, ".lock", "log.txt", "metrics.jsonl", "report.html", "state", "best", "last")
 
 
 class Run:
     """A folder that one process at a time runs in.
 
     Args:
-        folder: made if it is not there.
-        config: plain values; a folder that was begun with another configuration is refused.
+        folder: made if it is not there; what is there must be empty or a run's.
+        config: plain values; a run that was begun with another configuration is refused, once it has done a step.
 
     Raises:
-        ConfigError: another configuration (the first differing key is named), or another process is in it.
+        ConfigError: a folder of something else, another configuration (the first differing key is named), or another
+            process is in it.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
+        if not (folder / CONFIG).is_file() and folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"'{folder}' is not empty and is no run's folder: name another output")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / ".lock").open("w")
@@ -45,8 +52,8 @@ class Run:
 
     def _begin(self, config: dict[str, Any]) -> None:
         """Record the configuration, or compare it with the recorded one."""
-        path = self.folder / "config.json"
-        if not path.is_file():
+        path = self.folder / CONFIG
+        if not path.is_file() or not (self.metrics() or any(self.folder.glob("state/*"))):
             write_file(path, json.dumps(config, indent=2) + "\n")
             return
         try:
@@ -84,18 +91,26 @@ class Run:
 
 
 def clear(folder: Path) -> None:
-    """Remove a run's folder with all that is in it; one that is not there is fine.
+    """Remove what a run left in its folder, and the folder if nothing else is in it. One that is not there is fine.
 
     Raises:
-        ConfigError: it is something else (a checkpoint has a config.json, too), or another process is in it.
+        ConfigError: the folder is not a run's, or another process is in it.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not (folder / ".lock").is_file() or any(folder.glob("*.safetensors")):
+    if not (folder / CONFIG).is_file():
         raise ConfigError(f"'{folder}' is not a run's folder: --fresh will not empty it")
     with (folder / ".lock").open("w") as lock:
         _take(lock, folder)
-        shutil.rmtree(folder)
+        for name in ENTRIES:
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        sweep(folder)
+    if not any(folder.iterdir()) and folder.resolve() != Path.cwd():
+        folder.rmdir()
 
 
 def _take(lock: IO[str], folder: Path) -> None:

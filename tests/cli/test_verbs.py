@@ -64,7 +64,10 @@ def test_data(steelyard: Steelyard, rows: Path, tiny_model: Path) -> None:
 def test_data_splits(steelyard: Steelyard, rows: Path) -> None:
     found = result(steelyard("data", rows, "--holdout", 1, "--out", "parts", "--json"))
     assert (found["train_rows"], found["holdout_rows"]) == (2, 1)
-    assert result(steelyard("data", "parts/train.jsonl", "--json"))["format"] == "chat"
+    assert result(steelyard("data", "parts/train.jsonl", "--json"))["format"] == "labelled"
+    lines = [Path(f"parts/{name}.jsonl").read_text().splitlines() for name in ("train", "holdout")]
+    parts = [json.loads(line) for part in lines for line in part]
+    assert {"text": "see you at five", "label": "ham"} in parts, "the text as it was, without the template"
 
 
 def test_evaluate(steelyard: Steelyard, rows: Path, tiny_model: Path) -> None:
@@ -157,3 +160,46 @@ def test_the_version(steelyard: Steelyard) -> None:
     code, out, _ = steelyard("--version")
     assert code == 0
     assert out.startswith("steelyard ")
+
+
+def test_a_folder_that_only_looks_like_a_model_is_named_for_what_it_is(
+    steelyard: Steelyard, rows: Path, tiny_model: Path
+) -> None:
+    Path("run.toml").write_text(
+        f'model = "{tiny_model}"\noutput = "runs/a"\nepochs = 1\n[data]\ntrain = "{rows}"\n[lora]\nrank = 2\n'
+    )
+    assert result(steelyard("train", "run.toml", "--json"))["learnt"] == 1
+    again = result(steelyard("train", "run.toml", "--json"))
+    assert (again["steps"], again["learnt"]) == (1, 0)
+    for arguments in (
+        ("evaluate", rows, "-m", "runs/a"),
+        ("generate", "runs/a", "hello"),
+        ("serve", "runs/a"),
+        ("compress", "quantize", "runs/a", "-o", "small"),
+    ):
+        code, _, err = steelyard(*arguments)
+        assert code == EDGES[CheckpointError].exit_code
+        assert "'runs/a' is a run's folder: name a checkpoint in it, such as 'runs/a/best'" in err
+    for arguments in (("data", rows, "--model", "nope"), ("train", "run.toml", "--set", "model=nope", "--fresh")):
+        code, _, err = steelyard(*arguments)
+        assert code == EDGES[CheckpointError].exit_code
+        assert "no checkpoint at 'nope'" in err
+    assert {path.stat().st_mode & 0o777 for path in Path("runs/a/best").iterdir()} == {0o644}
+
+
+def test_serving_an_adapter_brings_its_base(tiny_model: Path, tmp_path: Path) -> None:
+    from steelyard.cli.serve import _with_bases
+
+    adapter = tmp_path / "mine"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model)}))
+    assert _with_bases([tiny_model]) == ([tiny_model], [])
+    assert _with_bases([adapter]) == ([tiny_model], [f"mine={adapter}@tiny"])
+    assert _with_bases([tiny_model, adapter]) == ([tiny_model], [f"mine={adapter}@tiny"])
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone"}))
+    with pytest.raises(CheckpointError, match="names the base '/gone', which is not there: pull it first"):
+        _with_bases([adapter])
+    lineage = {"id": "x", "kind": "adapter", "files": {}, "recipe": {"train": {"model": "pypi:a==1"}}}
+    (adapter / "steelyard.json").write_text(json.dumps(lineage))
+    with pytest.raises(CheckpointError, match="steelyard pull pypi:a==1 --to '/gone'"):
+        _with_bases([adapter])

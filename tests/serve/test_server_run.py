@@ -76,7 +76,8 @@ def process(make_checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_serves_and_ends_without_dropping_a_request(process: Process, tmp_path: Path, number: int) -> None:
-    shown, ready = process.lines
+    shown, kept, ready = process.lines
+    assert "keys.json: remove that file" in kept
     key = re.fullmatch(r"Your API key, shown this once: (sk-sy-\w{36})", shown)
     assert key
     assert re.fullmatch(r"Steelyard serves tiny, other on http://127\.0\.0\.1:\d+/v1", ready)
@@ -145,8 +146,10 @@ def test_errors_before_anything_starts(make_checkpoint: Callable[[str], Path], t
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
+        home = {"STEELYARD_HOME": str(tmp_path / "home")}
         with pytest.raises(ConfigError, match="choose another --port"):
-            run([make_checkpoint("tiny")], port=taken.getsockname()[1], command=start, environment=environment)
+            run([make_checkpoint("tiny")], port=taken.getsockname()[1], command=start, environment=home)
+        assert not (tmp_path / "home").exists(), "a key that nobody was shown was kept"
     with pytest.raises(ConfigError, match="cannot listen"):
         run([make_checkpoint("tiny")], host="no.such.host.invalid", command=start, environment=environment)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from steelyard import __version__
+from steelyard import __version__, runs
 from steelyard.atomic import folder_aside, write_file
 from steelyard.errors import CheckpointError, ConfigError
 
@@ -85,7 +85,30 @@ def kind_of(folder: Path) -> str:
         return "adapter"
     if (folder / "config.json").is_file():
         return "model"
+    if (folder / runs.CONFIG).is_file():
+        raise CheckpointError(f"'{folder}' is a run's folder: name a checkpoint in it, such as '{folder / 'best'}'")
     raise CheckpointError(f"'{folder}' is no checkpoint: it has neither config.json nor adapter_config.json")
+
+
+def base_of(folder: Path) -> Path:
+    """The model folder of a checkpoint: itself, or the base that an adapter names or was trained on.
+
+    Raises:
+        CheckpointError: no checkpoint, or an adapter whose base is not there.
+    """
+    if kind_of(folder) == "model":
+        return folder
+    named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    recipe = read(folder).recipe.get("train")
+    source = recipe.get("model") if isinstance(recipe, dict) else None
+    for place in (named, source):
+        if isinstance(place, str) and (Path(place) / "config.json").is_file():
+            return Path(place)
+    hint = f"steelyard pull {source} --to '{named}'" if isinstance(source, str) and ":" in source else "pull it first"
+    raise CheckpointError(
+        f"the adapter '{folder}' names the base '{named}', which is not there: {hint}, or change "
+        "base_model_name_or_path in its adapter_config.json"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import msgspec
 import typer
 from rich.markup import escape
 
+from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 from steelyard.evaluate.certificate import Thresholds
 from steelyard.stages import compress as stage
-from steelyard.stages.train import resolve
 
 app = typer.Typer(no_args_is_help=True, help="Make a checkpoint smaller, and certify what it cost.")
 HELP = console.examples(

@@ -11,6 +11,7 @@ import typer
 
 from steelyard import config
 from steelyard.atomic import file_aside
+from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 from steelyard.data import chat
 from steelyard.data.chat import FormatConfig
@@ -19,7 +20,6 @@ from steelyard.data.rows import Conversation, token_counts
 from steelyard.data.split import remove_duplicates, split
 from steelyard.data.tokenize import tokenize
 from steelyard.errors import ConfigError
-from steelyard.stages.train import resolve
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ def command(
     file: Annotated[Path, typer.Argument(help="The rows.")],
     model: Annotated[str | None, typer.Option(help="Count tokens as this model does.")] = None,
     holdout: Annotated[int, typer.Option(help="Rows to hold out.", min=0)] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write train.jsonl and holdout.jsonl (chat) here.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write train.jsonl and holdout.jsonl here.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the split.")] = 0,
     settings: console.Settings = None,
     columns: Annotated[str | None, typer.Option(help="Names of a table's columns if it has no header: a,b")] = None,
@@ -84,6 +84,8 @@ def given(settings: list[str] | None, columns: str | None) -> dict[str, Any]:
 
 
 def _line(row: Conversation) -> bytes:
+    if row.text is not None:  # labelled: as it was, so that it stays labelled
+        return (json.dumps({"text": row.text, "label": row.label}, ensure_ascii=False) + "\n").encode()
     if row.messages[0].role == "text":
         return (json.dumps({"text": row.messages[0].content}, ensure_ascii=False) + "\n").encode()
     messages = [

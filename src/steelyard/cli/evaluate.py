@@ -10,12 +10,12 @@ import msgspec
 import typer
 
 from steelyard.atomic import file_aside
+from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 from steelyard.cli.data import given
 from steelyard.data.readers import check_file
 from steelyard.stages import evaluate as stage
 from steelyard.stages.formats import trained_format
-from steelyard.stages.train import resolve
 
 HELP = console.examples(
     "Measure a model or adapter: accuracy, Matthews correlation and confusion matrix on labelled rows; perplexity and "

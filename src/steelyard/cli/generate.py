@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 from steelyard.errors import ConfigError, DataError
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
 from steelyard.models.opening import open_checkpoint
-from steelyard.stages.train import resolve
 from steelyard.text.prompt import prompt_tokens
 
 MAX_PROMPT = 8 << 20  # bytes

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 from steelyard.cli.data import given
 from steelyard.data.readers import check_file
+from steelyard.errors import ConfigError
 from steelyard.stages import predict as stage
 from steelyard.stages.formats import trained_format
-from steelyard.stages.train import resolve
 
 HELP = console.examples(
     "Label every text of a file, or answer every chat, and write the rows with the prediction beside them (JSONL).",
@@ -35,6 +36,8 @@ def command(
     """See HELP."""
     console.logs()
     check_file(file)
+    if out is not None and out != file and out.suffix.lower() in (".csv", ".tsv"):
+        raise ConfigError(f"--out '{out}': predictions are written as JSONL; name a .jsonl file")
     output = out or file.with_suffix(".predicted.jsonl")
     changed = given(settings, columns)
     if labels is not None:

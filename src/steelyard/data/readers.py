@@ -14,6 +14,7 @@ from steelyard.errors import DataError
 MAX_LINE_BYTES = 8 << 20
 FORMATS = ("chat", "instruction", "labelled", "text")
 JSON_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+SAY_FORMAT = "set data.format (or --set format=...)"
 
 
 def json_kind(value: object) -> str:
@@ -191,7 +192,7 @@ def detect(path: Path) -> str:
                     return format_
             if "text" in row:
                 return "labelled" if "label" in row else "text"
-            reason = "cannot tell the format: no field 'messages', 'instruction' or 'text'; set data.format"
+            reason = f"cannot tell the format: no field 'messages', 'instruction' or 'text'; {SAY_FORMAT}"
             raise DataError(reason, file=path, line=number)
         raise DataError("the file is empty", file=path)
-    raise DataError("cannot tell the format by the ending; known: .jsonl .csv .tsv .txt, or set data.format", file=path)
+    raise DataError(f"cannot tell the format by the ending; known: .jsonl .csv .tsv .txt, or {SAY_FORMAT}", file=path)

@@ -25,6 +25,8 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     messages: tuple[Message, ...]
     label: str | None = None
     """For labelled rows, the label; it is also the assistant's last turn."""
+    text: str | None = None
+    """For labelled rows, the text as it stood, without the template."""
     file: Path | None = None
     line: int | None = None
 

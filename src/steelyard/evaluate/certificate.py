@@ -69,7 +69,8 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     def summary(self) -> str:
         """One line for people."""
         return (
-            f"KL {self.kl_mean:.4f} nats, max logit error {self.max_logit_error:.2f}, bits per byte "
+            f"KL {self.kl_mean:.4f} nats, max logit error {self.max_logit_error:.2f}, the same likeliest token at "
+            f"{self.top1_agreement:.1%} of places, bits per byte "
             f"{self.bits_per_byte_before:.4f} -> {self.bits_per_byte_after:.4f} ({self.bits_per_byte_change:+.2%}), "
             f"bytes {self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB "
             f"({self.bytes_after / self.bytes_before:.2f}x)"
@@ -181,7 +182,7 @@ def demand(certificate: Certificate) -> None:
     """
     if certificate.passed or certificate.accepted:
         return
-    limits = f"{certificate.thresholds.bits_per_byte:+.1%} bits per byte"
+    limits = f"{certificate.thresholds.bits_per_byte:+.3%} bits per byte"
     if certificate.thresholds.kl is not None:
         limits += f", KL {certificate.thresholds.kl}"
     raise FidelityError(

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from steelyard.checkpoint import manifest
-from steelyard.errors import CheckpointError
 from steelyard.models import weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
@@ -29,27 +28,13 @@ class Opened:
     template: ChatTemplate | None
 
 
-def base_of(folder: Path) -> Path:
-    """The model folder of a checkpoint: itself, or the base that an adapter names.
-
-    Raises:
-        CheckpointError: no checkpoint, or an adapter whose base is not there.
-    """
-    if manifest.kind_of(folder) == "model":
-        return folder
-    named = manifest.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(named, str) or not (Path(named) / "config.json").is_file():
-        raise CheckpointError(f"the adapter '{folder}' names the base '{named}', which is not there: pull it first")
-    return Path(named)
-
-
 def open_checkpoint(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Opened:
     """Load a checkpoint with its tokenizer and template.
 
     Raises:
         CheckpointError: something is missing or does not fit.
     """
-    base = base_of(folder)
+    base = manifest.base_of(folder)
     decoder = weights.load(base, dtype)
     adapter = Adapter.load(folder, decoder) if base != folder else None
     return Opened(folder, base, decoder, adapter, Tokenizer.load(base), ChatTemplate.load(base))

@@ -96,8 +96,7 @@ def open_keys(environment: Mapping[str, str] = os.environ) -> tuple[Keys, str | 
         if key != key.strip() or not (key.isascii() and key.isprintable()):
             raise ConfigError(f"{KEY_VARIABLE} holds what no header can carry: use printable ASCII, no space around it")
         return Keys.holding(key), None
-    home = environment.get(HOME_VARIABLE)
-    path = (Path(home) if home else Path.home() / ".local/share/steelyard") / STATE_FILE
+    path = key_file(environment)
     try:
         key = None if path.exists() else new_key()
         if key is not None and not _create(path, _to_bytes(Keys.holding(key))):
@@ -108,6 +107,12 @@ def open_keys(environment: Mapping[str, str] = os.environ) -> tuple[Keys, str | 
             f"the API keys cannot be kept in '{path}' ({error.strerror}): set {HOME_VARIABLE} to a folder of your own,"
             f" or give a key in {KEY_VARIABLE}"
         ) from None
+
+
+def key_file(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where the hashes of the keys are kept."""
+    home = environment.get(HOME_VARIABLE)
+    return (Path(home) if home else Path.home() / ".local/share/steelyard") / STATE_FILE
 
 
 class Authentication:
@@ -141,7 +146,8 @@ class Authentication:
             raise AuthenticationError(
                 "this API key is mistyped: its checksum is wrong; copy it again"
                 if mistyped
-                else "this API key is not accepted here: use the one that was printed when the server first started"
+                else "this API key is not accepted here: use the one that was printed when the server first started,"
+                " or let whoever runs it remove its keys.json and start it again for a new one"
             )
         return key_id
 

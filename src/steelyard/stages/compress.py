@@ -16,7 +16,7 @@ from steelyard.evaluate import certificate
 from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.models import lora, weights
 from steelyard.models.decoder import Decoder
-from steelyard.models.opening import base_of, open_checkpoint
+from steelyard.models.opening import open_checkpoint
 
 
 def compress(
@@ -47,7 +47,7 @@ def compress(
     """
     if method not in METHODS:
         raise ConfigError(f"compression method '{method}' is not known; known: {', '.join(METHODS)}")
-    manifest.check_output(output, source, base_of(source))
+    manifest.check_output(output, source, manifest.base_of(source))
     opened = open_checkpoint(source)
     parent = manifest.read(source)
     if opened.adapter is not None:

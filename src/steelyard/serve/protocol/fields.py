@@ -14,7 +14,7 @@ from pydantic import Field
 
 from steelyard.errors import RequestError
 
-MAX_CHOICES = 16
+MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1000
 MAX_LOGIT_BIASES = 1024
