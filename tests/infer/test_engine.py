@@ -36,7 +36,7 @@ def test_twenty_prompts_equal_transformers(tiny_model: Path, size: str) -> None:
             tokens[output.id] += output.tokens
         engine.check_integrity()
     assert (engine.scheduler.preemptions > 0) == (size == "preempting")
-    assert len(engine.pool.free) == engine.pool.blocks
+    assert engine.pool.available == engine.pool.blocks
     for index, prompt in enumerate(prompts):
         row = prompt.copy()
         with torch.no_grad():

@@ -41,7 +41,7 @@ def collect(engine: Engine, *requests: Request) -> dict[tuple[str, int], Choice]
         choice.finish = output.finish_reason
         assert output.completion_tokens == len(choice.tokens)
     engine.check_integrity()
-    assert len(engine.pool.free) == engine.pool.blocks
+    assert engine.pool.available == engine.pool.blocks
     return found
 
 
@@ -179,7 +179,7 @@ def test_an_abort_frees_everything_at_once(engine: Engine) -> None:
             assert isinstance(output, Output)
             assert output.id == "b"
             tokens += output.tokens
-    assert len(engine.pool.free) == engine.pool.blocks
+    assert engine.pool.available == engine.pool.blocks
     assert one(engine, GREEDY).tokens[-len(tokens) :] == tokens, "the others go on as if nothing had been"
 
 
@@ -197,7 +197,7 @@ def test_abort_of_what_waits_and_of_what_was_preempted(tiny_model: Path) -> None
         engine.check_integrity()
     assert not engine.busy
     assert engine.step() == []
-    assert len(engine.pool.free) == engine.pool.blocks
+    assert engine.pool.available == engine.pool.blocks
 
 
 def test_rows_wear_their_adapters_in_one_batch(tiny_model: Path, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_logits_that_are_not_finite_fail_their_request_alone(tiny_model: Path) -
     assert failures == ["bad"]
     assert tokens == expected
     engine.check_integrity()
-    assert len(engine.pool.free) == engine.pool.blocks
+    assert engine.pool.available == engine.pool.blocks
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path, tiny_tokenizer_folder: Path) -> None:

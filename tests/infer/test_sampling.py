@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steelyard.infer.decoding import sampling
 from steelyard.infer.request import Sampling
+from steelyard.kernels.draw import Draw, candidates, draw_tokens, uniform
+from steelyard.kernels.library import load
 
 
 def row(choice: int = 0, position: int = 0, counts: dict[int, int] | None = None, **fields: object) -> sampling.Row:
@@ -34,8 +37,8 @@ def test_draws_have_the_right_frequencies() -> None:
     min_p=st.floats(0, 1),
 )
 def test_filters_keep_the_tokens_that_they_should(values: list[float], top_k: int, top_p: float, min_p: float) -> None:
-    tokens, weights = sampling.candidates(torch.tensor(values), Sampling(top_k=top_k, top_p=top_p, min_p=min_p))
-    ids = list(range(len(values))) if tokens is None else tokens.tolist()
+    tokens, weights = candidates(torch.tensor(values), Draw(0, 0, 0, 1.0, top_p, min_p, top_k))
+    ids = tokens.tolist()
     kept = {token for token, weight in zip(ids, weights.tolist(), strict=True) if weight > 0}
     exact = torch.tensor(values).double().softmax(-1)
     order = exact.argsort(descending=True, stable=True).tolist()[: top_k or None]
@@ -53,18 +56,17 @@ def test_filters_keep_the_tokens_that_they_should(values: list[float], top_k: in
 
 
 def test_penalties_and_biases_follow_the_formula() -> None:
-    logits = torch.zeros(6)
-    found = sampling.adjust(
-        logits, row(counts={2: 3, 4: 1}, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={1: 2.0, 2: -1.0})
+    found = torch.zeros(6)
+    sampling.adjust(
+        found, row(counts={2: 3, 4: 1}, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={1: 2.0, 2: -1.0})
     )
     assert found.tolist() == [0.0, 2.0, -1.0 - 0.5 - 0.75, 0.0, -0.75, 0.0]
-    assert not logits.any()
 
 
 def test_numbers_depend_on_their_arguments_alone() -> None:
     bits = np.random.Philox(key=np.array([7, 1], np.uint64), counter=np.array([5, 0, 0, 0], np.uint64)).random_raw()
-    assert sampling.uniform(7, 1, 5) == (int(bits) >> 11) / 2**53
-    many = {sampling.uniform(seed, choice, place) for seed in range(5) for choice in range(5) for place in range(40)}
+    assert uniform(7, 1, 5) == (int(bits) >> 11) / 2**53
+    many = {uniform(seed, choice, place) for seed in range(5) for choice in range(5) for place in range(40)}
     assert len(many) == 1000
     assert 0 <= min(many) < 0.01
     assert 0.99 < max(many) < 1
@@ -80,3 +82,23 @@ def test_greedy_takes_the_likeliest_and_logprobs_are_the_models() -> None:
         assert one.token == int(logits[index].argmax())
         assert one.logprob == float(logits[index].log_softmax(-1)[one.token])
         assert [token for token, _ in one.top] == logits[index].topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("vocabulary", [2, 16, 97, 300, 5000])
+def test_native_draws_what_the_twin_draws(vocabulary: int) -> None:
+    library = load()
+    if library is None:
+        pytest.skip("the native kernels were not built: no C++ compiler")
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(400, vocabulary, generator=generator) * torch.logspace(-1, 1.5, 400)[:, None]
+    logits[::7] = (logits[::7] * 2).round()  # with ties
+    draws = []
+    for place in range(400):
+        top_k, top_p, min_p = (0, 1, 5, 70, 6000)[place % 5], (1.0, 0.9, 0.3)[place % 3], (0.0, 0.05)[place % 2]
+        temperature = (0.0, 0.7, 1.0, 2.5, 1e-30)[place % 11 % 5]
+        draws.append(Draw(place * 0x9E3779B97F4A7C15 % 2**64, place % 4, place * 31, temperature, top_p, min_p, top_k))
+    assert draw_tokens(logits, draws, library) == draw_tokens(logits, draws, None)
+    logits[3, 1], logits[5, 0], logits[8, -1] = float("nan"), float("inf"), float("-inf")
+    found = draw_tokens(logits, draws, library)
+    assert [place for place, token in enumerate(found) if token < 0] == [3, 5, 8]
+    assert found == draw_tokens(logits, draws, None)

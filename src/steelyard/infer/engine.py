@@ -10,8 +10,9 @@ import msgspec
 import torch
 
 from steelyard.errors import CheckpointError, RequestError
+from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling
-from steelyard.infer.kv_cache import BlockPool, KVCache
+from steelyard.infer.kv_cache import KVCache
 from steelyard.infer.plan import Plan, PlanCache
 from steelyard.infer.request import Failure, Output, Request, TokenLogprob
 from steelyard.infer.runner import PlanRunner, ReferenceRunner, Runner, has_plan
@@ -34,10 +35,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Memory for keys and values."""
     block_size: int = 32
     """Tokens of a cache block; a plan's are always 32."""
-    token_budget: int = 512
+    token_budget: int = 256
     """Most tokens of one step: longer prompts are computed in chunks beside running streams."""
     max_running: int = 64
     """Most sequences that run at once; others wait."""
+    reuse: bool = True
+    """Keep the blocks of prompts, for requests of the same project that begin alike."""
 
 
 class Engine:
@@ -68,8 +71,9 @@ class Engine:
         most = config.max_running * -(-decoder.config.context // block_size)
         blocks = max(1, min(config.kv_bytes // (per_token * block_size), most))
         self.context = min(decoder.config.context, blocks * block_size)
-        self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.pool, block_size, config.token_budget, config.max_running)
+        self.pool = BlockPool(blocks, block_size, config.reuse)
+        self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running)
+        self.library = library.load()
         self.runner: Runner
         if planned:
             plan = Plan(
@@ -78,7 +82,7 @@ class Engine:
                 tokens=config.token_budget,
                 draws=config.max_running,
                 context=self.context,
-                native=library.load(),
+                native=self.library,
             )
             self.runner = PlanRunner(plan, self.adapters)
         else:
@@ -156,7 +160,7 @@ class Engine:
             return []
         logits = self.runner.run(batch)
         drawing = self._advance(batch)
-        drawn = sampling.draw(logits, [_row(sequence) for sequence in drawing])
+        drawn = sampling.draw(logits, [_row(sequence) for sequence in drawing], self.library)
         return [output for pair in zip(drawing, drawn, strict=True) for output in self._deliver(*pair)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
@@ -180,8 +184,7 @@ class Engine:
     def _advance(self, batch: list[Scheduled]) -> list[Sequence]:
         """The cache now holds what the step wrote; returns the sequences whose next token can be drawn."""
         drawing = [work.sequence for work in batch if work.draws]
-        for work in batch:
-            work.sequence.computed += work.count
+        self.scheduler.computed(batch)
         return drawing
 
     def _deliver(self, sequence: Sequence, drawn: sampling.Drawn | None) -> list[Output | Failure]:
@@ -204,6 +207,7 @@ class Engine:
             finish_reason=sequence.finish_reason,
             prompt_tokens=len(sequence.request.prompt),
             completion_tokens=sequence.generated,
+            cached_tokens=sequence.reused,
         )
         return [output]
 

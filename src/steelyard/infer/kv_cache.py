@@ -1,4 +1,4 @@
-"""Keys and values of past tokens, in blocks that sequences hold by reference count; and attention over them.
+"""Keys and values of past tokens in blocks, for the reference forward; and attention over them.
 
 Knows nothing of requests or scheduling. A token's slot is `block * block_size + offset`.
 """
@@ -15,40 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from steelyard.models.config import DecoderConfig
-
-
-class BlockPool:
-    """Which blocks are free, and how many holders each of the others has."""
-
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
-        self.free = list(range(blocks - 1, -1, -1))
-        self.references = [0] * blocks
-
-    def allocate(self) -> int:
-        """Take a free block. The caller has checked that there is one."""
-        block = self.free.pop()
-        assert self.references[block] == 0, "a free block has a holder"
-        self.references[block] = 1
-        return block
-
-    def release(self, table: list[int]) -> None:
-        """Give up one reference to each block of `table`, and empty it."""
-        for block in table:
-            self.references[block] -= 1
-            assert self.references[block] >= 0, "a block was released twice"
-            if self.references[block] == 0:
-                self.free.append(block)
-        table.clear()
-
-    def check_integrity(self, tables: Items[list[int]]) -> None:
-        """Every block is free, or held exactly by the tables that name it. Called when idle and in tests."""
-        held = [0] * self.blocks
-        for table in tables:
-            for block in table:
-                held[block] += 1
-        assert held == self.references, "reference counts differ from the tables"
-        assert sorted(self.free) == [block for block in range(self.blocks) if not held[block]], "a block was lost"
 
 
 class KVCache:

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort"]
+Priority = Literal["interactive", "batch"]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +56,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """Independent choices for this prompt."""
     adapter: str | None = None
     """Name of a LoRA adapter that the engine has loaded; None is the base model."""
+    project: str = ""
+    """Whose request it is: service is shared between projects, cached blocks never are."""
+    priority: Priority = "interactive"
+    """`batch` runs where `interactive` leaves room."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -88,6 +93,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     """Tokens generated so far for this choice, the end token included."""
+    cached_tokens: int = 0
+    """Prompt tokens that were found in the cache, not computed."""
 
 
 class Failure(msgspec.Struct, frozen=True, tag="failure"):

@@ -1,18 +1,25 @@
-"""Which sequences run in the next step, and how many of their tokens: a token budget, blocks, first come first served.
+"""Which sequences run in the next step, and how many of their tokens.
 
-Every running sequence gets its next token before a waiting one gets a chunk of its prompt. When blocks run out the
-youngest running sequence gives its own up and is computed again later: nothing is lost but time.
-Knows nothing of tensors.
+Every running sequence gets its next token before anybody gets a chunk of a prompt, and all of a step stays within a
+token budget: a long prompt delays the others by one chunk at most. Who waits is let in by priority (interactive before
+batch), then by the project that has been served least (a virtual token counter, Sheng et al. 2024), then by arrival.
+When blocks run out the youngest running sequence of the lowest priority gives its own up and is computed again later:
+nothing is lost but time. Knows nothing of tensors.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 import msgspec
 
-from steelyard.infer.kv_cache import BlockPool
+from steelyard.infer.blocks import BlockPool
+from steelyard.infer.request import Priority
 from steelyard.infer.sequence import Sequence
+
+PRIORITIES: tuple[Priority, ...] = ("interactive", "batch")
+GENERATED = 2  # a generated token counts as two of a prompt: it takes a step of its own
 
 
 class Scheduled(msgspec.Struct, frozen=True):
@@ -27,26 +34,81 @@ class Scheduled(msgspec.Struct, frozen=True):
         return self.sequence.computed + self.count == len(self.sequence.tokens)
 
 
+class Waiting:
+    """Who waits: a queue per priority and project, and how much each project has been served."""
+
+    def __init__(self) -> None:
+        self._queues: dict[Priority, dict[str, deque[Sequence]]] = {priority: {} for priority in PRIORITIES}
+        self.served: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return sum(len(queue) for queues in self._queues.values() for queue in queues.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (sequence for queues in self._queues.values() for queue in queues.values() for sequence in queue)
+
+    def add(self, sequence: Sequence, active: set[str], *, first: bool = False) -> None:
+        """Queue a sequence, at the end or (one that was preempted) at the beginning.
+
+        Args:
+            sequence: who waits.
+            active: projects that run something.
+            first: at the beginning of its project's queue.
+        """
+        project = sequence.request.project
+        busy = [self.served[other] for other in active | self._projects() if other != project and other in self.served]
+        if project not in active | self._projects():
+            # Who was away has saved nothing up: he begins where the least served of the others is.
+            self.served[project] = max(self.served.get(project, 0), min(busy, default=0))
+        queue = self._queues[sequence.request.priority].setdefault(project, deque())
+        if first:
+            queue.appendleft(sequence)
+        else:
+            queue.append(sequence)
+
+    def next(self) -> Sequence | None:
+        """Whose turn it is; he stays in the queue."""
+        for queues in self._queues.values():
+            if queues:
+                return queues[min(queues, key=lambda project: self.served[project])][0]
+        return None
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out of its queue."""
+        queues = self._queues[sequence.request.priority]
+        project = sequence.request.project
+        queues[project].remove(sequence)
+        if not queues[project]:
+            del queues[project]
+
+    def forget(self, active: set[str]) -> None:
+        """Drop the counters when nobody is left to compare with."""
+        if not active and not len(self):
+            self.served.clear()
+
+    def _projects(self) -> set[str]:
+        return {project for queues in self._queues.values() for project in queues}
+
+
 class Scheduler:
-    """The queue and the running set.
+    """The queues and the running set.
 
     Args:
         pool: the cache's blocks.
-        block_size: tokens of a block.
         token_budget: most tokens of one step.
         max_running: most sequences that run at once.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, token_budget: int, max_running: int) -> None:
-        self.pool, self.block_size = pool, block_size
+    def __init__(self, pool: BlockPool, token_budget: int, max_running: int) -> None:
+        self.pool, self.block_size = pool, pool.block_size
         self.token_budget, self.max_running = token_budget, max_running
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = Waiting()
         self.running: list[Sequence] = []
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        self.waiting.append(sequence)
+        self.waiting.add(sequence, self._active())
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that ended or was aborted, and free its blocks."""
@@ -55,28 +117,83 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+        self.waiting.forget(self._active())
 
     def schedule(self) -> list[Scheduled]:
         """The next step's work; empty only when there is none."""
-        batch: list[Scheduled] = []
+        batch: dict[Sequence, Scheduled] = {}
         budget = self.token_budget
-        for sequence in list(self.running):
+        # Single tokens first, then prompts that have begun, in the order of their beginning.
+        for sequence in sorted(self.running, key=lambda sequence: len(sequence.tokens) - sequence.computed > 1):
             if sequence not in self.running or budget == 0:
                 continue  # preempted for an older one, or its turn comes next step
             count = min(len(sequence.tokens) - sequence.computed, budget)
-            if self._make_room(sequence, count):
-                batch.append(Scheduled(sequence, count))
+            if self._make_room(sequence, count, batch):
+                batch[sequence] = Scheduled(sequence, count)
                 budget -= count
-        while self.waiting and budget and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
-            count = min(len(sequence.tokens), budget)
-            if self._missing(sequence, count) > len(self.pool.free):
+        while budget and len(self.running) < self.max_running:
+            newcomer = self.waiting.next()
+            if newcomer is None or not self._let_in(newcomer, budget):
                 break
-            self.running.append(self.waiting.popleft())
-            self._grow(sequence, count)
-            batch.append(Scheduled(sequence, count))
+            count = min(len(newcomer.tokens) - newcomer.computed, budget)
+            self._grow(newcomer, count)
+            batch[newcomer] = Scheduled(newcomer, count)
             budget -= count
-        return batch
+        return list(batch.values())
+
+    def computed(self, batch: list[Scheduled]) -> None:
+        """The cache now holds what the step wrote: count it as service, and let others find the full blocks."""
+        for work in batch:
+            sequence = work.sequence
+            sequence.computed += work.count
+            weight = GENERATED if work.count == 1 else 1
+            project = sequence.request.project
+            self.waiting.served[project] = self.waiting.served.get(project, 0) + weight * work.count
+            full = sequence.computed // self.block_size
+            if full > sequence.kept:
+                chain = self._chain(sequence)
+                for place in range(sequence.kept, full):
+                    self.pool.keep(sequence.block_table[place], chain[place])
+                sequence.kept = full
+
+    def _active(self) -> set[str]:
+        return {sequence.request.project for sequence in self.running}
+
+    def _chain(self, sequence: Sequence) -> list[bytes]:
+        if not sequence.root:
+            sequence.root = self.pool.root(sequence.request.project, sequence.request.adapter or "")
+        sequence.chain = self.pool.links(sequence.root, sequence.tokens, sequence.chain)
+        return sequence.chain
+
+    def _let_in(self, sequence: Sequence, budget: int) -> bool:
+        """Move a waiting sequence to the running ones, with the kept blocks that it begins with; False: no room yet.
+
+        Another choice of a request waits for the first one's prompt, which it shares.
+        """
+        if self.pool.reuse and any(self._shares(sequence, other) for other in self.running):
+            return False
+        found = self.pool.find(self._chain(sequence))
+        # At least one token is computed: its logits are wanted.
+        found = found[: (len(sequence.tokens) - 1) // self.block_size]
+        computed = len(found) * self.block_size
+        count = min(len(sequence.tokens) - computed, budget)
+        missing = -(-(computed + count) // self.block_size) - len(found)
+        if missing > self.pool.available - sum(map(self.pool.is_idle, found)):
+            return False
+        for block in found:
+            self.pool.hold(block)
+        sequence.block_table.extend(found)
+        sequence.computed, sequence.kept = computed, len(found)
+        sequence.reused = max(sequence.reused, min(computed, len(sequence.request.prompt))) if sequence.fresh else 0
+        sequence.fresh = False
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _shares(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether another choice of the same request is computing blocks of the prompt that can be shared."""
+        full = (len(sequence.request.prompt) - 1) // self.block_size
+        return sequence.request is other.request and other.kept < full
 
     def _missing(self, sequence: Sequence, count: int) -> int:
         blocks = -(-(sequence.computed + count) // self.block_size)
@@ -86,11 +203,14 @@ class Scheduler:
         for _ in range(self._missing(sequence, count)):
             sequence.block_table.append(self.pool.allocate())
 
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
+    def _make_room(self, sequence: Sequence, count: int, batch: dict[Sequence, Scheduled]) -> bool:
         """Blocks for `count` more tokens, taken from younger sequences if need be; False if it gave up its own."""
-        while self._missing(sequence, count) > len(self.pool.free):
-            youngest = self.running[-1]
+        while self._missing(sequence, count) > self.pool.available:
+            # The youngest of the lowest priority.
+            last = max(self.running, key=lambda other: PRIORITIES.index(other.request.priority))
+            youngest = [other for other in self.running if other.request.priority == last.request.priority][-1]
             self._preempt(youngest)
+            batch.pop(youngest, None)  # it may have had its turn in this step already
             if youngest is sequence:
                 return False
         self._grow(sequence, count)
@@ -98,7 +218,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
-        sequence.computed = 0
+        sequence.computed = sequence.kept = 0
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.add(sequence, self._active(), first=True)
         self.preemptions += 1

@@ -23,6 +23,11 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.computed = 0
         self.block_table: list[int] = []
+        self.root = b""
+        self.chain: list[bytes] = []  # links of its full blocks, as far as anybody has asked
+        self.kept = 0  # of its full blocks, how many others can find
+        self.fresh = True  # it has not run yet
+        self.reused = 0  # prompt tokens that were found in the cache when it first ran
         self.detokenizer = Detokenizer(tokenizer)
         self.stop_strings = StopStrings(request.sampling.stop)
         self.counts: dict[int, int] = {}  # how often each token was generated, for the penalties

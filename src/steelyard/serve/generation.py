@@ -15,7 +15,7 @@ from steelyard.errors import RequestError
 from steelyard.infer.request import Output, Request, Sampling, TokenLogprob
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.fields import SamplingFields
-from steelyard.serve.protocol.usage import Finish, Usage
+from steelyard.serve.protocol.usage import Finish, PromptTokensDetails, Usage
 
 SMALLEST_TOP_P = 1e-9  # OpenAI's 0 means the most likely token alone
 
@@ -80,15 +80,19 @@ class Tally:
     def __init__(self, generation: Generation) -> None:
         self._prompt = sum(len(request.prompt) for request in generation.requests)
         self._completion: dict[int, int] = {}
+        self._cached: dict[str, int] = {}
 
     def add(self, number: int, output: Output) -> None:
         """Take in an output of choice `number`."""
         self._completion[number] = output.completion_tokens
+        if output.choice == 0:  # the other choices share its prompt, which counts once
+            self._cached[output.id] = output.cached_tokens
 
     def usage(self) -> Usage:
         """Tokens so far."""
         completion = sum(self._completion.values())
-        return Usage(self._prompt, completion, self._prompt + completion)
+        cached = PromptTokensDetails(sum(self._cached.values()))
+        return Usage(self._prompt, completion, self._prompt + completion, cached)
 
 
 def finish(output: Output) -> Finish | None:

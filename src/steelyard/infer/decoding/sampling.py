@@ -1,7 +1,7 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p, min-p; penalties, biases and log-probabilities.
+"""From logits to the next token: biases, penalties and log-probabilities around the draw of `kernels/draw.py`.
 
-A draw is keyed by (seed, choice, position) through a counter-based generator (Philox; Salmon et al. 2011), so it
-depends on nothing else: not on the batch, the chunking, nor on what was drawn before. Knows no cache and no text.
+A draw is keyed by (seed, choice, position) through a counter-based generator, so it depends on nothing else: not on
+the batch, the chunking, nor on what was drawn before. Knows no cache and no text.
 """
 
 # N rows that draw  V vocabulary
@@ -9,16 +9,18 @@ depends on nothing else: not on the batch, the chunking, nor on what was drawn b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from steelyard.errors import RequestError
 from steelyard.infer.request import Sampling
+from steelyard.kernels.draw import Draw, draw_tokens
+from steelyard.kernels.library import Library
 
 MAX = (1 << 31) - 1
+TINY = torch.finfo(torch.float32).tiny  # a lower temperature is greedy
 RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (1, MAX),
     "temperature": (0, MAX),
@@ -53,13 +55,6 @@ class Drawn:
     top: list[tuple[int, float]]
 
 
-def uniform(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1) that depends on its three arguments alone: 53 bits of Philox 4x64."""
-    key, counter = np.array([seed, choice], np.uint64), np.array([position, 0, 0, 0], np.uint64)
-    bits = np.random.Philox(key=key, counter=counter).random_raw()
-    return int(bits >> 11) * 2.0**-53
-
-
 def check(sampling: Sampling) -> None:
     """Refuse what `draw` cannot compute.
 
@@ -74,89 +69,56 @@ def check(sampling: Sampling) -> None:
         raise RequestError("logit_bias must be finite", param="logit_bias")
 
 
-def draw(logits: torch.Tensor, rows: list[Row]) -> list[Drawn | None]:
+@torch.inference_mode()
+def draw(logits: torch.Tensor, rows: Sequence[Row], library: Library | None = None) -> list[Drawn | None]:
     """Draw one token per row.
 
     Args:
-        logits: `[N, V]`, any float dtype.
+        logits: `[N, V]`, any float dtype; float32 ones are changed where a row has biases or penalties.
         rows: N.
+        library: the native kernels; None draws in PyTorch, the same tokens.
 
     Returns:
         N; None for a row whose logits are not finite.
     """
-    logits = logits.float()
-    finite = logits.isfinite().all(-1).tolist()
-    greedy = logits.argmax(-1).tolist()
-    drawn: list[Drawn | None] = []
+    logits = logits.float().contiguous()
+    logprobs = [_logprobs(logits[index], row.sampling.logprobs) for index, row in enumerate(rows)]
     for index, row in enumerate(rows):
-        if not finite[index]:
-            drawn.append(None)
-            continue
-        plain = not (row.sampling.logit_bias or row.sampling.presence_penalty or row.sampling.frequency_penalty)
-        if row.sampling.temperature == 0 and plain:
-            token = greedy[index]
-        else:
-            token = _draw_row(logits[index] if plain else adjust(logits[index], row), row)
-        drawn.append(_with_logprobs(token, logits[index], row.sampling.logprobs))
-    return drawn
+        adjust(logits[index], row)
+    tokens = draw_tokens(logits, [_keyed(row) for row in rows], library)
+    return [
+        None if token < 0 else Drawn(token, None if own is None else float(own[0][token]), own[1] if own else [])
+        for token, own in zip(tokens, logprobs, strict=True)
+    ]
 
 
-def adjust(logits: torch.Tensor, row: Row) -> torch.Tensor:
-    """Logits `[V]` with biases added and penalties for what was generated taken off (OpenAI's formula)."""
-    logits = logits.clone()
+def _keyed(row: Row) -> Draw:
+    sampling = row.sampling
+    return Draw(
+        seed=row.seed,
+        choice=row.choice,
+        position=row.position,
+        temperature=sampling.temperature if sampling.temperature >= TINY else 0.0,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        top_k=sampling.top_k,
+    )
+
+
+def _logprobs(logits: torch.Tensor, wanted: int | None) -> tuple[torch.Tensor, list[tuple[int, float]]] | None:
+    """Log-probabilities `[V]` of the model itself, and the `wanted` likeliest tokens with theirs."""
+    if wanted is None:
+        return None
+    logprobs = logits.log_softmax(-1)
+    values, tokens = logprobs.topk(min(wanted, len(logits)))
+    return logprobs, list(zip(tokens.tolist(), values.tolist(), strict=True))
+
+
+def adjust(logits: torch.Tensor, row: Row) -> None:
+    """Add a row's biases to its logits `[V]` and take off the penalties for what was generated (OpenAI's formula)."""
     for token, bias in row.sampling.logit_bias.items():
         logits[token] += bias
     if row.counts and (row.sampling.presence_penalty or row.sampling.frequency_penalty):
         tokens = torch.tensor(list(row.counts))
         counts = torch.tensor(list(row.counts.values()), dtype=torch.float32)
         logits[tokens] -= row.sampling.frequency_penalty * counts + row.sampling.presence_penalty
-    return logits
-
-
-def _draw_row(logits: torch.Tensor, row: Row) -> int:
-    if row.sampling.temperature == 0:
-        return int(logits.argmax())
-    tokens, probabilities = candidates(logits, row.sampling)
-    cumulative = probabilities.cumsum(0)
-    target = uniform(row.seed, row.choice, row.position) * float(cumulative[-1])
-    place = int(torch.searchsorted(cumulative, target, right=True))
-    # Rounding can put the target on the last sum: take the last candidate that has any weight.
-    place = min(place, int(probabilities.nonzero()[-1]))
-    return place if tokens is None else int(tokens[place])
-
-
-def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The tokens that may be drawn, and their weights in float64 (not renormalised).
-
-    Temperature first, then top-k, top-p (Holtzman et al. 2020: the smallest set that reaches p) and min-p
-    (Nguyen et al. 2024: at least p times the most likely).
-
-    Returns:
-        Token ids in falling order of probability, or None for all of them in their own order; and the weights.
-    """
-    # The largest is 0 before the division: the smallest temperature cannot make it overflow.
-    probabilities = ((logits.double() - logits.max().double()) / sampling.temperature).softmax(-1)
-    tokens = None
-    if 0 < sampling.top_k < len(logits):
-        probabilities, tokens = probabilities.topk(sampling.top_k)
-    elif sampling.top_p < 1 or sampling.min_p > 0:
-        probabilities, tokens = probabilities.sort(descending=True, stable=True)
-    if sampling.top_p < 1:
-        # Those before which the sum has not reached p yet; the first always stays.
-        total = probabilities.sum()
-        before = probabilities.cumsum(0) - probabilities
-        beyond = before >= sampling.top_p * total
-        beyond[0] = False
-        probabilities = probabilities.masked_fill(beyond, 0.0)
-    if sampling.min_p > 0:
-        probabilities = torch.where(probabilities >= sampling.min_p * probabilities[0], probabilities, 0.0)
-    return tokens, probabilities
-
-
-def _with_logprobs(token: int, logits: torch.Tensor, wanted: int | None) -> Drawn:
-    if wanted is None:
-        return Drawn(token, None, [])
-    logprobs = logits.log_softmax(-1)
-    values, tokens = logprobs.topk(min(wanted, len(logits)))
-    top = list(zip(tokens.tolist(), values.tolist(), strict=True))
-    return Drawn(token, float(logprobs[token]), top)

@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "lora.h"
+#include "sample.h"
 
 namespace steelyard {
 
@@ -202,6 +203,17 @@ EXPORT void steelyard_pack(const int8_t* w, int64_t outputs, int64_t inputs, uin
                 for (int j = 0; j < 4; j++)
                     packed[((panel * groups + g) * PANEL + i) * 4 + j] = n < outputs ? (uint8_t)(w[n * inputs + 4 * g + j] + 128) : 128;
             }
+}
+
+// One token per row of logits [rows, vocabulary]; -1 for a row that is not finite.
+EXPORT void steelyard_draw(const float* logits, int32_t rows, int32_t vocabulary, const Draw* draws, int32_t* tokens) {
+#pragma omp parallel
+    {
+        std::vector<Candidate> candidates;
+#pragma omp for schedule(dynamic)
+        for (int32_t row = 0; row < rows; row++)
+            tokens[row] = draw_row(logits + (int64_t)row * vocabulary, vocabulary, draws[row], candidates);
+    }
 }
 
 EXPORT void steelyard_run(const Step* steps, int32_t count, const Buffers* buffers, const Batch* batch, double* seconds) {
