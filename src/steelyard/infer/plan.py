@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from steelyard.errors import CheckpointError
-from steelyard.kernels import steps
+from steelyard.kernels import memory, steps
 from steelyard.kernels.library import Library
 from steelyard.kernels.reference import BLOCK
 from steelyard.kernels.steps import Batch, Buffers, Epilogue, HeadSizes, PackedWeight, Place, padded
@@ -33,8 +33,8 @@ class PlanCache:
 
     def __init__(self, decoder: Decoder, blocks: int) -> None:
         config, size = decoder.config, padded(decoder.config.head_width)
-        self.keys = torch.zeros(config.layers, blocks, config.kv_heads, size, BLOCK, dtype=torch.bfloat16)
-        self.values = torch.zeros(config.layers, blocks, config.kv_heads, BLOCK, size, dtype=torch.bfloat16)
+        self.keys = memory.zeros(config.layers, blocks, config.kv_heads, size, BLOCK, dtype=torch.bfloat16)
+        self.values = memory.zeros(config.layers, blocks, config.kv_heads, BLOCK, size, dtype=torch.bfloat16)
 
     @staticmethod
     def bytes_per_token(decoder: Decoder) -> int:

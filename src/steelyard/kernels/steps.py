@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from steelyard.kernels import reference
+from steelyard.kernels import memory, reference
 from steelyard.kernels.library import Library
 from steelyard.kernels.onednn import ExactProduct
 
@@ -170,7 +170,7 @@ class PackedWeight:
             self.data = weight.contiguous()
             self.product = ExactProduct(self.data, self.scale[: self.outputs])
         else:
-            self.data = torch.empty(rows // PANEL, self.inputs // 4, PANEL, 4, dtype=torch.uint8)
+            self.data = memory.zeros(rows // PANEL, self.inputs // 4, PANEL, 4, dtype=torch.uint8)
             library.pack(weight.contiguous(), self.data)
 
 

@@ -7,6 +7,7 @@
 // So a query's result is the same to the bit however the prompt was cut into chunks and whatever else runs.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "rows.h"
@@ -89,13 +90,16 @@ inline void rotate_and_cache(const float* qkv, int position, int block, const He
     }
 }
 
-// Scores of ROWS queries [ROWS][padded] with one block of keys, into scores [ROWS][PARTITION].
+// Scores of ROWS queries [ROWS][padded] with one block of keys, into scores [ROWS][PARTITION]. A block is a page of
+// its own, and what the processor foresees ends with it: `ahead`, the block that comes next, is fetched meanwhile.
 template <int ROWS>
-INLINE void score_block(const float* const* queries, const uint16_t* keys, int padded, float* scores) {
+INLINE void score_block(const float* const* queries, const uint16_t* keys, int padded, float* scores,
+                        const uint16_t* ahead) {
     F low[ROWS], high[ROWS];
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) low[r] = high[r] = zero();
     for (int e = 0; e < padded; e++) {
+        prefetch(ahead + e * BLOCK);
         const F a = load_bf16(keys + e * BLOCK), b = load_bf16(keys + e * BLOCK + 16);
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++) {
@@ -113,13 +117,15 @@ INLINE void score_block(const float* const* queries, const uint16_t* keys, int p
 
 // out [ROWS][stride] += weights [ROWS][PARTITION] times values, token by token.
 template <int ROWS, int VECTORS>
-INLINE void mix_block(const float* weights, const uint16_t* values, int padded, int tokens, float* out, int stride) {
+INLINE void mix_block(const float* weights, const uint16_t* values, int padded, int tokens, float* out, int stride,
+                      const uint16_t* ahead) {
     F acc[ROWS][VECTORS];
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) acc[r][v] = load(out + (int64_t)r * stride + 16 * v);
     for (int i = 0; i < tokens; i++) {
+        for (int v = 0; v < VECTORS; v += 2) prefetch(ahead + (int64_t)i * padded + 16 * v);
         F value[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) value[v] = load_bf16(values + (int64_t)i * padded + 16 * v);
@@ -137,16 +143,18 @@ INLINE void mix_block(const float* weights, const uint16_t* values, int padded, 
 }
 
 template <int ROWS>
-INLINE void mix_rows(const float* weights, const uint16_t* values, int padded, int tokens, float* out, int stride) {
+INLINE void mix_rows(const float* weights, const uint16_t* values, int padded, int tokens, float* out, int stride,
+                     const uint16_t* ahead) {
     int e = 0;
-    for (; e + 64 <= padded; e += 64) mix_block<ROWS, 4>(weights, values + e, padded, tokens, out + e, stride);
-    for (; e < padded; e += 16) mix_block<ROWS, 1>(weights, values + e, padded, tokens, out + e, stride);
+    for (; e + 64 <= padded; e += 64) mix_block<ROWS, 4>(weights, values + e, padded, tokens, out + e, stride, ahead + e);
+    for (; e < padded; e += 16) mix_block<ROWS, 1>(weights, values + e, padded, tokens, out + e, stride, ahead + e);
 }
 
 // ROWS queries against one partition: partial [ROWS][padded + 2] = weighted values, maximum, sum of exponentials.
+// `ahead` are the keys that will be wanted after it.
 template <int ROWS>
 void attend_partition(const float* const* queries, const int* positions, const int32_t* table, int head, int partition,
-                      const Heads& h, float* partial) {
+                      const Heads& h, float* partial, const uint16_t* ahead) {
     alignas(64) float scores[ROWS * PARTITION];
     const int begin = partition * PARTITION;
     int last = 0;
@@ -154,13 +162,10 @@ void attend_partition(const float* const* queries, const int* positions, const i
     const int tokens = last + 1 - begin < PARTITION ? last + 1 - begin : PARTITION;
     const int blocks = (tokens + BLOCK - 1) / BLOCK;
     const int stride = h.padded + 2;
+    table += partition * (PARTITION / BLOCK);
     for (int b = 0; b < blocks; b++) {
-        const int32_t block = table[partition * (PARTITION / BLOCK) + b];
-        if (b + 1 < blocks) {
-            const uint16_t* next = cached_keys(h, table[partition * (PARTITION / BLOCK) + b + 1], head);
-            for (int i = 0; i < h.padded * BLOCK; i += 32) prefetch(next + i);
-        }
-        score_block<ROWS>(queries, cached_keys(h, block, head), h.padded, scores + b * BLOCK);
+        const uint16_t* next = b + 1 < blocks ? cached_keys(h, table[b + 1], head) : cached_values(h, table[0], head);
+        score_block<ROWS>(queries, cached_keys(h, table[b], head), h.padded, scores + b * BLOCK, next);
         for (int r = 0; r < ROWS; r++) {
             // Tokens this query may not see: after it, or before its window.
             const int first = begin + b * BLOCK;
@@ -187,13 +192,14 @@ void attend_partition(const float* const* queries, const int* positions, const i
         out[h.padded + 1] = sum(total);
     }
     for (int b = 0; b < blocks; b++) {
-        const int32_t block = table[partition * (PARTITION / BLOCK) + b];
         const int here = tokens - b * BLOCK < BLOCK ? tokens - b * BLOCK : BLOCK;
-        mix_rows<ROWS>(scores + b * BLOCK, cached_values(h, block, head), h.padded, here, partial, stride);
+        const uint16_t* next = b + 1 < blocks ? cached_values(h, table[b + 1], head) : ahead;
+        mix_rows<ROWS>(scores + b * BLOCK, cached_values(h, table[b], head), h.padded, here, partial, stride, next);
     }
 }
 
-using AttendPartition = void (*)(const float* const*, const int*, const int32_t*, int, int, const Heads&, float*);
+using AttendPartition = void (*)(const float* const*, const int*, const int32_t*, int, int, const Heads&, float*,
+                                 const uint16_t*);
 constexpr int MOST_QUERY_ROWS = 6;
 static const AttendPartition ATTEND[MOST_QUERY_ROWS + 1] = {nullptr,
                                                             attend_partition<1>,
@@ -230,8 +236,19 @@ struct Piece {
 
 struct AttentionWork {
     std::vector<Piece> pieces;
+    std::vector<int64_t> cost;  // of the pieces up to each one, itself included
     std::vector<Piece> merges;  // single queries whose partitions were computed apart
     int64_t partials = 0;       // floats
+
+    void add(const Piece& piece, int64_t own) {
+        pieces.push_back(piece);
+        cost.push_back(own + (cost.empty() ? 0 : cost.back()));
+    }
+    // The first piece of thread `me` of `threads`: equal shares of the cost, each a run of neighbours.
+    int share(int me, int threads) const {
+        if (cost.empty()) return 0;
+        return std::lower_bound(cost.begin(), cost.end(), cost.back() * me / threads + (me > 0)) - cost.begin();
+    }
 };
 
 inline int first_partition(const Heads& h, int position) {
@@ -250,14 +267,15 @@ inline AttentionWork plan_attention(const Span* spans, int count, const Heads& h
             const int first = first_partition(h, position), last = (position + queries - 1) / PARTITION + 1;
             for (int head = 0; head < h.kv_heads; head++) {
                 Piece piece{s, q, queries, head, first, last, -1};
+                const int64_t tokens = position + queries - (int64_t)first * PARTITION;
                 if (span.count > 1 || last - first == 1 || count * h.kv_heads > 8 * threads) {
-                    work.pieces.push_back(piece);
+                    work.add(piece, tokens * ((queries * share + 2) / 3) + 32);
                     continue;
                 }
                 piece.partial = work.partials;
                 work.merges.push_back(piece);
                 for (int p = first; p < last; p++) {
-                    work.pieces.push_back({s, q, 1, head, p, p + 1, work.partials});
+                    work.add({s, q, 1, head, p, p + 1, work.partials}, PARTITION);
                     work.partials += (int64_t)share * stride;
                 }
             }
@@ -268,7 +286,7 @@ inline AttentionWork plan_attention(const Span* spans, int count, const Heads& h
 
 // queries [T, H, padded], out [T, out_stride].
 inline void attend_piece(const Piece& piece, const Span& span, const int32_t* tables, const Heads& h,
-                         const float* queries, float* partials, float* scratch, float* out, int out_stride) {
+                         const uint16_t* ahead, const float* queries, float* partials, float* scratch, float* out, int out_stride) {
     const int share = h.heads / h.kv_heads, rows = piece.queries * share, stride = h.padded + 2;
     float* store_at = piece.partial < 0 ? scratch : partials + piece.partial;
     const int64_t between = (int64_t)rows * stride;
@@ -283,7 +301,7 @@ inline void attend_piece(const Piece& piece, const Span& span, const int32_t* ta
                 positions[r] = span.computed + q;
             }
             ATTEND[here](starts, positions, tables + span.table, piece.head, p, h,
-                         store_at + (p - piece.first) * between + (int64_t)row * stride);
+                         store_at + (p - piece.first) * between + (int64_t)row * stride, ahead);
         }
     if (piece.partial >= 0) return;
     for (int row = 0; row < rows; row++) {

@@ -4,8 +4,6 @@
 // pool of threads.
 #include <omp.h>
 
-#include <atomic>
-
 #include "attention.h"
 #include "lora.h"
 #include "sample.h"
@@ -52,7 +50,6 @@ struct Batch {
 struct Scratch {
     std::vector<std::pair<int32_t, AttentionWork>> works;  // by window
     std::vector<float> partials;
-    std::atomic<int> next{0}, next_merge{0};
 
     const AttentionWork& work(int32_t window) const {
         for (const auto& [own, found] : works)
@@ -138,24 +135,28 @@ static void run_step(const Step& s, const Buffers& b, const Batch& batch, Scratc
             const Heads h = heads_of(s);
             const AttentionWork& work = scratch.work(h.window);
             std::vector<float> own;
-            for (int i; (i = scratch.next.fetch_add(1)) < (int)work.pieces.size();) {
+            const int last = work.share(me + 1, threads);
+            for (int i = work.share(me, threads); i < last; i++) {
                 const Piece& piece = work.pieces[i];
                 const size_t need = (size_t)(piece.last - piece.first) * piece.queries * (h.heads / h.kv_heads) * (h.padded + 2);
                 if (piece.partial < 0 && own.size() < need) own.resize(need);
-                attend_piece(piece, batch.span[piece.span], batch.tables, h, b.queries, scratch.partials.data(),
+                const Piece& next = work.pieces[i + 1 < last ? i + 1 : i];
+                const uint16_t* ahead = cached_keys(
+                    h, batch.tables[batch.span[next.span].table + next.first * (PARTITION / BLOCK)], next.head);
+                attend_piece(piece, batch.span[piece.span], batch.tables, h, ahead, b.queries, scratch.partials.data(),
                              own.data(), b.mixed, s.size[5]);
             }
             if (work.merges.empty()) break;
 #pragma omp barrier
             const int share = h.heads / h.kv_heads;
             const int64_t between = (int64_t)share * (h.padded + 2);
-            for (int i; (i = scratch.next_merge.fetch_add(1)) < (int)work.merges.size();) {
+            run_rows(work.merges.size(), me, threads, [&](int i) {
                 const Piece& piece = work.merges[i];
                 const int t = batch.span[piece.span].start + piece.query;
                 for (int r = 0; r < share; r++)
                     merge(scratch.partials.data() + piece.partial + (int64_t)r * (h.padded + 2), piece.last - piece.first,
                           between, h, b.mixed + (int64_t)t * s.size[5] + (int64_t)(piece.head * share + r) * h.size);
-            }
+            });
             break;
         }
         case QUANTIZE: {  // size: width, source
@@ -236,11 +237,6 @@ EXPORT void steelyard_run(const Step* steps, int32_t count, const Buffers* buffe
             const double begun = seconds && me == 0 ? omp_get_wtime() : 0.0;
             run_step(steps[i], *buffers, *batch, scratch, me, threads);
 #pragma omp barrier
-            // Only after attention: the others may be in the next step already, and that may not be one.
-            if (me == 0 && steps[i].kind == ATTEND_STEP) {
-                scratch.next.store(0);
-                scratch.next_merge.store(0);
-            }
             if (me == 0 && seconds) seconds[i] += omp_get_wtime() - begun;
         }
     }
