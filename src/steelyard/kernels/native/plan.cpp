@@ -3,6 +3,9 @@
 // Linked to no OpenMP runtime: the symbols are those that torch has brought into the process, so that there is one
 // pool of threads.
 #include <omp.h>
+#include <sched.h>
+
+#include <atomic>
 
 #include "attention.h"
 #include "lora.h"
@@ -47,6 +50,19 @@ struct Batch {
     const int32_t* adapters;    // [T] each token's adapter, -1 for none; null if no token wears one
 };
 
+struct alignas(64) Counter {
+    std::atomic<int> value{0};
+};
+
+// Some milliseconds: who yields while another has his chunk put aside loses his own core, too.
+constexpr int PATIENCE = 200000;
+
+INLINE void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
 struct Scratch {
     std::vector<std::pair<int32_t, AttentionWork>> works;  // by window
     std::vector<float> partials;
@@ -74,7 +90,25 @@ static Heads heads_of(const Step& s) {
             (int64_t)s.size[1] * s.size[3] * BLOCK};
 }
 
-static void run_step(const Step& s, const Buffers& b, const Batch& batch, Scratch& scratch, int me, int threads) {
+// Into how many chunks a phase of a step is cut; 0: there is nothing to do.
+static int chunks_of(const Step& s, int phase, const Batch& batch, const Scratch& scratch, int threads) {
+    if (phase == 1) {
+        if (s.kind != ATTEND_STEP) return 0;
+        return std::min((int)scratch.work(s.size[4]).merges.size(), 2 * threads);
+    }
+    switch (s.kind) {
+        case PRODUCT: return std::min((s.size[1] + PANEL - 1) / PANEL, 4 * threads);
+        case ATTEND_STEP: return std::min((int)scratch.work(s.size[4]).pieces.size(), 4 * threads);
+        case LOW_RANK:
+        case GATE_ROWS: return batch.adapters ? std::min(batch.tokens, 4 * threads) : 0;
+        case GATHER: return std::min(batch.draws, threads);
+        case NORM: return std::min(s.size[2] ? batch.draws : batch.tokens, 2 * threads);
+        default: return std::min(batch.tokens, 2 * threads);
+    }
+}
+
+// Chunk `me` of `threads` of a phase of a step.
+static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& batch, Scratch& scratch, int me, int threads) {
     const Quantized quantized{b.quantized, b.scales, b.sums};
     switch (s.kind) {
         case EMBED:
@@ -105,7 +139,6 @@ static void run_step(const Step& s, const Buffers& b, const Batch& batch, Scratc
             break;
         }
         case LOW_RANK: {  // size: inputs, outputs, stride, source, destination, first column, 1 = in turns with another
-            if (!batch.adapters) break;
             const LowRank* pairs = (const LowRank*)s.pointer[0];
             run_rows(batch.tokens, me, threads, [&](int t) {
                 const int32_t adapter = batch.adapters[t];
@@ -116,7 +149,6 @@ static void run_step(const Step& s, const Buffers& b, const Batch& batch, Scratc
             break;
         }
         case GATE_ROWS:  // size: width
-            if (!batch.adapters) break;
             run_rows(batch.tokens, me, threads, [&](int t) {
                 gate_row(b.wide + (int64_t)t * 2 * s.size[0], s.size[0], b.gated + (int64_t)t * s.size[0]);
             });
@@ -134,6 +166,19 @@ static void run_step(const Step& s, const Buffers& b, const Batch& batch, Scratc
         case ATTEND_STEP: {
             const Heads h = heads_of(s);
             const AttentionWork& work = scratch.work(h.window);
+            if (phase == 1) {
+                const int share = h.heads / h.kv_heads;
+                const int64_t between = (int64_t)share * (h.padded + 2);
+                run_rows(work.merges.size(), me, threads, [&](int i) {
+                    const Piece& piece = work.merges[i];
+                    const int t = batch.span[piece.span].start + piece.query;
+                    for (int r = 0; r < share; r++)
+                        merge(scratch.partials.data() + piece.partial + (int64_t)r * (h.padded + 2),
+                              piece.last - piece.first, between, h,
+                              b.mixed + (int64_t)t * s.size[5] + (int64_t)(piece.head * share + r) * h.size);
+                });
+                break;
+            }
             std::vector<float> own;
             const int last = work.share(me + 1, threads);
             for (int i = work.share(me, threads); i < last; i++) {
@@ -146,17 +191,6 @@ static void run_step(const Step& s, const Buffers& b, const Batch& batch, Scratc
                 attend_piece(piece, batch.span[piece.span], batch.tables, h, ahead, b.queries, scratch.partials.data(),
                              own.data(), b.mixed, s.size[5]);
             }
-            if (work.merges.empty()) break;
-#pragma omp barrier
-            const int share = h.heads / h.kv_heads;
-            const int64_t between = (int64_t)share * (h.padded + 2);
-            run_rows(work.merges.size(), me, threads, [&](int i) {
-                const Piece& piece = work.merges[i];
-                const int t = batch.span[piece.span].start + piece.query;
-                for (int r = 0; r < share; r++)
-                    merge(scratch.partials.data() + piece.partial + (int64_t)r * (h.padded + 2), piece.last - piece.first,
-                          between, h, b.mixed + (int64_t)t * s.size[5] + (int64_t)(piece.head * share + r) * h.size);
-            });
             break;
         }
         case QUANTIZE: {  // size: width, source
@@ -230,14 +264,30 @@ EXPORT void steelyard_run(const Step* steps, int32_t count, const Buffers* buffe
         if ((int64_t)scratch.partials.size() < scratch.works.back().second.partials)
             scratch.partials.resize(scratch.works.back().second.partials);
     }
+    // No barriers: a phase is done when its chunks are, whoever did them. Each thread begins with its own run of chunks,
+    // then takes what is left of the others'. One that the system has put aside between two chunks holds nobody up.
+    std::vector<Counter> taken(2 * (size_t)count * most), done(2 * (size_t)count);
 #pragma omp parallel
     {
         const int me = omp_get_thread_num(), threads = omp_get_num_threads();
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < 2 * count; i++) {
+            const Step& step = steps[i / 2];
+            const int chunks = chunks_of(step, i % 2, *batch, scratch, threads);
+            if (!chunks) continue;
             const double begun = seconds && me == 0 ? omp_get_wtime() : 0.0;
-            run_step(steps[i], *buffers, *batch, scratch, me, threads);
-#pragma omp barrier
-            if (me == 0 && seconds) seconds[i] += omp_get_wtime() - begun;
+            for (int turn = 0; turn < threads; turn++) {
+                const int owner = (me + turn) % threads;
+                const int first = chunks * owner / threads, last = chunks * (owner + 1) / threads;
+                std::atomic<int>& next = taken[(size_t)i * most + owner].value;
+                if (next.load(std::memory_order_relaxed) >= last - first) continue;
+                for (int chunk; (chunk = first + next.fetch_add(1, std::memory_order_relaxed)) < last;) {
+                    run_chunk(step, i % 2, *buffers, *batch, scratch, chunk, chunks);
+                    done[i].value.fetch_add(1, std::memory_order_release);
+                }
+            }
+            for (int spins = 0; done[i].value.load(std::memory_order_acquire) < chunks; spins++)
+                spins < PATIENCE ? pause() : (void)sched_yield();
+            if (me == 0 && seconds) seconds[i / 2] += omp_get_wtime() - begun;
         }
     }
 }
