@@ -45,13 +45,28 @@ INLINE uint16_t to_bf16(float x) {
 // x [size] rotated by its position: pairs (i, i + size / 2), cos and sin [size / 2].
 inline void rotate(const float* x, const float* cos, const float* sin, int size, float factor, float* out) {
     const int half = size / 2;
-    for (int i = 0; i < half; i++) {
+    int i = 0;
+    for (; i + 16 <= half; i += 16) {
+        const F a = load(x + i), b = load(x + i + half), c = load(cos + i), s = load(sin + i);
+        store(out + i, mul(sub(mul(a, c), mul(b, s)), set(factor)));
+        store(out + i + half, mul(add(mul(b, c), mul(a, s)), set(factor)));
+    }
+    for (; i < half; i++) {
         const float a = x[i], b = x[i + half];
         const float ac = a * cos[i], bs = b * sin[i], bc = b * cos[i], as = a * sin[i];
         out[i] = (ac - bs) * factor;
         out[i + half] = (bc + as) * factor;
     }
 }
+
+// float32 [size] -> bfloat16.
+inline void narrow(const float* x, int size, uint16_t* out) {
+    int i = 0;
+    for (; i + 16 <= size; i += 16) store_bf16(out + i, load(x + i));
+    for (; i < size; i++) out[i] = to_bf16(x[i]);
+}
+
+constexpr int MOST_WIDTH = 1024;  // of a head
 
 struct Rotary {
     const float *cos, *sin;  // [context, size / 2]
@@ -64,8 +79,9 @@ inline void rotate_and_cache(const float* qkv, int position, int block, const He
     const int size = h.size, half = size / 2, offset = position % BLOCK;
     const float *cos = r.cos + (int64_t)position * half, *sin = r.sin + (int64_t)position * half;
     const float factor = 1.0f / std::sqrt((float)size);
-    std::vector<float> own(2 * h.padded, 0.0f);
-    float *plain = own.data(), *turned = plain + h.padded;
+    alignas(64) float plain[MOST_WIDTH], turned[MOST_WIDTH];
+    alignas(64) uint16_t narrowed[MOST_WIDTH];
+    std::memset(plain, 0, h.padded * sizeof(float));
     for (int head = 0; head < h.heads + h.kv_heads; head++) {
         const bool query = head < h.heads;
         const float* x = qkv + (int64_t)head * size;
@@ -81,12 +97,12 @@ inline void rotate_and_cache(const float* qkv, int position, int block, const He
         }
         rotate(x, cos, sin, size, 1.0f, turned);
         uint16_t* keys = cached_keys(h, block, head - h.heads) + offset;
-        for (int e = 0; e < size; e++) keys[e * BLOCK] = to_bf16(turned[e]);
+        narrow(turned, size, narrowed);
+        for (int e = 0; e < size; e++) keys[e * BLOCK] = narrowed[e];
     }
     for (int head = 0; head < h.kv_heads; head++) {
         const float* x = qkv + (int64_t)(h.heads + h.kv_heads + head) * size;
-        uint16_t* values = cached_values(h, block, head) + (int64_t)offset * h.padded;
-        for (int e = 0; e < size; e++) values[e] = to_bf16(x[e]);
+        narrow(x, size, cached_values(h, block, head) + (int64_t)offset * h.padded);
     }
 }
 

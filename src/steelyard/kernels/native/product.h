@@ -46,8 +46,8 @@ void panel_rows(const Product& p, int panel, int row) {
     for (int r = 0; r < ROWS; r++) low[r] = high[r] = izero();
     for (int k = 0; k < groups; k++) {
         if (ROWS <= 6) {
-            prefetch(w + 2048);
-            prefetch(w + 2048 + 64);
+            prefetch(w + 4096);
+            prefetch(w + 4096 + 64);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) {
