@@ -39,6 +39,13 @@ INLINE bool heavier(const Candidate& a, const Candidate& b) {
     return a.weight > b.weight || (a.weight == b.weight && a.token < b.token);
 }
 
+// 0 to 1016 for weights of 0 to 1, never falling.
+INLINE uint32_t leading_bits(float weight) {
+    uint32_t bits;
+    std::memcpy(&bits, &weight, 4);
+    return bits >> 20;
+}
+
 // The drawn token; -1 if a logit is not finite. `candidates` is scratch.
 inline int32_t draw_row(const float* logits, int vocabulary, const Draw& draw, std::vector<Candidate>& candidates) {
     float most = -INFINITY;
@@ -78,27 +85,40 @@ inline int32_t draw_row(const float* logits, int vocabulary, const Draw& draw, s
     Candidate* const begin = candidates.data();
     int count = vocabulary;
     if (filtered) {
+        const bool few = draw.top_k > 0 && draw.top_k < vocabulary;
         double total = 0.0;
-        if (draw.top_k > 0 && draw.top_k < vocabulary) {
-            count = draw.top_k;
+        int sorted = 0;
+        if (few) {
+            sorted = count = draw.top_k;
             std::nth_element(begin, begin + count - 1, begin + vocabulary, heavier);
             std::sort(begin, begin + count, heavier);
             for (int i = 0; i < count; i++) total += begin[i].weight;
         } else {
-            for (int i = 0; i < vocabulary; i++) total += begin[i].weight;
+            // What can be among the smallest set is found by the leading bits of the weights; only that is sorted.
+            std::vector<double> mass(1024, 0.0);
+            for (int i = 0; i < vocabulary; i++) {
+                total += begin[i].weight;
+                mass[leading_bits(begin[i].weight)] += begin[i].weight;
+            }
+            int cut = draw.top_p < 1.0f ? 1023 : 0;
+            for (double above = 0.0; cut > 0 && above < draw.top_p * total; cut--) above += mass[cut];
+            const float least = draw.min_p;  // the heaviest weighs 1
+            sorted = std::partition(begin, begin + count, [&](const Candidate& c) {
+                         return (int)leading_bits(c.weight) >= cut && c.weight >= least;
+                     }) - begin;
+            std::sort(begin, begin + sorted, heavier);
         }
-        // The smallest set that reaches top_p, sorted as far as it is needed.
+        // The smallest set that reaches top_p.
         double before = 0.0;
-        int kept = 0, sorted = draw.top_k > 0 && draw.top_k < vocabulary ? count : 0;
+        int kept = 0;
         const double enough = (double)draw.top_p * total;
         while (kept < count) {
-            if (kept == sorted) {
-                const int more = std::min(count, std::max(64, 4 * sorted));
-                if (more < count) std::nth_element(begin + sorted, begin + more - 1, begin + count, heavier);
-                std::sort(begin + sorted, begin + more, heavier);
-                sorted = more;
-            }
             if (kept && draw.top_p < 1.0f && before >= enough) break;
+            if (kept == sorted) {
+                if (draw.top_p >= 1.0f) break;  // the rest is too light for min_p
+                std::sort(begin + sorted, begin + count, heavier);  // a sum of another order was off by its rounding
+                sorted = count;
+            }
             if (begin[kept].weight < draw.min_p * begin[0].weight) break;
             before += begin[kept].weight;
             kept++;
