@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from families import make
 from steelyard.compress.quantize import int8
 from steelyard.errors import CheckpointError
 from steelyard.infer.plan import Plan
+from steelyard.infer.runner import has_plan
 from steelyard.kernels import library
 from steelyard.kernels.library import FORMS, Library, processor_flags
 from steelyard.kernels.steps import Batch
@@ -168,6 +170,15 @@ def test_rows_wear_their_own_adapters(tmp_path: Path, native: Library, family: s
     third = random_adapter(decoder, 2, ("q_proj",), 3)
     assert both[0].wear(third) == 0
     assert torch.equal(together(both[0], Rows([rows[0]], [1]))[0], ours[0])
+
+
+def test_sizes_beyond_the_kernels_run_by_the_reference(tmp_path: Path) -> None:
+    decoder = small(tmp_path, "smollm")
+    assert has_plan(decoder)
+    for field in ("head_width", "feed_forward"):
+        decoder.config = msgspec.structs.replace(decoder.config, **{field: 1 << 17})
+        assert not has_plan(decoder)
+        decoder.config = msgspec.structs.replace(decoder.config, **{field: 16})
 
 
 def test_dense_layers_are_refused(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ class Plan:
     """The steps of one decoder, its buffers and its cache.
 
     Args:
-        decoder: with int8 layers throughout, embedding and head included or not.
+        decoder: with int8 layers throughout, embedding and head included; see `runner.has_plan`.
         blocks: of the cache.
         tokens: most tokens of a batch.
         draws: most rows of a batch that draw.
@@ -81,7 +81,6 @@ class Plan:
         self.decoder = decoder
         self.most_tokens, self.most_draws = tokens, draws
         self.low_rank: dict[str, list[steps.LowRank]] = {}
-        self.adapters: list[str] = []
         self._free: list[int] = []
         self._angles = _angles(decoder, context)
         self.steps = list(self._lower())

@@ -14,7 +14,7 @@ from steelyard.infer.kv_cache import KVCache, PagedAttention, Span
 from steelyard.infer.plan import Plan
 from steelyard.infer.scheduler import Scheduled
 from steelyard.kernels.reference import BLOCK
-from steelyard.kernels.steps import Batch
+from steelyard.kernels.steps import MOST_HEAD_WIDTH, MOST_INPUTS, Batch
 from steelyard.models.decoder import Decoder
 from steelyard.models.linear import Int8Embedding, Int8Linear
 from steelyard.models.lora import Adapter, AdapterRows
@@ -116,7 +116,11 @@ def _numbers(values: Sequence[object]) -> torch.Tensor:
 
 
 def has_plan(decoder: Decoder) -> bool:
-    """Whether all of a decoder's layers are int8, embedding and head included."""
+    """Whether all of a decoder's layers are int8, embedding and head included, and of sizes that the kernels take."""
+    config = decoder.config
+    inputs = max(config.width, config.feed_forward, config.heads * config.head_width)
+    if config.head_width > MOST_HEAD_WIDTH or inputs > MOST_INPUTS:
+        return False
     layers = (layer for name, layer in decoder.named_modules() if name.endswith(("_proj", "lm_head")))
     return isinstance(decoder.model.embed_tokens, Int8Embedding) and all(
         isinstance(layer, Int8Linear) for layer in layers

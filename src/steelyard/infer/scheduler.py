@@ -184,8 +184,8 @@ class Scheduler:
             self.pool.hold(block)
         sequence.block_table.extend(found)
         sequence.computed, sequence.kept = computed, len(found)
-        sequence.reused = max(sequence.reused, min(computed, len(sequence.request.prompt))) if sequence.fresh else 0
-        sequence.fresh = False
+        if sequence.fresh:  # what a preempted one finds again it had computed itself
+            sequence.reused, sequence.fresh = computed, False
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True

@@ -20,6 +20,8 @@ from steelyard.kernels.library import Library
 from steelyard.kernels.onednn import ExactProduct
 
 PANEL = 32
+MOST_HEAD_WIDTH = 1024  # MOST_WIDTH in attention.h
+MOST_INPUTS = 1 << 16  # more products of bytes could exceed an int32
 
 
 def padded(size: int, to: int = reference.LANES) -> int:

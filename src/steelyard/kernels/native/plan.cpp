@@ -16,7 +16,7 @@ namespace steelyard {
 enum Kind : int32_t { EMBED, NORM, PRODUCT, LOW_RANK, GATE_ROWS, ROTATE, ATTEND_STEP, QUANTIZE, GATHER };
 enum Place : int32_t { WIDE, RESIDUAL, GATED, LOGITS, NORMED, MIXED, DRAWN };
 
-// One step. What the fields mean depends on the kind; see `kernels/native.py`, which fills them in.
+// One step. What the fields mean depends on the kind; see `kernels/steps.py`, which fills them in.
 struct Step {
     int32_t kind;
     int32_t size[7];
