@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("src/steelyard/kernels/native")
 FORMS = {
+    "amx": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
     "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
     "avx2": ["-march=x86-64-v3"],
     "portable": [],

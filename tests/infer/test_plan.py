@@ -185,3 +185,21 @@ def test_dense_layers_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "smollm")
     with pytest.raises(CheckpointError, match=r"is not int8: a plan is made of int8 layers"):
         plan(weights.load(tmp_path, torch.float32), None)
+
+
+@pytest.mark.parametrize("family", ["smollm", "llama-head-width", "mistral"])
+def test_an_int8_cache_natively_equals_the_twin_and_is_near_the_reference(
+    tmp_path: Path, native: Library, family: str
+) -> None:
+    decoder = small(tmp_path, family)
+    rows = random_rows([1, 37, 70])
+    sizes: dict[str, int] = {"blocks": BLOCKS, "tokens": 200, "draws": 200, "context": 600}
+    ours, twin = (
+        together(Plan(decoder, **sizes, native=library, cache_dtype=torch.int8), Rows(rows))
+        for library in (native, None)
+    )
+    wide = together(Plan(decoder, **sizes, native=native), Rows(rows))
+    for found, expected, near in zip(ours, twin, wide, strict=True):
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, near)
+        assert float((found - near).norm() / near.norm()) < 0.03

@@ -17,8 +17,8 @@ import torch
 from steelyard.errors import CheckpointError
 from steelyard.kernels import memory, steps
 from steelyard.kernels.library import Library
-from steelyard.kernels.reference import BLOCK
-from steelyard.kernels.steps import Batch, Buffers, Epilogue, HeadSizes, PackedWeight, Place, padded
+from steelyard.kernels.reference import BLOCK, padded
+from steelyard.kernels.steps import TILE_ROWS, Batch, Buffers, Epilogue, HeadSizes, PackedWeight, Place
 from steelyard.models.config import rotary_frequencies
 from steelyard.models.decoder import Attention, Block, Decoder
 from steelyard.models.linear import Int8Embedding, Int8Linear
@@ -26,20 +26,39 @@ from steelyard.models.lora import Adapter
 
 
 class PlanCache:
-    """Keys and values in blocks of 32 tokens, bfloat16: per layer keys `[blocks, K, E, 32]`, values `[.., 32, E]`.
+    """Keys and values in blocks of 32 tokens: per layer keys `[blocks, K, E / 2, 32, 2]`, values `[.., 16, E, 2]`.
 
-    Keys stand across, so that one load brings a coordinate of many tokens. E is padded to a multiple of 16.
+    Pairs of coordinates of a key, and of tokens of a value, stand side by side: see `cache.h`. E is padded to a
+    multiple of 32. bfloat16, or int8 with a float32 scale per token and head, which takes little more than half of
+    the memory and is a numeric path of its own.
+
+    Args:
+        decoder: whose.
+        blocks: how many.
+        dtype: `torch.bfloat16` or `torch.int8`.
     """
 
-    def __init__(self, decoder: Decoder, blocks: int) -> None:
-        config, size = decoder.config, padded(decoder.config.head_width)
-        self.keys = memory.zeros(config.layers, blocks, config.kv_heads, size, BLOCK, dtype=torch.bfloat16)
-        self.values = memory.zeros(config.layers, blocks, config.kv_heads, BLOCK, size, dtype=torch.bfloat16)
+    def __init__(self, decoder: Decoder, blocks: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        config, size = decoder.config, padded(decoder.config.head_width, BLOCK)
+        shape = (config.layers, blocks, config.kv_heads)
+        self.keys = memory.zeros(*shape, size // 2, BLOCK, 2, dtype=dtype)
+        self.values = memory.zeros(*shape, BLOCK // 2, size, 2, dtype=dtype)
+        self.scales: tuple[torch.Tensor, torch.Tensor] | None = None
+        if dtype == torch.int8:
+            key_scales, value_scales = (memory.zeros(*shape, BLOCK, dtype=torch.float32) for _ in range(2))
+            self.scales = key_scales, value_scales
+
+    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Keys, values and scales of a layer."""
+        scales = None if self.scales is None else (self.scales[0][number], self.scales[1][number])
+        return self.keys[number], self.values[number], scales
 
     @staticmethod
-    def bytes_per_token(decoder: Decoder) -> int:
+    def bytes_per_token(decoder: Decoder, dtype: torch.dtype = torch.bfloat16) -> int:
         """Memory of one token's keys and values over all layers."""
-        return 4 * decoder.config.layers * decoder.config.kv_heads * padded(decoder.config.head_width)
+        config = decoder.config
+        per_head = padded(config.head_width, BLOCK) * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+        return 2 * config.layers * config.kv_heads * per_head
 
 
 # As in plan.cpp.
@@ -68,16 +87,25 @@ class Plan:
         draws: most rows of a batch that draw.
         context: most tokens of a sequence.
         native: the kernels; None runs their twins.
+        cache_dtype: of keys and values, `torch.bfloat16` or `torch.int8`.
 
     Raises:
         CheckpointError: a layer is not int8.
     """
 
     def __init__(
-        self, decoder: Decoder, *, blocks: int, tokens: int, draws: int, context: int, native: Library | None
+        self,
+        decoder: Decoder,
+        *,
+        blocks: int,
+        tokens: int,
+        draws: int,
+        context: int,
+        native: Library | None,
+        cache_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.library = native
-        self.cache = PlanCache(decoder, blocks)
+        self.cache = PlanCache(decoder, blocks, cache_dtype)
         self.decoder = decoder
         self.most_tokens, self.most_draws = tokens, draws
         self.low_rank: dict[str, list[steps.LowRank]] = {}
@@ -164,8 +192,7 @@ class Plan:
             config.kv_heads,
             config.head_width,
             config.windows[number] or 0,
-            self.cache.keys[number],
-            self.cache.values[number],
+            *self.cache.layer(number),
         )
         yield self._rotate(attention, heads)
         yield steps.Attend(heads)
@@ -264,16 +291,17 @@ class Plan:
             Place.MIXED: (tokens, mixed),
             Place.DRAWN: (self.most_draws, width),
         }
+        most = max(tokens, self.most_draws)
         places = {}
         for place, (count, size) in rows.items():
             # A row more than needed: the last vector of a row may reach past it.
             places[place] = torch.zeros(count * size + 2 * padded(1))[: count * size].view(count, size)
         return Buffers(
             places=places,
-            queries=torch.zeros(tokens, config.heads, padded(config.head_width)),
-            quantized=torch.zeros(max(tokens, self.most_draws) * max(width, inner, mixed), dtype=torch.int8),
-            scales=torch.zeros(max(tokens, self.most_draws)),
-            sums=torch.zeros(max(tokens, self.most_draws), dtype=torch.int32),
+            queries=torch.zeros(tokens, config.heads, padded(config.head_width, BLOCK), dtype=torch.bfloat16),
+            quantized=torch.zeros((most + TILE_ROWS) * max(width, inner, mixed), dtype=torch.int8),
+            scales=torch.zeros(most),
+            sums=torch.zeros(most, dtype=torch.int32),
         )
 
     def _lower_natively(self) -> None:

@@ -15,8 +15,10 @@ import torch
 
 log = logging.getLogger(__name__)
 
+AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vnni"})
 FORMS: dict[str, frozenset[str]] = {
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vnni"}),
+    "amx": AVX512 | {"amx_tile", "amx_int8", "amx_bf16"},
+    "avx512": AVX512,
     "avx2": frozenset({"avx2", "fma", "f16c", "bmi2"}),
     "portable": frozenset(),
 }
@@ -30,12 +32,17 @@ class Library:
 
     Args:
         path: of the file.
+
+    Raises:
+        OSError: it cannot be loaded, or the system refuses this process what it needs.
     """
 
     def __init__(self, path: Path) -> None:
         ctypes.CDLL(openmp_runtime(), ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(path))
         self._library.steelyard_isa.restype = ctypes.c_char_p
+        if not self._library.steelyard_prepare():
+            raise OSError("the system does not lend what the processor has")
         pointer = ctypes.c_void_p
         self._library.steelyard_run.argtypes = (pointer, ctypes.c_int32, pointer, pointer, pointer)
         self._library.steelyard_pack.argtypes = (pointer, ctypes.c_int64, ctypes.c_int64, pointer)
@@ -74,9 +81,8 @@ def load() -> Library | None:
         try:
             return Library(path)
         except OSError as error:
-            log.warning("the native kernels cannot be loaded (%s): PyTorch runs instead, slower", error)
-            return None
-    log.warning("the native kernels were not built (no C++ compiler?): PyTorch runs instead, slower")
+            log.warning("the native kernels '%s' cannot be loaded (%s)", form, error)
+    log.warning("no native kernels here (no C++ compiler when this was installed?): PyTorch runs instead, slower")
     return None
 
 

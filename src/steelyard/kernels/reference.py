@@ -123,32 +123,63 @@ def low_rank(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
 
 
 BLOCK, PARTITION, MASKED = 32, 256, -1e30
+SMALLEST = 2.0**-50
+"""Of what attention multiplies: smaller numbers are 0, so that no product or sum is subnormal."""
+LARGEST_BF16 = torch.finfo(torch.bfloat16).max
+
+
+def storable(x: torch.Tensor) -> torch.Tensor:
+    """Finite numbers, and none between 0 and `SMALLEST`: what is written to the cache. Not a number becomes the largest."""
+    x = x.nan_to_num(LARGEST_BF16).clamp(-LARGEST_BF16, LARGEST_BF16)
+    return torch.where(x.abs() < SMALLEST, torch.zeros_like(x), x)
+
+
+def pair_sum(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Total + the sum of 32 products along the last dimension of a and b `[..., 32]`.
+
+    Those of even place by fma in order from 0, those of odd place likewise, then both sums together: what a tile of AMX
+    does with bfloat16 (Intel's manual, TDPBF16PS).
+    """
+    even, odd = torch.zeros_like(total), torch.zeros_like(total)
+    for place in range(0, a.shape[-1], 2):
+        even = fma(a[..., place], b[..., place], even)
+        odd = fma(a[..., place + 1], b[..., place + 1], odd)
+    return total + (even + odd)
 
 
 def attend(
-    queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int
+    queries: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention of some queries over one sequence's cache.
 
     Args:
-        queries: `[Q, G, E]` float32 of one key-value head, already times 1 / sqrt(E); E padded to a multiple of 16.
+        queries: `[Q, G, E]` bfloat16 of one key-value head, already times 1 / sqrt(E); E padded to a multiple of 32.
         positions: `[Q]` int64.
-        keys: `[blocks, E, 32]` bfloat16 of that head.
-        values: `[blocks, 32, E]` bfloat16.
+        keys: `[blocks, E / 2, 32, 2]` bfloat16 or int8 of that head.
+        values: `[blocks, 16, E, 2]`.
         window: most tokens seen, itself included; 0 means all.
+        scales: `[blocks, 32]` float32 of int8 keys and of values.
 
     Returns:
         `[Q, G, E]` float32.
     """
-    out = torch.empty_like(queries)
+    wide_keys = keys.float().permute(0, 2, 1, 3).flatten(0, 1).flatten(1)  # [tokens of the blocks, E]
+    wide_values = values.float().permute(0, 1, 3, 2).flatten(0, 2)
+    token_scales = None if scales is None else (scales[0].flatten(), scales[1].flatten())
+    out = torch.empty(queries.shape)
     for place, position in enumerate(positions.tolist()):
         first = (position - window + 1) // PARTITION if window and position >= window else 0
         parts = [
-            _attend_partition(queries[place], position, keys, values, window, part)
+            _attend_partition(queries[place].float(), position, wide_keys, wide_values, window, part, token_scales)
             for part in range(first, position // PARTITION + 1)
         ]
         peak = torch.stack([part[1] for part in parts]).amax(0)  # [G]
-        total, mixed = torch.zeros_like(peak), torch.zeros_like(queries[place])
+        total, mixed = torch.zeros_like(peak), torch.zeros(queries[place].shape)
         for part_mixed, part_peak, part_total in parts:
             factor = exp(part_peak - peak)
             total = total + part_total * factor
@@ -158,25 +189,41 @@ def attend(
 
 
 def _attend_partition(
-    queries: torch.Tensor, position: int, keys: torch.Tensor, values: torch.Tensor, window: int, part: int
+    queries: torch.Tensor,
+    position: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int,
+    part: int,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries `[G, E]` over 256 tokens: weighted values `[G, E]`, largest score `[G]`, sum of weights `[G]`."""
     begin = part * PARTITION
-    tokens = min(position + 1 - begin, PARTITION)
-    blocks = slice(begin // BLOCK, begin // BLOCK + -(-tokens // BLOCK))
-    wide_keys = keys[blocks].float().permute(1, 0, 2).flatten(1)  # [E, tokens of the blocks]
-    scores = torch.zeros(len(queries), wide_keys.shape[1])
-    for e in range(queries.shape[1]):
-        scores = fma(queries[:, e, None], wide_keys[e], scores)
-    places = begin + torch.arange(wide_keys.shape[1])
+    tokens = slice(begin, begin + padded(min(position + 1 - begin, PARTITION), BLOCK))
+    keys, values = keys[tokens], values[tokens]
+    scores = torch.zeros(len(queries), len(keys))
+    for e in range(0, queries.shape[1], BLOCK):
+        scores = pair_sum(queries[:, None, e : e + BLOCK], keys[None, :, e : e + BLOCK], scores)
+    if scales is not None:
+        scores = scores * scales[0][tokens]
+    places = begin + torch.arange(len(keys))
     hidden = places > position
     if window:
         hidden |= places + window <= position
     scores = scores.masked_fill(hidden, MASKED)
     peak = scores.amax(-1)
     weights = exp(scores - peak[:, None])
+    total = lane_sum(weights)
+    if scales is not None:
+        weights = weights * scales[1][tokens]
+    weights = torch.where(weights < SMALLEST, torch.zeros_like(weights), weights).bfloat16().float()
     mixed = torch.zeros_like(queries)
-    wide_values = values[blocks].float().flatten(0, 1)
-    for token in range(tokens):
-        mixed = fma(weights[:, token, None], wide_values[token], mixed)
-    return mixed, peak, lane_sum(weights)
+    for token in range(0, len(keys), BLOCK):
+        block = values[token : token + BLOCK].T[None]  # [1, E, 32]
+        mixed = pair_sum(weights[:, None, token : token + BLOCK], block, mixed)
+    return mixed, peak, total
+
+
+def padded(size: int, to: int = LANES) -> int:
+    """`size` rounded up to a multiple of `to`."""
+    return -(-size // to) * to

@@ -18,15 +18,12 @@ import torch
 from steelyard.kernels import memory, reference
 from steelyard.kernels.library import Library
 from steelyard.kernels.onednn import ExactProduct
+from steelyard.kernels.reference import padded
 
 PANEL = 32
+TILE_ROWS = 16  # of quantised rows, so many more than a batch has may be read
 MOST_HEAD_WIDTH = 1024  # MOST_WIDTH in attention.h
 MOST_INPUTS = 1 << 16  # more products of bytes could exceed an int32
-
-
-def padded(size: int, to: int = reference.LANES) -> int:
-    """`size` rounded up to a multiple of `to`."""
-    return -(-size // to) * to
 
 
 class Place(IntEnum):
@@ -92,9 +89,9 @@ class Buffers:
     places: dict[Place, torch.Tensor]
     """float32 rows by place."""
     queries: torch.Tensor
-    """`[T, H, E]` float32, E padded."""
+    """`[T, H, E]` bfloat16, E padded."""
     quantized: torch.Tensor
-    """`[T * widest input]` int8; a step sees it as `[T, its input]`."""
+    """`[(T + 16) * widest input]` int8; a step sees it as `[T, its input]`."""
     scales: torch.Tensor
     """`[T]` float32."""
     sums: torch.Tensor
@@ -369,7 +366,7 @@ class GateRows:
 
 @dataclass(slots=True)
 class HeadSizes:
-    """Of one layer's attention."""
+    """Of one layer's attention, and its cache."""
 
     heads: int
     kv_heads: int
@@ -377,9 +374,22 @@ class HeadSizes:
     window: int
     """0: no window."""
     keys: torch.Tensor
-    """`[blocks, K, E, 32]` bfloat16, this layer's."""
+    """`[blocks, K, E / 2, 32, 2]` bfloat16 or int8, this layer's; E padded to a multiple of 32."""
     values: torch.Tensor
-    """`[blocks, K, 32, E]` bfloat16."""
+    """`[blocks, K, 16, E, 2]`."""
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Of int8 keys and values, each `[blocks, K, 32]` float32."""
+
+    @property
+    def padded(self) -> int:
+        """E padded."""
+        return self.values.shape[-2]
+
+    def native(self, kind: Kind, stride: int, *others: torch.Tensor | None, value: float = 0.0) -> NativeStep:
+        """A step over these heads; `others` are its own tensors."""
+        sizes = [self.heads, self.kv_heads, self.size, self.padded, self.window, stride, self.keys.itemsize]
+        tensors = [self.keys, self.values, *others, *[None] * (4 - len(others)), *(self.scales or ())]
+        return _step(kind, sizes, tensors, value)
 
 
 @dataclass(slots=True)
@@ -399,9 +409,9 @@ class Rotate:
         """See `Step`."""
         h = self.heads
         stride = padded((h.heads + 2 * h.kv_heads) * h.size)
-        sizes = [h.heads, h.kv_heads, h.size, padded(h.size), h.window, stride]
-        tensors = [h.keys, h.values, self.cos, self.sin, self.query_norm, self.key_norm]
-        return _step(Kind.ROTATE, sizes, tensors, self.epsilon)
+        return h.native(
+            Kind.ROTATE, stride, self.cos, self.sin, self.query_norm, self.key_norm, value=self.epsilon
+        )
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
@@ -414,11 +424,25 @@ class Rotate:
         positions = batch.positions.long()
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         factor = float(1.0 / torch.tensor(float(h.size)).sqrt())
-        buffers.queries[:count] = 0
-        buffers.queries[:count, :, : h.size] = reference.rotate(queries, cos, sin, factor)
+        buffers.queries[:count] = self._stored(reference.rotate(queries, cos, sin, factor))[0]
         blocks, offsets = batch.slots.long(), positions % reference.BLOCK
-        h.keys[blocks, :, : h.size, offsets] = reference.rotate(keys, cos, sin, 1.0).to(h.keys.dtype)
-        h.values[blocks, :, offsets, : h.size] = values.to(h.values.dtype)
+        keys, values = reference.rotate(keys, cos, sin, 1.0), values.contiguous()
+        for place, (x, cache) in enumerate(((keys, h.keys), (values, h.values))):
+            stored, scale = self._stored(x, to_bytes=h.scales is not None)
+            if place == 0:
+                cache[blocks, :, :, offsets] = stored.unflatten(-1, (-1, 2))
+            else:
+                cache[blocks, :, offsets // 2, :, offsets % 2] = stored
+            if h.scales is not None:
+                h.scales[place][blocks, :, offsets] = scale
+
+    def _stored(self, x: torch.Tensor, *, to_bytes: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[T, heads, size]` -> `[T, heads, E]` bfloat16, or int8 with scales `[T, heads]`."""
+        wide = torch.nn.functional.pad(reference.storable(x), (0, self.heads.padded - x.shape[-1]))
+        if not to_bytes:
+            return wide.bfloat16(), wide[..., 0]
+        quantized, scale = reference.quantize_rows(wide.flatten(0, 1))
+        return quantized.view(wide.shape), scale.view(wide.shape[:-1])
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         whole = torch.nn.functional.pad(x, (0, len(weight) - x.shape[-1]))
@@ -433,9 +457,7 @@ class Attend:
 
     def native(self) -> NativeStep:
         """See `Step`."""
-        h = self.heads
-        sizes = [h.heads, h.kv_heads, h.size, padded(h.size), h.window, padded(h.heads * h.size)]
-        return _step(Kind.ATTEND, sizes, [h.keys, h.values])
+        return self.heads.native(Kind.ATTEND, padded(self.heads.heads * self.heads.size))
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
@@ -446,10 +468,11 @@ class Attend:
             table = batch.tables[first : first + -(-(computed + count) // reference.BLOCK)].long()
             queries = buffers.queries[start : start + count].view(count, h.kv_heads, share, -1)
             positions = torch.arange(computed, computed + count)
-            mixed = [
-                reference.attend(queries[:, head], positions, h.keys[table, head], h.values[table, head], h.window)
-                for head in range(h.kv_heads)
-            ]
+            mixed = []
+            for head in range(h.kv_heads):
+                scales = None if h.scales is None else (h.scales[0][table, head], h.scales[1][table, head])
+                cached = h.keys[table, head], h.values[table, head]
+                mixed.append(reference.attend(queries[:, head], positions, *cached, h.window, scales))
             joint = torch.stack(mixed, dim=1)[..., : h.size]
             out[start : start + count, :width] = joint.reshape(count, width)
 

@@ -1,229 +1,311 @@
-// Attention over a cache of keys and values in blocks of 32 tokens, K and V read once for all query heads that share
-// them, and the rotary positions and cache writes before it.
+// Attention over the cache of `cache.h`: K and V are read once for all query heads that share them.
 //
-// Per layer, block and key-value head: keys [E][32] and values [32][E] in bfloat16, E padded to a multiple of 16.
-// The context of a query is cut into partitions of 256 tokens at fixed places. Within a partition: all scores, their
-// maximum, exponentials, their sum by lane, and the weighted values token by token; partitions are merged in order.
-// So a query's result is the same to the bit however the prompt was cut into chunks and whatever else runs.
+// The context of a query is cut into partitions of 256 tokens at fixed places. Within a partition, in bfloat16 products
+// with float32 sums: all scores, their maximum, exponentials, their sum by lane, and the weighted values block by block;
+// partitions are merged in order. A sum over 32 products goes by pairs: those of even place by fma in order from 0,
+// those of odd place likewise, and the sum of both is added to what came before. That is what an AMX tile does, so
+// every form of this file has the same bits. A query's result is the same however the prompt was cut into chunks and
+// whatever else runs.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "rows.h"
+#include "cache.h"
+#include "tiles.h"
 
 namespace steelyard {
 
-constexpr int BLOCK = 32, PARTITION = 256;
+constexpr int PARTITION = 256;
 constexpr float MASKED = -1e30f;
-constexpr int QUERIES = 4;  // consecutive tokens of a prompt that share what is read
+constexpr int QUERIES = 16;     // consecutive tokens of a prompt that share what is read
+#if LANES_AMX
+constexpr int ROWS_AT_ONCE = 16;  // of a tile
+#else
+constexpr int ROWS_AT_ONCE = 6;  // whose sums stay in registers
+#endif
 
 struct Span {  // tokens of one sequence in a step
     int32_t start, computed, count, table;  // first token of the pack, cached before, new ones, place in `tables`
 };
 
-struct Heads {
-    int32_t heads, kv_heads, size, padded;  // padded: size rounded up to a multiple of 16
-    int32_t window;                         // most tokens seen, itself included; 0 means all
-    uint16_t *keys, *values;                // this layer's
-    int64_t block_stride;                   // elements of a block, all heads
+// Blocks that will be read next, fetched a few lines at a time wherever there is something to compute: few lines can be
+// on their way at once, a block is a page of its own, and what the processor foresees ends with a page.
+class Ahead {
+  public:
+    void begin(int64_t block_bytes) {
+        bytes_ = block_bytes;
+        count_ = block_ = 0;
+        at_ = 0;
+    }
+    void add(const uint8_t* block) { from_[count_++] = block; }
+    INLINE void fetch() {
+        if (block_ == count_) return;
+        const uint8_t* from = from_[block_] + at_;
+#pragma GCC unroll 8
+        for (int line = 0; line < 8; line++) prefetch_far(from + 64 * line);
+        at_ += 8 * 64;
+        if (at_ == bytes_) {
+            at_ = 0;
+            block_++;
+        }
+    }
+    void fetch_rest() {
+        while (block_ < count_) fetch();
+    }
+
+  private:
+    const uint8_t* from_[3 * PARTITION / BLOCK];
+    int count_ = 0, block_ = 0;
+    int64_t at_ = 0, bytes_ = 0;
 };
 
-INLINE uint16_t* cached_keys(const Heads& h, int block, int head) {
-    return h.keys + block * h.block_stride + (int64_t)head * h.padded * BLOCK;
-}
-INLINE uint16_t* cached_values(const Heads& h, int block, int head) {
-    return h.values + block * h.block_stride + (int64_t)head * h.padded * BLOCK;
-}
+// What a thread works with.
+struct Desk {
+    Ahead ahead;
+    Tiles tiles;
+    std::vector<float> partials;
+    std::vector<uint16_t> queries;  // [rows of a piece][padded], side by side
+    std::vector<uint16_t> room;     // [PARTITION][padded] of int8, widened
+    alignas(64) float scores[ROWS_AT_ONCE * PARTITION];
+    alignas(64) uint16_t weights[ROWS_AT_ONCE * PARTITION];  // the same, as bfloat16
 
-INLINE uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// x [size] rotated by its position: pairs (i, i + size / 2), cos and sin [size / 2].
-inline void rotate(const float* x, const float* cos, const float* sin, int size, float factor, float* out) {
-    const int half = size / 2;
-    int i = 0;
-    for (; i + 16 <= half; i += 16) {
-        const F a = load(x + i), b = load(x + i + half), c = load(cos + i), s = load(sin + i);
-        store(out + i, mul(sub(mul(a, c), mul(b, s)), set(factor)));
-        store(out + i + half, mul(add(mul(b, c), mul(a, s)), set(factor)));
+    void lay(const Heads& h, int rows) {
+        if (queries.size() < (size_t)rows * h.padded) queries.resize((size_t)rows * h.padded);
+        if (h.bytes == 1 && room.size() < (size_t)PARTITION * h.padded) room.resize((size_t)PARTITION * h.padded);
     }
-    for (; i < half; i++) {
-        const float a = x[i], b = x[i + half];
-        const float ac = a * cos[i], bs = b * sin[i], bc = b * cos[i], as = a * sin[i];
-        out[i] = (ac - bs) * factor;
-        out[i + half] = (bc + as) * factor;
-    }
-}
-
-// float32 [size] -> bfloat16.
-inline void narrow(const float* x, int size, uint16_t* out) {
-    int i = 0;
-    for (; i + 16 <= size; i += 16) store_bf16(out + i, load(x + i));
-    for (; i < size; i++) out[i] = to_bf16(x[i]);
-}
-
-constexpr int MOST_WIDTH = 1024;  // of a head
-
-struct Rotary {
-    const float *cos, *sin;  // [context, size / 2]
-    const float *query_norm, *key_norm;  // [padded], or null
-    float epsilon;
 };
 
-// One token: qkv [(H + 2 K) * E] -> queries [H, padded], times 1 / sqrt(E); keys and values into the cache.
-inline void rotate_and_cache(const float* qkv, int position, int block, const Heads& h, const Rotary& r, float* queries) {
-    const int size = h.size, half = size / 2, offset = position % BLOCK;
-    const float *cos = r.cos + (int64_t)position * half, *sin = r.sin + (int64_t)position * half;
-    const float factor = 1.0f / std::sqrt((float)size);
-    alignas(64) float plain[MOST_WIDTH], turned[MOST_WIDTH];
-    alignas(64) uint16_t narrowed[MOST_WIDTH];
-    std::memset(plain, 0, h.padded * sizeof(float));
-    for (int head = 0; head < h.heads + h.kv_heads; head++) {
-        const bool query = head < h.heads;
-        const float* x = qkv + (int64_t)head * size;
-        const float* norm = query ? r.query_norm : r.key_norm;
-        if (norm) {
-            std::memcpy(plain, x, size * sizeof(float));
-            normalize_row(plain, norm, h.padded, size, r.epsilon, plain);
-            x = plain;
-        }
-        if (query) {
-            rotate(x, cos, sin, size, factor, queries + (int64_t)head * h.padded);
-            continue;
-        }
-        rotate(x, cos, sin, size, 1.0f, turned);
-        uint16_t* keys = cached_keys(h, block, head - h.heads) + offset;
-        narrow(turned, size, narrowed);
-        for (int e = 0; e < size; e++) keys[e * BLOCK] = narrowed[e];
+// A block's numbers as bfloat16: those in the cache, or int8 widened exactly into `room`.
+INLINE const uint16_t* widened(const uint8_t* cached, const Heads& h, uint16_t* room) {
+    if (h.bytes == 2) return (const uint16_t*)cached;
+    for (int i = 0; i < h.padded * BLOCK; i += 16) store_exact_bf16(room + i, load_i8((const int8_t*)cached + i));
+    return room;
+}
+
+#if LANES_AMX
+
+// Scores of up to 16 queries [rows][padded] with one block, into scores [rows][PARTITION].
+INLINE void score_block(const uint16_t* queries, int, const uint16_t* keys, int padded, float* scores, Ahead& ahead) {
+    tile_zero<0>();
+    tile_zero<1>();
+    for (int e = 0; e < padded; e += 32) {
+        const uint16_t* row = keys + (int64_t)e * BLOCK;
+        tile_load<4>(queries + e, padded * 2);
+        ahead.fetch();
+        tile_load<6>(row, BLOCK * 4);
+        ahead.fetch();
+        tile_load<7>(row + BLOCK, BLOCK * 4);
+        ahead.fetch();
+        tile_pairs<0, 4, 6>();
+        tile_pairs<1, 4, 7>();
     }
-    for (int head = 0; head < h.kv_heads; head++) {
-        const float* x = qkv + (int64_t)(h.heads + h.kv_heads + head) * size;
-        narrow(x, size, cached_values(h, block, head) + (int64_t)offset * h.padded);
+    tile_store<0>(scores, PARTITION * 4);
+    tile_store<1>(scores + 16, PARTITION * 4);
+}
+
+// Sixteen coordinates of the weighted values of a block, to the sums of one tile.
+template <int SUMS, int RIGHT>
+INLINE void mix_tile(const uint16_t* values, int padded, Ahead& ahead) {
+    ahead.fetch();
+    tile_load<RIGHT>(values, (int64_t)padded * 4);
+    tile_pairs<SUMS, 4, RIGHT>();
+}
+
+// The weighted values of COLUMNS coordinates (64 or 32) over some blocks -> out [rows][stride].
+template <int COLUMNS>
+INLINE void mix_columns(const uint16_t* weights, const uint16_t* const* blocks, int count, int column, int padded,
+                        float* out, int stride, Ahead& ahead) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+    for (int b = 0; b < count; b++) {
+        const uint16_t* values = blocks[b] + 2 * column;
+        tile_load<4>(weights + b * BLOCK, PARTITION * 2);
+        mix_tile<0, 6>(values, padded, ahead);
+        mix_tile<1, 7>(values + 32, padded, ahead);
+        if (COLUMNS > 32) {
+            mix_tile<2, 6>(values + 64, padded, ahead);
+            mix_tile<3, 7>(values + 96, padded, ahead);
+        }
+    }
+    tile_store<0>(out, (int64_t)stride * 4);
+    tile_store<1>(out + 16, (int64_t)stride * 4);
+    if (COLUMNS > 32) {
+        tile_store<2>(out + 32, (int64_t)stride * 4);
+        tile_store<3>(out + 48, (int64_t)stride * 4);
     }
 }
 
-// Scores of ROWS queries [ROWS][padded] with one block of keys, into scores [ROWS][PARTITION]. A block is a page of
-// its own, and what the processor foresees ends with it: `ahead`, the block that comes next, is fetched meanwhile.
+// The weighted values of some blocks -> out [rows][stride].
+INLINE void mix(Desk& desk, int rows, const uint16_t* const* blocks, int count, int padded, float* out, int stride) {
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < count * BLOCK; i += 16)
+            store_bf16(desk.weights + r * PARTITION + i, load(desk.scores + r * PARTITION + i));
+    int e = 0;
+    for (; e + 64 <= padded; e += 64) mix_columns<64>(desk.weights, blocks, count, e, padded, out + e, stride, desk.ahead);
+    for (; e < padded; e += 32) mix_columns<32>(desk.weights, blocks, count, e, padded, out + e, stride, desk.ahead);
+}
+
+#else
+
 template <int ROWS>
-INLINE void score_block(const float* const* queries, const uint16_t* keys, int padded, float* scores,
-                        const uint16_t* ahead) {
-    F low[ROWS], high[ROWS];
+INLINE void score_rows(const uint16_t* queries, const uint16_t* keys, int padded, float* scores, Ahead& ahead) {
+    F total[2 * ROWS];
+#pragma GCC unroll 12
+    for (int r = 0; r < 2 * ROWS; r++) total[r] = zero();
+    for (int begin = 0; begin < padded; begin += 32) {
+        for (int half = 0; half < 2; half++) {
+            F even[ROWS], odd[ROWS];
 #pragma GCC unroll 6
-    for (int r = 0; r < ROWS; r++) low[r] = high[r] = zero();
-    for (int e = 0; e < padded; e++) {
-        prefetch(ahead + e * BLOCK);
-        const F a = load_bf16(keys + e * BLOCK), b = load_bf16(keys + e * BLOCK + 16);
+            for (int r = 0; r < ROWS; r++) even[r] = odd[r] = zero();
+            for (int e = begin; e < begin + 32; e += 2) {
+                F first, second;
+                if (e % 16 == 0) ahead.fetch();
+                load_pairs(keys + (int64_t)e * BLOCK + half * BLOCK, first, second);
 #pragma GCC unroll 6
-        for (int r = 0; r < ROWS; r++) {
-            const F q = set(queries[r][e]);
-            low[r] = fma(q, a, low[r]);
-            high[r] = fma(q, b, high[r]);
+                for (int r = 0; r < ROWS; r++) {
+                    even[r] = fma(set(from_bf16(queries[(int64_t)r * padded + e])), first, even[r]);
+                    odd[r] = fma(set(from_bf16(queries[(int64_t)r * padded + e + 1])), second, odd[r]);
+                }
+            }
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) {
+                if (half) total[2 * r + 1] = add(total[2 * r + 1], add(even[r], odd[r]));
+                else total[2 * r] = add(total[2 * r], add(even[r], odd[r]));
+            }
         }
     }
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
-        store(scores + r * PARTITION, low[r]);
-        store(scores + r * PARTITION + 16, high[r]);
+        store(scores + r * PARTITION, total[2 * r]);
+        store(scores + r * PARTITION + 16, total[2 * r + 1]);
     }
 }
 
-// out [ROWS][stride] += weights [ROWS][PARTITION] times values, token by token.
-template <int ROWS, int VECTORS>
-INLINE void mix_block(const float* weights, const uint16_t* values, int padded, int tokens, float* out, int stride,
-                      const uint16_t* ahead) {
-    F acc[ROWS][VECTORS];
-#pragma GCC unroll 6
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) acc[r][v] = load(out + (int64_t)r * stride + 16 * v);
-    for (int i = 0; i < tokens; i++) {
-        for (int v = 0; v < VECTORS; v += 2) prefetch(ahead + (int64_t)i * padded + 16 * v);
-        F value[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) value[v] = load_bf16(values + (int64_t)i * padded + 16 * v);
+INLINE void score_block(const uint16_t* queries, int rows, const uint16_t* keys, int padded, float* scores, Ahead& ahead) {
+    switch (rows) {
+        case 1: return score_rows<1>(queries, keys, padded, scores, ahead);
+        case 2: return score_rows<2>(queries, keys, padded, scores, ahead);
+        case 3: return score_rows<3>(queries, keys, padded, scores, ahead);
+        case 4: return score_rows<4>(queries, keys, padded, scores, ahead);
+        case 5: return score_rows<5>(queries, keys, padded, scores, ahead);
+        default: return score_rows<6>(queries, keys, padded, scores, ahead);
+    }
+}
+
+// out [ROWS][stride], 32 coordinates, += the weighted values of a block.
+template <int ROWS>
+INLINE void mix_rows(const float* weights, const uint16_t* values, int column, int padded, float* out, int stride,
+                     Ahead& ahead) {
+    values += 2 * column;
+    out += column;
+    F even[2 * ROWS], odd[2 * ROWS];
+#pragma GCC unroll 12
+    for (int r = 0; r < 2 * ROWS; r++) even[r] = odd[r] = zero();
+    for (int t = 0; t < BLOCK; t += 2) {
+        F first, second, first_high, second_high;
+        if (t % 8 == 0) ahead.fetch();
+        load_pairs(values + (int64_t)t * padded, first, second);
+        load_pairs(values + (int64_t)t * padded + 32, first_high, second_high);
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++) {
-            const F p = set(weights[r * PARTITION + i]);
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) acc[r][v] = fma(p, value[v], acc[r][v]);
+            const F a = set(weights[r * PARTITION + t]), b = set(weights[r * PARTITION + t + 1]);
+            even[2 * r] = fma(a, first, even[2 * r]);
+            odd[2 * r] = fma(b, second, odd[2 * r]);
+            even[2 * r + 1] = fma(a, first_high, even[2 * r + 1]);
+            odd[2 * r + 1] = fma(b, second_high, odd[2 * r + 1]);
         }
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) store(out + (int64_t)r * stride + 16 * v, acc[r][v]);
+    for (int r = 0; r < ROWS; r++) {
+        float* row = out + (int64_t)r * stride;
+        store(row, add(load(row), add(even[2 * r], odd[2 * r])));
+        store(row + 16, add(load(row + 16), add(even[2 * r + 1], odd[2 * r + 1])));
+    }
 }
 
-template <int ROWS>
-INLINE void mix_rows(const float* weights, const uint16_t* values, int padded, int tokens, float* out, int stride,
-                     const uint16_t* ahead) {
-    int e = 0;
-    for (; e + 64 <= padded; e += 64) mix_block<ROWS, 4>(weights, values + e, padded, tokens, out + e, stride, ahead + e);
-    for (; e < padded; e += 16) mix_block<ROWS, 1>(weights, values + e, padded, tokens, out + e, stride, ahead + e);
+INLINE void mix_block(int rows, const float* weights, const uint16_t* values, int column, int padded, float* out, int stride,
+                      Ahead& ahead) {
+    switch (rows) {
+        case 1: return mix_rows<1>(weights, values, column, padded, out, stride, ahead);
+        case 2: return mix_rows<2>(weights, values, column, padded, out, stride, ahead);
+        case 3: return mix_rows<3>(weights, values, column, padded, out, stride, ahead);
+        case 4: return mix_rows<4>(weights, values, column, padded, out, stride, ahead);
+        case 5: return mix_rows<5>(weights, values, column, padded, out, stride, ahead);
+        default: return mix_rows<6>(weights, values, column, padded, out, stride, ahead);
+    }
 }
 
-// ROWS queries against one partition: partial [ROWS][padded + 2] = weighted values, maximum, sum of exponentials.
-// `ahead` are the keys that will be wanted after it.
-template <int ROWS>
-void attend_partition(const float* const* queries, const int* positions, const int32_t* table, int head, int partition,
-                      const Heads& h, float* partial, const uint16_t* ahead) {
-    alignas(64) float scores[ROWS * PARTITION];
+INLINE void mix(Desk& desk, int rows, const uint16_t* const* blocks, int count, int padded, float* out, int stride) {
+    for (int r = 0; r < rows; r++) std::memset(out + (int64_t)r * stride, 0, padded * sizeof(float));
+    for (int b = 0; b < count; b++)
+        for (int e = 0; e < padded; e += 32)
+            mix_block(rows, desk.scores + b * BLOCK, blocks[b], e, padded, out, stride, desk.ahead);
+}
+
+#endif
+
+// The scores of a query with a partition's blocks -> its weights, times the values' scales, as bfloat16 numbers, in
+// place; out: the largest score, the sum of the exponentials.
+INLINE void soften(float* row, int blocks, const Heads& h, const int32_t* table, int head, float* out, Ahead& ahead) {
+    F most = set(MASKED);
+    for (int i = 0; i < blocks * BLOCK; i += 16) most = max(most, load(row + i));
+    const float peak = largest(most);
+    F total = zero();
+    for (int i = 0; i < blocks * BLOCK; i += 16) {
+        if (i % BLOCK == 0) ahead.fetch();
+        F weight = exp(sub(load(row + i), set(peak)));
+        total = add(total, weight);
+        if (h.bytes == 1) weight = mul(weight, load(h.value_scales_at(table[i / BLOCK], head) + i % BLOCK));
+        store(row + i, round_bf16(choose(less(weight, set(SMALLEST)), zero(), weight)));
+    }
+    out[0] = peak;
+    out[1] = sum(total);
+}
+
+// Up to ROWS_AT_ONCE queries [rows][padded] against one partition: partial [rows][padded + 2] = weighted values, maximum,
+// sum of exponentials.
+inline void attend_partition(Desk& desk, const uint16_t* queries, int rows, const int* positions, const int32_t* table, int head, int partition,
+                             const Heads& h, float* partial) {
+#if LANES_AMX
+    desk.tiles.use(rows);
+#endif
     const int begin = partition * PARTITION;
     int last = 0;
-    for (int r = 0; r < ROWS; r++) last = positions[r] > last ? positions[r] : last;
+    for (int r = 0; r < rows; r++) last = positions[r] > last ? positions[r] : last;
     const int tokens = last + 1 - begin < PARTITION ? last + 1 - begin : PARTITION;
     const int blocks = (tokens + BLOCK - 1) / BLOCK;
     const int stride = h.padded + 2;
     table += partition * (PARTITION / BLOCK);
     for (int b = 0; b < blocks; b++) {
-        const uint16_t* next = b + 1 < blocks ? cached_keys(h, table[b + 1], head) : cached_values(h, table[0], head);
-        score_block<ROWS>(queries, cached_keys(h, table[b], head), h.padded, scores + b * BLOCK, next);
-        for (int r = 0; r < ROWS; r++) {
+        float* scores = desk.scores + b * BLOCK;
+        score_block(queries, rows, widened(h.keys_at(table[b], head), h, desk.room.data()), h.padded, scores, desk.ahead);
+        if (h.bytes == 1) {
+            const F low = load(h.key_scales_at(table[b], head)), high = load(h.key_scales_at(table[b], head) + 16);
+            for (int r = 0; r < rows; r++) {
+                store(scores + r * PARTITION, mul(load(scores + r * PARTITION), low));
+                store(scores + r * PARTITION + 16, mul(load(scores + r * PARTITION + 16), high));
+            }
+        }
+        const int first = begin + b * BLOCK;
+        for (int r = 0; r < rows; r++) {
             // Tokens this query may not see: after it, or before its window.
-            const int first = begin + b * BLOCK;
-            float* row = scores + r * PARTITION + b * BLOCK;
+            float* row = scores + r * PARTITION;
             for (int i = positions[r] + 1 - first < 0 ? 0 : positions[r] + 1 - first; i < BLOCK; i++) row[i] = MASKED;
             if (h.window)
                 for (int i = 0; i < BLOCK && first + i + h.window <= positions[r]; i++) row[i] = MASKED;
         }
     }
-    for (int r = 0; r < ROWS; r++) {
-        float* row = scores + r * PARTITION;
-        F most = set(MASKED);
-        for (int i = 0; i < blocks * BLOCK; i += 16) most = max(most, load(row + i));
-        const float peak = largest(most);
-        F total = zero();
-        for (int i = 0; i < blocks * BLOCK; i += 16) {
-            const F weight = exp(sub(load(row + i), set(peak)));
-            store(row + i, weight);
-            total = add(total, weight);
-        }
-        float* out = partial + (int64_t)r * stride;
-        std::memset(out, 0, h.padded * sizeof(float));
-        out[h.padded] = peak;
-        out[h.padded + 1] = sum(total);
-    }
-    for (int b = 0; b < blocks; b++) {
-        const int here = tokens - b * BLOCK < BLOCK ? tokens - b * BLOCK : BLOCK;
-        const uint16_t* next = b + 1 < blocks ? cached_values(h, table[b + 1], head) : ahead;
-        mix_rows<ROWS>(scores + b * BLOCK, cached_values(h, table[b], head), h.padded, here, partial, stride, next);
-    }
+    for (int r = 0; r < rows; r++)
+        soften(desk.scores + r * PARTITION, blocks, h, table, head, partial + (int64_t)r * stride + h.padded,
+               desk.ahead);
+    const uint16_t* values[PARTITION / BLOCK];
+    for (int b = 0; b < blocks; b++)
+        values[b] = widened(h.values_at(table[b], head), h, desk.room.data() + (int64_t)b * BLOCK * h.padded);
+    mix(desk, rows, values, blocks, h.padded, partial, stride);
 }
-
-using AttendPartition = void (*)(const float* const*, const int*, const int32_t*, int, int, const Heads&, float*,
-                                 const uint16_t*);
-constexpr int MOST_QUERY_ROWS = 6;
-static const AttendPartition ATTEND[MOST_QUERY_ROWS + 1] = {nullptr,
-                                                            attend_partition<1>,
-                                                            attend_partition<2>,
-                                                            attend_partition<3>,
-                                                            attend_partition<4>,
-                                                            attend_partition<5>,
-                                                            attend_partition<6>};
 
 // Merge the partials of one query head, `between` floats apart, in order -> out [size].
 inline void merge(const float* partials, int count, int64_t between, const Heads& h, float* out) {
@@ -300,25 +382,45 @@ inline AttentionWork plan_attention(const Span* spans, int count, const Heads& h
     return work;
 }
 
-// queries [T, H, padded], out [T, out_stride].
-inline void attend_piece(const Piece& piece, const Span& span, const int32_t* tables, const Heads& h,
-                         const uint16_t* ahead, const float* queries, float* partials, float* scratch, float* out, int out_stride) {
+// What a piece reads in one partition: keys, values or both.
+inline void foresee(Ahead& ahead, const Piece& piece, const Span& span, const int32_t* tables, int partition, const Heads& h,
+                    bool keys) {
+    const int end = std::min((partition + 1) * PARTITION, span.computed + piece.query + piece.queries);
+    const int32_t* table = tables + span.table;
+    for (int b = partition * (PARTITION / BLOCK); keys && b * BLOCK < end; b++) ahead.add(h.keys_at(table[b], piece.head));
+    for (int b = partition * (PARTITION / BLOCK); b * BLOCK < end; b++) ahead.add(h.values_at(table[b], piece.head));
+}
+
+// queries [T, H, padded] bfloat16, out [T, out_stride]. `next` is the piece after it, or null; `first`: nothing of this
+// one was foreseen.
+inline void attend_piece(const Piece& piece, const Piece* next, bool first, const Span* spans, const int32_t* tables,
+                         const Heads& h, Desk& desk, const uint16_t* queries, float* partials, float* out, int out_stride) {
+    const Span& span = spans[piece.span];
     const int share = h.heads / h.kv_heads, rows = piece.queries * share, stride = h.padded + 2;
-    float* store_at = piece.partial < 0 ? scratch : partials + piece.partial;
     const int64_t between = (int64_t)rows * stride;
-    for (int p = piece.first; p < piece.last; p++)
-        for (int row = 0; row < rows; row += MOST_QUERY_ROWS) {
-            const int here = rows - row < MOST_QUERY_ROWS ? rows - row : MOST_QUERY_ROWS;
-            const float* starts[MOST_QUERY_ROWS];
-            int positions[MOST_QUERY_ROWS];
-            for (int r = 0; r < here; r++) {
-                const int q = piece.query + (row + r) / share, head = piece.head * share + (row + r) % share;
-                starts[r] = queries + ((int64_t)(span.start + q) * h.heads + head) * h.padded;
-                positions[r] = span.computed + q;
-            }
-            ATTEND[here](starts, positions, tables + span.table, piece.head, p, h,
-                         store_at + (p - piece.first) * between + (int64_t)row * stride, ahead);
+    const size_t need = (size_t)(piece.last - piece.first) * between;
+    if (piece.partial < 0 && desk.partials.size() < need) desk.partials.resize(need);
+    float* store_at = piece.partial < 0 ? desk.partials.data() : partials + piece.partial;
+    desk.lay(h, rows);
+    for (int row = 0; row < rows; row++) {
+        const int t = span.start + piece.query + row / share, head = piece.head * share + row % share;
+        std::memcpy(desk.queries.data() + (int64_t)row * h.padded, queries + ((int64_t)t * h.heads + head) * h.padded,
+                    h.padded * sizeof(uint16_t));
+    }
+    for (int p = piece.first; p < piece.last; p++) {
+        desk.ahead.begin(h.block_bytes());
+        if (first && p == piece.first) foresee(desk.ahead, piece, span, tables, p, h, false);
+        if (p + 1 < piece.last) foresee(desk.ahead, piece, span, tables, p + 1, h, true);
+        else if (next) foresee(desk.ahead, *next, spans[next->span], tables, next->first, h, true);
+        for (int row = 0; row < rows; row += ROWS_AT_ONCE) {
+            const int here = rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE;
+            int positions[ROWS_AT_ONCE];
+            for (int r = 0; r < here; r++) positions[r] = span.computed + piece.query + (row + r) / share;
+            attend_partition(desk, desk.queries.data() + (int64_t)row * h.padded, here, positions, tables + span.table,
+                             piece.head, p, h, store_at + (p - piece.first) * between + (int64_t)row * stride);
         }
+        desk.ahead.fetch_rest();
+    }
     if (piece.partial >= 0) return;
     for (int row = 0; row < rows; row++) {
         const int q = piece.query + row / share, head = piece.head * share + row % share;

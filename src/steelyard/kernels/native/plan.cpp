@@ -29,7 +29,7 @@ struct Buffers {
     float* residual;   // [T, width]
     float* wide;       // [T, widest product] outputs of products
     float* normed;     // [T, width]
-    float* queries;    // [T, H, padded]
+    uint16_t* queries; // [T, H, padded] bfloat16
     float* mixed;      // [T, H * E, padded to 16]
     float* gated;      // [T, F]
     float* drawn;      // [N, width]
@@ -57,7 +57,7 @@ struct alignas(64) Counter {
 // Some milliseconds: who yields while another has his chunk put aside loses his own core, too.
 constexpr int PATIENCE = 200000;
 
-INLINE void pause() {
+INLINE void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
@@ -86,8 +86,8 @@ static float* place(const Buffers& b, int32_t name) {
 }
 
 static Heads heads_of(const Step& s) {
-    return {s.size[0], s.size[1], s.size[2], s.size[3], s.size[4], (uint16_t*)s.pointer[0], (uint16_t*)s.pointer[1],
-            (int64_t)s.size[1] * s.size[3] * BLOCK};
+    return {s.size[0], s.size[1], s.size[2], s.size[3], s.size[4], s.size[6],
+            (uint8_t*)s.pointer[0], (uint8_t*)s.pointer[1], (float*)s.pointer[6], (float*)s.pointer[7]};
 }
 
 // Into how many chunks a phase of a step is cut; 0: there is nothing to do.
@@ -108,7 +108,8 @@ static int chunks_of(const Step& s, int phase, const Batch& batch, const Scratch
 }
 
 // Chunk `me` of `threads` of a phase of a step.
-static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& batch, Scratch& scratch, int me, int threads) {
+static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& batch, Scratch& scratch, Desk& desk, int me,
+                      int threads) {
     const Quantized quantized{b.quantized, b.scales, b.sums};
     switch (s.kind) {
         case EMBED:
@@ -135,7 +136,7 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
                 p.y = b.wide;
                 p.stride = p.outputs;
             }
-            product(p, s.size[5] ? batch.draws : batch.tokens, me, threads);
+            product(p, desk.tiles, s.size[5] ? batch.draws : batch.tokens, me, threads);
             break;
         }
         case LOW_RANK: {  // size: inputs, outputs, stride, source, destination, first column, 1 = in turns with another
@@ -153,7 +154,7 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
                 gate_row(b.wide + (int64_t)t * 2 * s.size[0], s.size[0], b.gated + (int64_t)t * s.size[0]);
             });
             break;
-        case ROTATE: {  // size: heads, kv heads, E, padded, window, stride of a row
+        case ROTATE: {  // size: heads, kv heads, E, padded, window, stride of a row, bytes of a cached number
             const Heads h = heads_of(s);
             const Rotary r{(const float*)s.pointer[2], (const float*)s.pointer[3], (const float*)s.pointer[4],
                            (const float*)s.pointer[5], s.value[0]};
@@ -179,18 +180,10 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
                 });
                 break;
             }
-            std::vector<float> own;
-            const int last = work.share(me + 1, threads);
-            for (int i = work.share(me, threads); i < last; i++) {
-                const Piece& piece = work.pieces[i];
-                const size_t need = (size_t)(piece.last - piece.first) * piece.queries * (h.heads / h.kv_heads) * (h.padded + 2);
-                if (piece.partial < 0 && own.size() < need) own.resize(need);
-                const Piece& next = work.pieces[i + 1 < last ? i + 1 : i];
-                const uint16_t* ahead = cached_keys(
-                    h, batch.tables[batch.span[next.span].table + next.first * (PARTITION / BLOCK)], next.head);
-                attend_piece(piece, batch.span[piece.span], batch.tables, h, ahead, b.queries, scratch.partials.data(),
-                             own.data(), b.mixed, s.size[5]);
-            }
+            const int begin = work.share(me, threads), end = work.share(me + 1, threads);
+            for (int i = begin; i < end; i++)
+                attend_piece(work.pieces[i], i + 1 < end ? &work.pieces[i + 1] : nullptr, i == begin, batch.span, batch.tables,
+                             h, desk, b.queries, scratch.partials.data(), b.mixed, s.size[5]);
             break;
         }
         case QUANTIZE: {  // size: width, source
@@ -216,9 +209,11 @@ using namespace steelyard;
 
 extern "C" {
 
-// Which of the three forms this library is.
+// Which of the forms this library is.
 EXPORT const char* steelyard_isa() {
-#if LANES_AVX512
+#if LANES_AMX
+    return "amx";
+#elif LANES_AVX512
     return "avx512";
 #elif LANES_AVX2
     return "avx2";
@@ -226,6 +221,9 @@ EXPORT const char* steelyard_isa() {
     return "portable";
 #endif
 }
+
+// Asks the system for what this form needs; 0: it cannot be had.
+EXPORT int32_t steelyard_prepare() { return ask_for_tiles(); }
 
 // w [N, K] int8, K a multiple of 4 -> packed [N / 32 rounded up][K / 4][32][4], w + 128. Missing rows are zeros.
 EXPORT void steelyard_pack(const int8_t* w, int64_t outputs, int64_t inputs, uint8_t* packed) {
@@ -270,6 +268,7 @@ EXPORT void steelyard_run(const Step* steps, int32_t count, const Buffers* buffe
 #pragma omp parallel
     {
         const int me = omp_get_thread_num(), threads = omp_get_num_threads();
+        Desk desk;
         for (int i = 0; i < 2 * count; i++) {
             const Step& step = steps[i / 2];
             const int chunks = chunks_of(step, i % 2, *batch, scratch, threads);
@@ -281,12 +280,12 @@ EXPORT void steelyard_run(const Step* steps, int32_t count, const Buffers* buffe
                 std::atomic<int>& next = taken[(size_t)i * most + owner].value;
                 if (next.load(std::memory_order_relaxed) >= last - first) continue;
                 for (int chunk; (chunk = first + next.fetch_add(1, std::memory_order_relaxed)) < last;) {
-                    run_chunk(step, i % 2, *buffers, *batch, scratch, chunk, chunks);
+                    run_chunk(step, i % 2, *buffers, *batch, scratch, desk, chunk, chunks);
                     done[i].value.fetch_add(1, std::memory_order_release);
                 }
             }
             for (int spins = 0; done[i].value.load(std::memory_order_acquire) < chunks; spins++)
-                spins < PATIENCE ? pause() : (void)sched_yield();
+                spins < PATIENCE ? relax() : (void)sched_yield();
             if (me == 0 && seconds) seconds[i / 2] += omp_get_wtime() - begun;
         }
     }

@@ -5,7 +5,9 @@
 // result is the same to the bit whatever rows stand beside it.
 #pragma once
 
-#include "simd.h"
+#include <algorithm>
+
+#include "tiles.h"
 
 namespace steelyard {
 
@@ -34,6 +36,29 @@ INLINE F scaled(I acc, int32_t sum, const Product& p, int t, int n) {
 }
 
 INLINE F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }
+
+// What becomes of a row's sums with one panel, from its output n on.
+INLINE void finish(const Product& p, int t, int n, I low, I high) {
+    const int left = p.outputs - n;
+    const F first = scaled(low, p.x_sum[t], p, t, n);
+    const F second = scaled(high, p.x_sum[t], p, t, n + 16);
+    if (p.epilogue == GATE) {  // 16 gates, then the 16 values that they open
+        store(p.y + (int64_t)t * p.stride + n / 2, mul(silu(first), second));
+        return;
+    }
+    float* y = p.y + (int64_t)t * p.stride + n;
+    alignas(64) float both[PANEL];
+    float* out = left >= PANEL ? y : both;
+    if (p.epilogue == ADD && left >= PANEL) {
+        store(out, add(load(y), first));
+        store(out + 16, add(load(y + 16), second));
+        return;
+    }
+    store(out, first);
+    store(out + 16, second);
+    if (left < PANEL)
+        for (int i = 0; i < left; i++) y[i] = p.epilogue == ADD ? y[i] + both[i] : both[i];
+}
 
 template <int ROWS>
 void panel_rows(const Product& p, int panel, int row) {
@@ -64,29 +89,7 @@ void panel_rows(const Product& p, int panel, int row) {
         sums[2 * r + 1] = high[r];
     }
     asm volatile("" : : "r"(sums) : "memory");  // the sums are in memory from here on, and only from here on
-    const int n = panel * PANEL;
-    const int left = p.outputs - n;
-    for (int r = 0; r < ROWS; r++) {
-        const int t = row + r;
-        const F first = scaled(sums[2 * r], p.x_sum[t], p, t, n);
-        const F second = scaled(sums[2 * r + 1], p.x_sum[t], p, t, n + 16);
-        if (p.epilogue == GATE) {  // 16 gates, then the 16 values that they open
-            store(p.y + (int64_t)t * p.stride + n / 2, mul(silu(first), second));
-            continue;
-        }
-        float* y = p.y + (int64_t)t * p.stride + n;
-        alignas(64) float both[PANEL];
-        float* out = left >= PANEL ? y : both;
-        if (p.epilogue == ADD && left >= PANEL) {
-            store(out, add(load(y), first));
-            store(out + 16, add(load(y + 16), second));
-            continue;
-        }
-        store(out, first);
-        store(out + 16, second);
-        if (left < PANEL)
-            for (int i = 0; i < left; i++) y[i] = p.epilogue == ADD ? y[i] + both[i] : both[i];
-    }
+    for (int r = 0; r < ROWS; r++) finish(p, row + r, panel * PANEL, sums[2 * r], sums[2 * r + 1]);
 }
 
 using PanelRows = void (*)(const Product&, int, int);
@@ -94,10 +97,91 @@ static const PanelRows PANEL_ROWS[MOST_ROWS + 1] = {
     nullptr,        panel_rows<1>, panel_rows<2>, panel_rows<3>,  panel_rows<4>,  panel_rows<5>, panel_rows<6>,
     panel_rows<7>, panel_rows<8>, panel_rows<9>, panel_rows<10>, panel_rows<11>, panel_rows<12>};
 
+#if LANES_AMX
+
+constexpr int TILE_ROWS = 16, MOST_TILE_ROWS = 2 * TILE_ROWS, TILE_INPUTS = 64;
+constexpr int FEWEST_TILE_ROWS = 2;  // fewer are read from memory as fast without tiles
+
+// The lines from `at` to `end`, some at a time.
+struct Fetch {
+    const uint8_t *at, *end;
+    int turns;
+
+    INLINE void some() {
+        for (int turn = 0; turn < turns && at < end; turn++, at += 4 * 64) {
+            prefetch_far(at);
+            prefetch_far(at + 64);
+            prefetch_far(at + 128);
+            prefetch_far(at + 192);
+        }
+    }
+};
+
+// Part `chunk` of `chunks` of the panel after `panel`, while `rows` rows are computed.
+INLINE Fetch fetch_next(const Product& p, int panel, int chunk, int chunks, int rows) {
+    const int64_t size = (int64_t)p.inputs * PANEL, part = (size / chunks + 255) / 256 * 256;
+    const uint8_t* next = p.weight + (panel + 1) * size;
+    const int pauses = p.inputs / TILE_INPUTS + rows, groups = part / 256;
+    return {next + chunk * part, std::min(next + (chunk + 1) * part, next + size), (groups + pauses - 1) / pauses};
+}
+
+// The same by tiles, for up to 32 rows; x may be read (and is not used) up to a multiple of 16 rows.
+// Meanwhile a part of the next panel is fetched, spread over all that is to be done: few lines can be on their way at
+// once.
+INLINE void panel_tiles(const Product& p, int panel, int row, int rows, Fetch fetch) {
+    const uint8_t* w = p.weight + (int64_t)panel * p.inputs * PANEL;
+    const int8_t* x = p.x + (int64_t)row * p.inputs;
+    const bool both = rows > TILE_ROWS;
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+    for (int k = 0; k < p.inputs; k += TILE_INPUTS) {
+        fetch.some();
+        tile_load<6>(w, PANEL * 4);
+        tile_load<7>(w + 64, PANEL * 4);
+        tile_load<4>(x + k, p.inputs);
+        tile_dot4<0, 4, 6>();
+        tile_dot4<1, 4, 7>();
+        if (both) {
+            tile_load<5>(x + k + TILE_ROWS * p.inputs, p.inputs);
+            tile_dot4<2, 5, 6>();
+            tile_dot4<3, 5, 7>();
+        }
+        w += PANEL * TILE_INPUTS;
+    }
+    alignas(64) int32_t sums[MOST_TILE_ROWS * PANEL];
+    tile_store<0>(sums, PANEL * 4);
+    tile_store<1>(sums + 16, PANEL * 4);
+    if (both) {
+        tile_store<2>(sums + TILE_ROWS * PANEL, PANEL * 4);
+        tile_store<3>(sums + TILE_ROWS * PANEL + 16, PANEL * 4);
+    }
+    for (int r = 0; r < rows; r++) {
+        fetch.some();
+        finish(p, row + r, panel * PANEL, {_mm512_load_si512(sums + r * PANEL)}, {_mm512_load_si512(sums + r * PANEL + 16)});
+    }
+}
+
+#endif
+
 // The share of thread `me` of `threads`: a range of panels, all rows.
-inline void product(const Product& p, int tokens, int me, int threads) {
+inline void product(const Product& p, Tiles& tiles, int tokens, int me, int threads) {
     const int panels = (p.outputs + PANEL - 1) / PANEL;
     const int first = (int64_t)panels * me / threads, last = (int64_t)panels * (me + 1) / threads;
+#if LANES_AMX
+    if (tokens >= FEWEST_TILE_ROWS && p.inputs % TILE_INPUTS == 0) {
+        tiles.use(tokens < TILE_ROWS ? tokens : TILE_ROWS);
+        const int chunks = (tokens + MOST_TILE_ROWS - 1) / MOST_TILE_ROWS;
+        for (int panel = first; panel < last; panel++)
+            for (int chunk = 0; chunk < chunks; chunk++) {
+                const int row = chunk * MOST_TILE_ROWS, rows = std::min(tokens - row, MOST_TILE_ROWS);
+                panel_tiles(p, panel, row, rows, fetch_next(p, panel, chunk, chunks, rows));
+            }
+        return;
+    }
+#endif
+    (void)tiles;
     const int chunks = (tokens + MOST_ROWS - 1) / MOST_ROWS;
     for (int panel = first; panel < last; panel++)
         for (int c = 0; c < chunks; c++) {

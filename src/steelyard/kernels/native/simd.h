@@ -60,13 +60,31 @@ INLINE void store_bf16(uint16_t* p, F x) {  // nearest, ties to even; finite inp
     bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
 }
+// Sixteen pairs of bfloat16 in memory: the first of each, the second of each.
+INLINE void load_pairs(const uint16_t* p, F& first, F& second) {
+    const __m512i both = _mm512_loadu_si512(p);
+    first = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+    second = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int32_t)0xffff0000u)))};
+}
+// To the nearest bfloat16, ties to even, as float32; finite input.
+INLINE F round_bf16(F x) {
+    __m512i bits = _mm512_castps_si512(x.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int32_t)0xffff0000u)))};
+}
 INLINE void store_i8(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x.v)); }
 INLINE F load_i8(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 INLINE float lane(F x, int i) { alignas(64) float out[16]; _mm512_store_ps(out, x.v); return out[i]; }
 // acc[i] += sum over j < 4 of w[4 i + j] * x[j]: w unsigned bytes, x signed bytes. Exact.
 INLINE I dot4(I acc, const uint8_t* w, I x) { return {_mm512_dpbusd_epi32(acc.v, _mm512_loadu_si512(w), x.v)}; }
 INLINE I broadcast4(const int8_t* x) { int32_t bits; std::memcpy(&bits, x, 4); return {_mm512_set1_epi32(bits)}; }
+// Exact for integers of eight bits.
+INLINE void store_exact_bf16(uint16_t* p, F x) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x.v), 16)));
+}
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 #elif LANES_AVX2
 
@@ -110,6 +128,19 @@ INLINE __m256 widen_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 INLINE F load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+INLINE void load_pairs(const uint16_t* p, F& first, F& second) {
+    const __m256i low = _mm256_loadu_si256((const __m256i*)p), high = _mm256_loadu_si256((const __m256i*)(p + 16));
+    const __m256i upper = _mm256_set1_epi32((int32_t)0xffff0000u);
+    first = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+    second = {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))};
+}
+INLINE __m256 round_half(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32((int32_t)0xffff0000u)));
+}
+INLINE F round_bf16(F x) { return {round_half(x.a), round_half(x.b)}; }
 INLINE void store_bf16(uint16_t* p, F x) {
     alignas(32) float wide[16];
     store(wide, x);
@@ -144,7 +175,9 @@ INLINE I broadcast4(const int8_t* x) {
     return {wide, wide};
 }
 INLINE I dot4(I acc, const uint8_t* w, I x) { return {dot4_half(acc.a, w, x.a), dot4_half(acc.b, w + 32, x.a)}; }
+INLINE void store_exact_bf16(uint16_t* p, F x) { store_bf16(p, x); }
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 #else
 
@@ -176,6 +209,17 @@ INLINE F power2(I n) { F r; EACH { int32_t bits = (n.v[i] + 127) << 23; std::mem
 INLINE M less(F a, F b) { M m; EACH m.v[i] = a.v[i] < b.v[i]; return m; }
 INLINE F choose(M m, F yes, F no) { EACH if (m.v[i]) no.v[i] = yes.v[i]; return no; }
 INLINE F load_bf16(const uint16_t* p) { F r; EACH { uint32_t bits = (uint32_t)p[i] << 16; std::memcpy(r.v + i, &bits, 4); } return r; }
+INLINE void load_pairs(const uint16_t* p, F& first, F& second) {
+    EACH {
+        const uint32_t a = (uint32_t)p[2 * i] << 16, b = (uint32_t)p[2 * i + 1] << 16;
+        std::memcpy(first.v + i, &a, 4);
+        std::memcpy(second.v + i, &b, 4);
+    }
+}
+INLINE F round_bf16(F x) {
+    EACH { uint32_t bits; std::memcpy(&bits, x.v + i, 4); bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u; std::memcpy(x.v + i, &bits, 4); }
+    return x;
+}
 INLINE void store_bf16(uint16_t* p, F x) {
     EACH { uint32_t bits; std::memcpy(&bits, x.v + i, 4); p[i] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16); }
 }
@@ -187,10 +231,19 @@ INLINE I dot4(I acc, const uint8_t* w, I x) {
     EACH acc.v[i] += w[4 * i] * x.v[0] + w[4 * i + 1] * x.v[1] + w[4 * i + 2] * x.v[2] + w[4 * i + 3] * x.v[3];
     return acc;
 }
+INLINE void store_exact_bf16(uint16_t* p, F x) { store_bf16(p, x); }
 INLINE void prefetch(const void*) {}
+INLINE void prefetch_far(const void*) {}
 #undef EACH
 
 #endif
+
+INLINE float from_bf16(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
 
 // Sum of the lanes as a tree: 8, 4, 2, 1.
 INLINE float sum(F x) {
