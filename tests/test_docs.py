@@ -11,7 +11,7 @@ from typer.main import get_command
 from steelyard import errors
 from steelyard.app import create_app
 from steelyard.checkpoint.sources import SOURCES
-from steelyard.cli import app
+from steelyard.cli import build
 from steelyard.serve.auth import Keys
 from steelyard.train.config import TrainConfig
 from steelyard.train.optimizers import OPTIMIZERS
@@ -34,10 +34,10 @@ def test_every_setting_is_documented(key: str) -> None:
     assert f"`{key}`" in REFERENCE
 
 
-@pytest.mark.parametrize("verb", get_command(app).commands)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("verb", get_command(build()).commands)  # type: ignore[attr-defined]
 def test_every_verb_is_documented(verb: str) -> None:
     assert f"| `{verb} " in REFERENCE
-    command = get_command(app).commands[verb]  # type: ignore[attr-defined]
+    command = get_command(build()).commands[verb]  # type: ignore[attr-defined]
     for inner in getattr(command, "commands", {verb: command}).values():
         assert "--json" in [option for parameter in inner.params for option in parameter.opts], verb
         assert "Examples" in (inner.help or ""), verb

@@ -60,7 +60,12 @@ def llama(model: Path) -> None:
         with tarfile.open(folder / f"{name}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
     source = folder / name / "vendor" / "llama.cpp"
-    switches = ("-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DGGML_NATIVE=ON")
+    switches = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DGGML_NATIVE=ON"]
+    if (
+        " amx_tile " in Path("/proc/cpuinfo").read_text()
+    ):  # its AMX path ends in a segmentation fault at the first token
+        without = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+        switches += [f"-DCMAKE_C_FLAGS={without}", f"-DCMAKE_CXX_FLAGS={without}"]
     run("cmake", "-S", source, "-B", folder / "build", *switches)
     targets = ("--target", "llama-server", "--target", "llama-quantize")
     run("cmake", "--build", folder / "build", "-j", os.cpu_count() or 2, *targets)

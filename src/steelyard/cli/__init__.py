@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import sys
 import traceback
+from collections.abc import Sequence
 
 import typer
 from typer.main import get_command
 
 from steelyard import __version__
-from steelyard.cli import compress, data, demo, evaluate, generate, predict, pull, serve, train
 from steelyard.errors import BUG, ConfigError, SteelyardError, edge
 
 MAX_MESSAGE = 2000  # characters
 
-app = typer.Typer(
-    name="steelyard",
-    help="AI models as a service, self-hosted: data -> train -> compress -> evaluate -> serve.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for verb in (pull, data, train, compress, evaluate, predict, generate, serve, demo):
-    name = verb.__name__.rpartition(".")[2]
-    if verb is compress:
-        app.add_typer(compress.app, name=name)
-    else:
-        app.command(name=name, help=verb.HELP)(verb.command)
+VERBS = ("pull", "data", "train", "compress", "evaluate", "predict", "generate", "serve", "demo")
+
+
+def build(verbs: Sequence[str] = VERBS) -> typer.Typer:
+    """The command line with some of its verbs: each imports what it needs, which for most is torch."""
+    app = typer.Typer(
+        name="steelyard",
+        help="AI models as a service, self-hosted: data -> train -> compress -> evaluate -> serve.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    for name in verbs:
+        verb = importlib.import_module(f"steelyard.cli.{name}")
+        if isinstance(getattr(verb, "app", None), typer.Typer):
+            app.add_typer(verb.app, name=name)
+        else:
+            app.command(name=name, help=verb.HELP)(verb.command)
+    return app
 
 
 def _version(wanted: bool) -> None:
@@ -38,7 +46,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
@@ -51,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text that the terminal cannot show
     try:
-        code = get_command(app).main(args=arguments, prog_name="steelyard", standalone_mode=False)
+        asked = [argument for argument in arguments if argument in VERBS][:1]
+        code = get_command(build(asked or VERBS)).main(args=arguments, prog_name="steelyard", standalone_mode=False)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -13,6 +14,7 @@ from steelyard.errors import CheckpointError, RequestError
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling
 from steelyard.infer.kv_cache import KVCache
+from steelyard.infer.packed import PackedWeights, packed_file
 from steelyard.infer.plan import Plan, PlanCache
 from steelyard.infer.request import Failure, Output, Request, TokenLogprob
 from steelyard.infer.runner import PlanRunner, ReferenceRunner, Runner, has_plan
@@ -26,6 +28,8 @@ from steelyard.models.lora import Adapter
 from steelyard.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
+CacheKind = Literal["bfloat16", "int8"]
+CACHE_DTYPES: dict[CacheKind, torch.dtype] = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +37,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     kv_bytes: int = 1 << 30
     """Memory for keys and values."""
+    kv_cache: CacheKind = "bfloat16"
+    """How keys and values of an int8 checkpoint are kept. `int8` takes half of the memory and is a numeric path of its
+    own: tokens differ between the kinds, never within one. Other checkpoints keep them in their own dtype."""
     block_size: int = 32
     """Tokens of a cache block; a plan's are always 32."""
     token_budget: int = 256
@@ -51,6 +58,7 @@ class Engine:
         tokenizer: its tokenizer.
         adapters: LoRA adapters by name.
         config: sizes.
+        packed: packed weights of an earlier start.
     """
 
     def __init__(
@@ -59,13 +67,19 @@ class Engine:
         tokenizer: Tokenizer,
         adapters: dict[str, Adapter] | None = None,
         config: EngineConfig | None = None,
+        packed: PackedWeights | None = None,
     ) -> None:
         config = config or EngineConfig()
         self.decoder, self.tokenizer, self.adapters = decoder, tokenizer, adapters or {}
         planned = has_plan(decoder)
+        cache_dtype = CACHE_DTYPES[config.kv_cache]
+        if cache_dtype == torch.int8 and not planned:
+            raise CheckpointError("an int8 cache needs an int8 checkpoint: see `steelyard compress quantize`")
         block_size = BLOCK if planned else config.block_size
         per_token = (
-            PlanCache.bytes_per_token(decoder) if planned else KVCache.bytes_per_token(decoder.config, decoder.dtype)
+            PlanCache.bytes_per_token(decoder, cache_dtype)
+            if planned
+            else KVCache.bytes_per_token(decoder.config, decoder.dtype)
         )
         # Never more than all running sequences could fill.
         most = config.max_running * -(-decoder.config.context // block_size)
@@ -83,6 +97,8 @@ class Engine:
                 draws=config.max_running,
                 context=self.context,
                 native=self.library,
+                cache_dtype=cache_dtype,
+                packed=packed,
             )
             self.runner = PlanRunner(plan, self.adapters)
         else:
@@ -108,7 +124,11 @@ class Engine:
         if tokenizer.vocabulary > decoder.config.vocabulary:
             raise CheckpointError(f"'{folder}': the tokenizer has more tokens than the model; pull it again")
         loaded = {name: Adapter.load(path, decoder) for name, path in (adapters or {}).items()}
-        return cls(decoder, tokenizer, loaded, config)
+        planned = has_plan(decoder) and library.load() is not None
+        engine = cls(decoder, tokenizer, loaded, config, PackedWeights(packed_file(folder)) if planned else None)
+        if planned:
+            decoder.to("meta")  # its weights are held packed alone
+        return engine
 
     def add(self, request: Request) -> None:
         """Queue a request.

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from steelyard.errors import CheckpointError
+from steelyard.infer.packed import PackedWeights
 from steelyard.kernels import memory, steps
 from steelyard.kernels.library import Library
 from steelyard.kernels.reference import BLOCK, padded
@@ -88,6 +89,7 @@ class Plan:
         context: most tokens of a sequence.
         native: the kernels; None runs their twins.
         cache_dtype: of keys and values, `torch.bfloat16` or `torch.int8`.
+        packed: packed weights of an earlier start, by name; those that are not there are packed, and put there.
 
     Raises:
         CheckpointError: a layer is not int8.
@@ -103,8 +105,10 @@ class Plan:
         context: int,
         native: Library | None,
         cache_dtype: torch.dtype = torch.bfloat16,
+        packed: PackedWeights | None = None,
     ) -> None:
         self.library = native
+        self._weights = packed or PackedWeights()
         self.cache = PlanCache(decoder, blocks, cache_dtype)
         self.decoder = decoder
         self.most_tokens, self.most_draws = tokens, draws
@@ -112,6 +116,7 @@ class Plan:
         self._free: list[int] = []
         self._angles = _angles(decoder, context)
         self.steps = list(self._lower())
+        self._weights.keep()
         self.buffers = self._allocate()
         self._lower_natively()
 
@@ -165,7 +170,7 @@ class Plan:
 
     def _lower(self) -> Iterable[steps.Step]:
         decoder, config = self.decoder, self.decoder.config
-        table = self._packed("model.embed_tokens", decoder.model.embed_tokens)
+        table = self._table("model.embed_tokens", decoder.model.embed_tokens)
         yield steps.Embed(table)
         for number, block in enumerate(decoder.model.layers):
             assert isinstance(block, Block)
@@ -173,7 +178,7 @@ class Plan:
             yield from self._feed_forward(block)
         yield steps.Gather(padded(config.width))
         yield self._norm(decoder.model.norm, drawn=True)
-        head = table if config.tied else self._packed("lm_head", decoder.lm_head)
+        head = table if config.tied else self._table("lm_head", decoder.lm_head)
         yield steps.Product(head, Place.LOGITS, Epilogue.STORE)
 
     def _attention(self, number: int, block: Block) -> Iterable[steps.Step]:
@@ -207,13 +212,14 @@ class Plan:
         width, inner = padded(config.width), padded(config.feed_forward)
         yield self._norm(block.post_attention_layernorm)
         gate, up = (self._int8(f"{layer.path}.{name}", getattr(layer, name)) for name in ("gate_proj", "up_proj"))
-        bias = None if gate.bias is None or up.bias is None else steps.in_turns(gate.bias, up.bias)
-        both = PackedWeight(
-            steps.in_turns(gate.weight, up.weight),
-            steps.in_turns(gate.weight_scale.flatten(), up.weight_scale.flatten()),
-            bias,
-            self.library,
-        )
+
+        def pack() -> PackedWeight:
+            bias = None if gate.bias is None or up.bias is None else steps.in_turns(gate.bias, up.bias)
+            weight = steps.in_turns(gate.weight, up.weight)
+            scale = steps.in_turns(gate.weight_scale.flatten(), up.weight_scale.flatten())
+            return PackedWeight.pack(weight, scale, bias, self.library, self._weights.arena)
+
+        both = self._weights.find(f"{layer.path}.gate_up", 2 * inner, config.width, pack)
         yield steps.Product(both, Place.GATED, Epilogue.GATE)
         for name, column in (("gate_proj", 0), ("up_proj", 16)):
             yield self._low_rank(
@@ -247,20 +253,31 @@ class Plan:
             raise CheckpointError(f"'{name}' is not int8: a plan is made of int8 layers")
         return layer
 
-    def _packed(self, name: str, layer: object) -> PackedWeight:
+    def _table(self, name: str, layer: object) -> PackedWeight:
         """Embedding or head."""
-        if isinstance(layer, Int8Embedding | Int8Linear):
-            return PackedWeight(layer.weight, layer.weight_scale, getattr(layer, "bias", None), self.library)
-        raise CheckpointError(f"'{name}' is not int8: a plan is made of int8 layers")
+        if not isinstance(layer, Int8Embedding | Int8Linear):
+            raise CheckpointError(f"'{name}' is not int8: a plan is made of int8 layers")
+
+        def pack() -> PackedWeight:
+            bias = getattr(layer, "bias", None)
+            return PackedWeight.pack(layer.weight, layer.weight_scale, bias, self.library, self._weights.arena)
+
+        outputs, inputs = layer.weight.shape
+        return self._weights.find(name, outputs, inputs, pack)
 
     def _product(self, name: str, layers: Sequence[object], place: Place, epilogue: Epilogue) -> steps.Product:
         """One product for layers that read the same rows."""
         found = [self._int8(name, layer) for layer in layers]
-        biases = [layer.bias for layer in found]
-        bias = torch.cat([bias.float() for bias in biases if bias is not None]) if biases[0] is not None else None
-        weight = torch.cat([layer.weight for layer in found])
-        scale = torch.cat([layer.weight_scale.float() for layer in found])
-        return steps.Product(PackedWeight(weight, scale, bias, self.library), place, epilogue)
+
+        def pack() -> PackedWeight:
+            biases = [layer.bias.float() for layer in found if layer.bias is not None]
+            weight = torch.cat([layer.weight for layer in found])
+            scale = torch.cat([layer.weight_scale.float() for layer in found])
+            bias = torch.cat(biases) if biases else None
+            return PackedWeight.pack(weight, scale, bias, self.library, self._weights.arena)
+
+        outputs, inputs = sum(layer.weight.shape[0] for layer in found), found[0].weight.shape[1]
+        return steps.Product(self._weights.find(name, outputs, inputs, pack), place, epilogue)
 
     def _low_rank(
         self,

@@ -129,7 +129,7 @@ LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 
 
 def storable(x: torch.Tensor) -> torch.Tensor:
-    """Finite numbers, and none between 0 and `SMALLEST`: what is written to the cache. Not a number becomes the largest."""
+    """What is written to the cache: finite, nothing between 0 and `SMALLEST`; not a number becomes the largest."""
     x = x.nan_to_num(LARGEST_BF16).clamp(-LARGEST_BF16, LARGEST_BF16)
     return torch.where(x.abs() < SMALLEST, torch.zeros_like(x), x)
 

@@ -141,36 +141,61 @@ def _step(
     return step
 
 
+LAYOUT = "panels of 32 outputs by 4 inputs"
+"""Of packed weights, the same for every native form; changes when their bytes do."""
+
+
 class PackedWeight:
     """int8 weights `[N, M]` as the products read them.
 
     Args:
-        weight: `[N, M]` int8; M is padded to a multiple of 16.
-        scale: `[N]` per-channel scale, any float dtype.
-        bias: `[N]` or None.
-        library: packs; None keeps the plain form for the twins.
+        data: packed: `[ceil(N / 32), M / 4, 32, 4]` uint8, each weight plus 128; or for the twins `[N, M]` int8.
+        scale: `[N, padded to 32]` float32 per channel.
+        bias: likewise, or None.
+        outputs: N.
+        inputs: M, a multiple of 16.
     """
 
     def __init__(
-        self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, library: Library | None
+        self, data: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, outputs: int, inputs: int
     ) -> None:
-        self.outputs, inputs = weight.shape
-        self.inputs = padded(inputs)
-        if self.inputs != inputs:
-            weight = torch.nn.functional.pad(weight, (0, self.inputs - inputs))
-        rows = padded(self.outputs, PANEL)
-        self.scale = torch.zeros(rows)
-        self.scale[: self.outputs] = scale.float().flatten()
-        self.bias: torch.Tensor | None = None
+        self.data, self.scale, self.bias, self.outputs, self.inputs = data, scale, bias, outputs, inputs
+        if data.dtype == torch.int8:
+            self.product = ExactProduct(data, scale[:outputs])
+
+    @classmethod
+    def pack(
+        cls,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        library: Library | None,
+        arena: memory.Arena,
+    ) -> PackedWeight:
+        """Pack a weight.
+
+        Args:
+            weight: `[N, M]` int8; M is padded to a multiple of 16.
+            scale: `[N]` per-channel scale, any float dtype.
+            bias: `[N]` or None.
+            library: packs; None keeps the plain form for the twins.
+            arena: where the packed form will lie.
+        """
+        outputs, inputs = weight.shape
+        width, rows = padded(inputs), padded(outputs, PANEL)
+        if width != inputs:
+            weight = torch.nn.functional.pad(weight, (0, width - inputs))
+        wide_scale = torch.zeros(rows)
+        wide_scale[:outputs] = scale.float().flatten()
+        wide_bias = None
         if bias is not None:
-            self.bias = torch.zeros(rows)
-            self.bias[: self.outputs] = bias.float()
-        if library is None:
-            self.data = weight.contiguous()
-            self.product = ExactProduct(self.data, self.scale[: self.outputs])
-        else:
-            self.data = memory.zeros(rows // PANEL, self.inputs // 4, PANEL, 4, dtype=torch.uint8)
-            library.pack(weight.contiguous(), self.data)
+            wide_bias = torch.zeros(rows)
+            wide_bias[:outputs] = bias.float()
+        data = weight.contiguous()
+        if library is not None:
+            data = arena.take(rows // PANEL, width // 4, PANEL, 4, dtype=torch.uint8)
+            library.pack(weight.contiguous(), data)
+        return cls(data, wide_scale, wide_bias, outputs, width)
 
 
 def in_turns(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -409,9 +434,7 @@ class Rotate:
         """See `Step`."""
         h = self.heads
         stride = padded((h.heads + 2 * h.kv_heads) * h.size)
-        return h.native(
-            Kind.ROTATE, stride, self.cos, self.sin, self.query_norm, self.key_norm, value=self.epsilon
-        )
+        return h.native(Kind.ROTATE, stride, self.cos, self.sin, self.query_norm, self.key_norm, value=self.epsilon)
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
@@ -430,7 +453,7 @@ class Rotate:
         for place, (x, cache) in enumerate(((keys, h.keys), (values, h.values))):
             stored, scale = self._stored(x, to_bytes=h.scales is not None)
             if place == 0:
-                cache[blocks, :, :, offsets] = stored.unflatten(-1, (-1, 2))
+                cache[blocks, :, :, offsets] = stored.view(*stored.shape[:2], -1, 2)
             else:
                 cache[blocks, :, offsets // 2, :, offsets % 2] = stored
             if h.scales is not None:

@@ -121,12 +121,21 @@ class Block(nn.Module):
         return fed
 
 
+class Embedding(nn.Embedding):
+    """An embedding that is not filled at random before its weights are there: on `meta` that alone takes a second."""
+
+    def reset_parameters(self) -> None:
+        """Random rows, unless there is no memory for them."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Stack(nn.Module):
     """Embedding, blocks and the last norm, under Hugging Face's name `model`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.embed_tokens = Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_epsilon)
 

@@ -36,11 +36,13 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.dtype = dtype
-        self._product = ExactProduct(weight, weight_scale)
+        self._product: ExactProduct | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, M]` float -> `[T, N]` in `dtype`."""
         quantized, token_scale = quantize_rows(x)
+        if self._product is None:
+            self._product = ExactProduct(self.weight, self.weight_scale)
         outputs = self._product(quantized) * token_scale
         if self.bias is not None:
             outputs += self.bias.float()

@@ -1,0 +1,106 @@
+"""Packed weights by name, and the file that keeps them from one start of an engine to the next.
+
+The file is a safetensors file in the cache, named by the checkpoint's id, its weights' sizes and times, and the layout,
+which is the same on every processor. It can be thrown away at any time. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save
+
+from steelyard.atomic import file_aside
+from steelyard.checkpoint import manifest
+from steelyard.checkpoint.sources.cache import default_cache
+from steelyard.kernels.memory import Arena
+from steelyard.kernels.reference import padded
+from steelyard.kernels.steps import LAYOUT, PANEL, PackedWeight
+
+log = logging.getLogger(__name__)
+
+STALE_SECONDS = 30 * 24 * 3600
+"""A file that no start has used for so long goes when another is written."""
+
+
+class PackedWeights:
+    """Packed weights by name.
+
+    Args:
+        path: the file that keeps them; None keeps them in memory alone.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path, self.arena = path, Arena()
+        self._stored = {} if path is None else _read(path)
+        self._packed: dict[str, PackedWeight] = {}
+        self._complete = True
+
+    def find(self, name: str, outputs: int, inputs: int, pack: Callable[[], PackedWeight]) -> PackedWeight:
+        """The weight `[outputs, inputs]` called `name`: from the file if it is there and fits, or packed now."""
+        weight = self._restore(name, outputs, padded(inputs))
+        if weight is None:
+            self._complete = False
+            weight = pack()
+        self._packed[name] = weight
+        return weight
+
+    def keep(self) -> None:
+        """Write the file if anything had to be packed; a cache that cannot be written is said, not fatal."""
+        self._stored = {}
+        if self.path is None or self._complete:
+            return
+        tensors = {
+            f"{name}.{part}": tensor
+            for name, weight in self._packed.items()
+            for part, tensor in (("data", weight.data), ("scale", weight.scale), ("bias", weight.bias))
+            if tensor is not None
+        }
+        try:
+            with file_aside(self.path) as file:
+                file.write(save(tensors))
+            for other in self.path.parent.glob("*.safetensors"):
+                if other.stat().st_mtime < self.path.stat().st_mtime - STALE_SECONDS:
+                    other.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("the packed weights are not kept (%s): the next start packs them again", error)
+
+    def _restore(self, name: str, outputs: int, inputs: int) -> PackedWeight | None:
+        data, scale = self._stored.get(f"{name}.data"), self._stored.get(f"{name}.scale")
+        bias, rows = self._stored.get(f"{name}.bias"), padded(outputs, PANEL)
+        if data is None or scale is None:
+            return None
+        fits = data.dtype == torch.uint8 and data.shape == (rows // PANEL, inputs // 4, PANEL, 4)
+        if not fits or any(
+            part.dtype != torch.float32 or part.shape != (rows,) for part in (scale, bias) if part is not None
+        ):
+            return None
+        copy = self.arena.take(*data.shape, dtype=data.dtype)
+        copy.copy_(data)
+        return PackedWeight(copy, scale.clone(), None if bias is None else bias.clone(), outputs, inputs)
+
+
+def packed_file(folder: Path) -> Path:
+    """Where the packed weights of a checkpoint are kept."""
+    known = [manifest.read(folder).id, LAYOUT]
+    for file in sorted(folder.glob("model*.safetensors")):
+        state = file.stat()
+        known.append(f"{file.name} {state.st_size} {state.st_mtime_ns}")
+    name = hashlib.sha256("\n".join(known).encode()).hexdigest()
+    return default_cache() / "packed" / f"{name}.safetensors"
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, mapped; none of one that is missing or broken."""
+    try:
+        os.utime(path)  # it is in use
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return {}

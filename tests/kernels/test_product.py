@@ -1,0 +1,88 @@
+"""int8 products of every native form against the integer reference, to the bit, at every number of rows."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from steelyard.infer.plan import BUFFERS, _NativeBatch, _NativeBuffers
+from steelyard.kernels import library, memory, reference
+from steelyard.kernels.library import FORMS, Library, processor_flags
+from steelyard.kernels.steps import TILE_ROWS, Epilogue, NativeStep, PackedWeight, Place, Product, gate
+
+NATIVE = [form for form, needs in FORMS.items() if needs <= processor_flags()]
+MOST = 256
+
+
+@pytest.fixture(scope="module", params=NATIVE)
+def native(request: pytest.FixtureRequest) -> Library:
+    path = Path(library.__file__).parent / f"kernels-{request.param}.so"
+    if not path.is_file():
+        pytest.skip("the native kernels were not built: no C++ compiler")
+    return Library(path)
+
+
+def run(product: Product, x: torch.Tensor, scales: torch.Tensor, y: torch.Tensor, native: Library) -> None:
+    """Y, at its destination and in place, by the native step."""
+    rows = len(scales)
+    quantized = torch.zeros((rows + TILE_ROWS) * x.shape[1], dtype=torch.int8)
+    quantized[: x.numel()] = x.flatten()
+    quantized[x.numel() :] = 77  # rows that are read beside the last and must not matter
+    buffers = dict.fromkeys(BUFFERS, y) | {"quantized": quantized, "scales": scales}
+    buffers["sums"] = x.sum(-1, dtype=torch.int32)
+    steps = (NativeStep * 1)(product.native())
+    places = _NativeBuffers(*(buffers[name].data_ptr() for name in BUFFERS))
+    batch = _NativeBatch(rows, 0, rows, 0, *[None] * 7)
+    native.run(ctypes.addressof(steps), 1, ctypes.addressof(places), ctypes.addressof(batch))
+
+
+def random_product(
+    outputs: int, inputs: int, native: Library, *, bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, PackedWeight]:
+    weight = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
+    scale, added = torch.rand(outputs) + 1e-3, torch.randn(outputs) if bias else None
+    return weight, scale, added, PackedWeight.pack(weight, scale, added, native, memory.Arena())
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (50, 48), (96, 576), (33, 1536)])
+def test_every_number_of_rows(native: Library, outputs: int, inputs: int) -> None:
+    weight, scale, bias, packed = random_product(outputs, inputs, native, bias=outputs == 50)
+    product = Product(packed, Place.WIDE, Epilogue.STORE)
+    stride = reference.padded(outputs)
+    x = torch.randint(-127, 128, (MOST, inputs), dtype=torch.int8)
+    x[0], x[1] = 127, -127
+    scales = torch.rand(MOST)
+    expected = reference.integer_product(x, weight, scale) * scales[:, None]
+    if bias is not None:
+        expected = expected + bias
+    for rows in range(1, MOST + 1):
+        y = torch.full((MOST + 1, stride), float("nan"))
+        run(product, x[:rows], scales[:rows], y, native)
+        assert torch.equal(y[:rows, :outputs], expected[:rows]), rows
+        assert y[rows + 1 :].isnan().all(), "a row was written that is not there"
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 40, 64])
+def test_what_becomes_of_a_product(native: Library, rows: int) -> None:
+    weight, scale, _, packed = random_product(64, 128, native)
+    x, scales = torch.randint(-127, 128, (rows, 128), dtype=torch.int8), torch.rand(rows)
+    expected = reference.integer_product(x, weight, scale) * scales[:, None]
+    before = torch.randn(rows, 64)
+    y = before.clone()
+    run(Product(packed, Place.RESIDUAL, Epilogue.ADD), x, scales, y, native)
+    assert torch.equal(y, before + expected)
+    gated = torch.zeros(rows, 32)
+    run(Product(packed, Place.GATED, Epilogue.GATE), x, scales, gated, native)
+    assert torch.equal(gated, gate(expected))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 64])
+def test_a_vocabulary_head(native: Library, rows: int) -> None:
+    weight, scale, _, packed = random_product(49_152, 576, native)
+    x, scales = torch.randint(-127, 128, (rows, 576), dtype=torch.int8), torch.rand(rows)
+    y = torch.zeros(rows, 49_152)
+    run(Product(packed, Place.LOGITS, Epilogue.STORE), x, scales, y, native)
+    assert torch.equal(y, reference.integer_product(x, weight, scale) * scales[:, None])
