@@ -174,16 +174,16 @@ def test_rows_wear_their_own_adapters(tmp_path: Path, native: Library, family: s
 
 def test_sizes_beyond_the_kernels_run_by_the_reference(tmp_path: Path) -> None:
     decoder = small(tmp_path, "smollm")
-    assert has_plan(decoder)
+    assert has_plan(decoder, library.load())
     for field in ("head_width", "feed_forward"):
         decoder.config = msgspec.structs.replace(decoder.config, **{field: 1 << 17})
-        assert not has_plan(decoder)
+        assert not has_plan(decoder, library.load())
         decoder.config = msgspec.structs.replace(decoder.config, **{field: 16})
 
 
-def test_dense_layers_are_refused(tmp_path: Path) -> None:
+def test_layers_of_another_kind_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "smollm")
-    with pytest.raises(CheckpointError, match=r"is not int8: a plan is made of int8 layers"):
+    with pytest.raises(CheckpointError, match=r"is neither int8 nor bfloat16"):
         plan(weights.load(tmp_path, torch.float32), None)
 
 
@@ -203,3 +203,49 @@ def test_an_int8_cache_natively_equals_the_twin_and_is_near_the_reference(
         assert torch.equal(found, expected)
         assert not torch.equal(found, near)
         assert float((found - near).norm() / near.norm()) < 0.03
+
+
+EVEN = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Widths that dense products take."""
+
+
+def dense(folder: Path, family: str) -> Decoder:
+    """A small random model in bfloat16."""
+    make(folder / "base", family, **EVEN)
+    return weights.load(folder / "base", torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["smollm", "llama-biases", "qwen3"])
+def test_dense_layers_natively_equal_the_twin_and_are_near_the_reference(
+    tmp_path: Path, native: Library, family: str
+) -> None:
+    decoder = dense(tmp_path, family)
+    assert has_plan(decoder, native)
+    rows = random_rows([1, 37, 5, 40])
+    ours, twin = together(plan(decoder, native), Rows(rows)), together(plan(decoder, None), Rows(rows))
+    exact = weights.load(tmp_path / "base", torch.float32)
+    for row, found, expected in zip(rows, ours, twin, strict=True):
+        assert torch.equal(found, expected)
+        with torch.no_grad():
+            logits = exact.logits(exact(row, torch.arange(len(row)), PackedAttention([len(row)])))
+        assert float((found - logits).norm() / logits.norm()) < 0.02
+
+
+def test_a_dense_row_alone_and_beside_others_is_the_same(tmp_path: Path, native: Library) -> None:
+    decoder = dense(tmp_path, "smollm")
+    rows = random_rows([300, 1, 33, 64])
+    ours = Plan(decoder, blocks=BLOCKS, tokens=700, draws=700, context=600, native=native)
+    alone = [together(ours, Rows([row]))[0] for row in rows]
+    for found, expected in zip(together(ours, Rows(rows)), alone, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_layers_of_both_kinds_in_one_plan(tmp_path: Path, native: Library) -> None:
+    make(tmp_path / "base", "llama2", **EVEN)
+    (tmp_path / "int8").mkdir()
+    int8.write(weights.load(tmp_path / "base"), tmp_path / "int8", tmp_path / "base", portable=True)
+    decoder = weights.load(tmp_path / "int8")
+    assert has_plan(decoder, native)
+    assert not has_plan(decoder, None)
+    ours, twin = (together(plan(decoder, kernels), Rows([torch.arange(40)]))[0] for kernels in (native, None))
+    assert torch.equal(ours, twin)

@@ -38,8 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int = 1 << 30
     """Memory for keys and values."""
     kv_cache: CacheKind = "bfloat16"
-    """How keys and values of an int8 checkpoint are kept. `int8` takes half of the memory and is a numeric path of its
-    own: tokens differ between the kinds, never within one. Other checkpoints keep them in their own dtype."""
+    """How a plan keeps keys and values. `int8` takes half of the memory and is a numeric path of its own: tokens differ
+    between the kinds, never within one. What runs without a plan keeps them in its own dtype."""
     block_size: int = 32
     """Tokens of a cache block; a plan's are always 32."""
     token_budget: int = 256
@@ -71,10 +71,13 @@ class Engine:
     ) -> None:
         config = config or EngineConfig()
         self.decoder, self.tokenizer, self.adapters = decoder, tokenizer, adapters or {}
-        planned = has_plan(decoder)
+        self.library = library.load()
+        planned = has_plan(decoder, self.library)
         cache_dtype = CACHE_DTYPES[config.kv_cache]
         if cache_dtype == torch.int8 and not planned:
-            raise CheckpointError("an int8 cache needs an int8 checkpoint: see `steelyard compress quantize`")
+            raise CheckpointError(
+                "an int8 cache needs weights in int8 or bfloat16, and the native kernels for bfloat16"
+            )
         block_size = BLOCK if planned else config.block_size
         per_token = (
             PlanCache.bytes_per_token(decoder, cache_dtype)
@@ -87,7 +90,6 @@ class Engine:
         self.context = min(decoder.config.context, blocks * block_size)
         self.pool = BlockPool(blocks, block_size, config.reuse)
         self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running)
-        self.library = library.load()
         self.runner: Runner
         if planned:
             plan = Plan(
@@ -124,7 +126,7 @@ class Engine:
         if tokenizer.vocabulary > decoder.config.vocabulary:
             raise CheckpointError(f"'{folder}': the tokenizer has more tokens than the model; pull it again")
         loaded = {name: Adapter.load(path, decoder) for name, path in (adapters or {}).items()}
-        planned = has_plan(decoder) and library.load() is not None
+        planned = library.load() is not None and has_plan(decoder, library.load())
         engine = cls(decoder, tokenizer, loaded, config, PackedWeights(packed_file(folder)) if planned else None)
         if planned:
             decoder.to("meta")  # its weights are held packed alone

@@ -42,9 +42,9 @@ class PackedWeights:
         self._packed: dict[str, PackedWeight] = {}
         self._complete = True
 
-    def find(self, name: str, outputs: int, inputs: int, pack: Callable[[], PackedWeight]) -> PackedWeight:
+    def find(self, name: str, outputs: int, inputs: int, dense: bool, pack: Callable[[], PackedWeight]) -> PackedWeight:
         """The weight `[outputs, inputs]` called `name`: from the file if it is there and fits, or packed now."""
-        weight = self._restore(name, outputs, padded(inputs))
+        weight = self._restore(name, outputs, inputs, dense)
         if weight is None:
             self._complete = False
             weight = pack()
@@ -71,19 +71,19 @@ class PackedWeights:
         except OSError as error:
             log.warning("the packed weights are not kept (%s): the next start packs them again", error)
 
-    def _restore(self, name: str, outputs: int, inputs: int) -> PackedWeight | None:
-        data, scale = self._stored.get(f"{name}.data"), self._stored.get(f"{name}.scale")
-        bias, rows = self._stored.get(f"{name}.bias"), padded(outputs, PANEL)
-        if data is None or scale is None:
+    def _restore(self, name: str, outputs: int, inputs: int, dense: bool) -> PackedWeight | None:
+        data, scale, bias = (self._stored.get(f"{name}.{part}") for part in ("data", "scale", "bias"))
+        if data is None or (scale is None) != dense:
             return None
-        fits = data.dtype == torch.uint8 and data.shape == (rows // PANEL, inputs // 4, PANEL, 4)
-        if not fits or any(
-            part.dtype != torch.float32 or part.shape != (rows,) for part in (scale, bias) if part is not None
-        ):
+        shape, dtype = PackedWeight.shape(outputs, inputs, dense), torch.bfloat16 if dense else torch.uint8
+        vectors = [vector for vector in (scale, bias) if vector is not None]
+        known = [(data, shape, dtype), *((vector, (padded(outputs, PANEL),), torch.float32) for vector in vectors)]
+        if any(tensor.shape != size or tensor.dtype != kind for tensor, size, kind in known):
             return None
-        copy = self.arena.take(*data.shape, dtype=data.dtype)
+        copy = self.arena.take(*shape, dtype=dtype)
         copy.copy_(data)
-        return PackedWeight(copy, scale.clone(), None if bias is None else bias.clone(), outputs, inputs)
+        scale, bias = (None if vector is None else vector.clone() for vector in (scale, bias))
+        return PackedWeight(copy, scale, bias, outputs, padded(inputs))
 
 
 def packed_file(folder: Path) -> Path:

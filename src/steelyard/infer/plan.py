@@ -1,6 +1,6 @@
-"""A decoder lowered to a flat list of fused steps over packed int8 weights: what an engine runs.
+"""A decoder lowered to a flat list of fused steps over packed weights, int8 or bfloat16: what an engine runs.
 
-One numeric path per checkpoint: float32 rows, exact integer products, a cache in bfloat16, sums in one stated order.
+One numeric path per checkpoint: float32 rows, exact integer products, everything else summed in one stated order.
 So a row's result is the same to the bit alone or beside others, whatever the chunks, and with the native kernels or
 without. `models/` stays the truth that it is tested against.
 """
@@ -82,7 +82,7 @@ class Plan:
     """The steps of one decoder, its buffers and its cache.
 
     Args:
-        decoder: with int8 layers throughout, embedding and head included; see `runner.has_plan`.
+        decoder: each layer int8 or bfloat16; see `runner.has_plan`.
         blocks: of the cache.
         tokens: most tokens of a batch.
         draws: most rows of a batch that draw.
@@ -92,7 +92,7 @@ class Plan:
         packed: packed weights of an earlier start, by name; those that are not there are packed, and put there.
 
     Raises:
-        CheckpointError: a layer is not int8.
+        CheckpointError: a layer is of another kind.
     """
 
     def __init__(
@@ -170,15 +170,15 @@ class Plan:
 
     def _lower(self) -> Iterable[steps.Step]:
         decoder, config = self.decoder, self.decoder.config
-        table = self._table("model.embed_tokens", decoder.model.embed_tokens)
+        table = self._weight("model.embed_tokens", [decoder.model.embed_tokens])
         yield steps.Embed(table)
         for number, block in enumerate(decoder.model.layers):
             assert isinstance(block, Block)
             yield from self._attention(number, block)
             yield from self._feed_forward(block)
+        head = table if config.tied else self._weight("lm_head", [decoder.lm_head])
         yield steps.Gather(padded(config.width))
-        yield self._norm(decoder.model.norm, drawn=True)
-        head = table if config.tied else self._table("lm_head", decoder.lm_head)
+        yield self._norm(decoder.model.norm, head, drawn=True)
         yield steps.Product(head, Place.LOGITS, Epilogue.STORE)
 
     def _attention(self, number: int, block: Block) -> Iterable[steps.Step]:
@@ -186,8 +186,10 @@ class Plan:
         query, key = config.heads * config.head_width, config.kv_heads * config.head_width
         width, stride = padded(config.width), padded(query + 2 * key)
         parts = [getattr(attention, f"{letter}_proj") for letter in "qkv"]
-        yield self._norm(block.input_layernorm)
-        yield self._product(f"{attention.path}.qkv", parts, Place.WIDE, Epilogue.STORE)
+        joint = self._weight(f"{attention.path}.qkv", parts)
+        output = self._weight(f"{attention.path}.o_proj", [attention.o_proj])
+        yield self._norm(block.input_layernorm, joint)
+        yield steps.Product(joint, Place.WIDE, Epilogue.STORE)
         for letter, outputs, column in (("q", query, 0), ("k", key, query), ("v", key, query + key)):
             yield self._low_rank(
                 f"{attention.path}.{letter}_proj", width, outputs, stride, Place.NORMED, Place.WIDE, column
@@ -201,8 +203,8 @@ class Plan:
         )
         yield self._rotate(attention, heads)
         yield steps.Attend(heads)
-        yield steps.Quantize(padded(query), Place.MIXED)
-        yield self._product(f"{attention.path}.o_proj", [attention.o_proj], Place.RESIDUAL, Epilogue.ADD)
+        yield steps.Quantize(padded(query), Place.MIXED, output.dense)
+        yield steps.Product(output, Place.RESIDUAL, Epilogue.ADD)
         yield self._low_rank(
             f"{attention.path}.o_proj", padded(query), config.width, width, Place.MIXED, Place.RESIDUAL
         )
@@ -210,16 +212,9 @@ class Plan:
     def _feed_forward(self, block: Block) -> Iterable[steps.Step]:
         layer, config = block.mlp, self.decoder.config
         width, inner = padded(config.width), padded(config.feed_forward)
-        yield self._norm(block.post_attention_layernorm)
-        gate, up = (self._int8(f"{layer.path}.{name}", getattr(layer, name)) for name in ("gate_proj", "up_proj"))
-
-        def pack() -> PackedWeight:
-            bias = None if gate.bias is None or up.bias is None else steps.in_turns(gate.bias, up.bias)
-            weight = steps.in_turns(gate.weight, up.weight)
-            scale = steps.in_turns(gate.weight_scale.flatten(), up.weight_scale.flatten())
-            return PackedWeight.pack(weight, scale, bias, self.library, self._weights.arena)
-
-        both = self._weights.find(f"{layer.path}.gate_up", 2 * inner, config.width, pack)
+        both = self._weight(f"{layer.path}.gate_up", [layer.gate_proj, layer.up_proj], turns=True)
+        down = self._weight(f"{layer.path}.down_proj", [layer.down_proj])
+        yield self._norm(block.post_attention_layernorm, both)
         yield steps.Product(both, Place.GATED, Epilogue.GATE)
         for name, column in (("gate_proj", 0), ("up_proj", 16)):
             yield self._low_rank(
@@ -233,13 +228,14 @@ class Plan:
                 turns=True,
             )
         yield steps.GateRows(inner)
-        yield steps.Quantize(inner, Place.GATED)
-        yield self._product(f"{layer.path}.down_proj", [layer.down_proj], Place.RESIDUAL, Epilogue.ADD)
+        yield steps.Quantize(inner, Place.GATED, down.dense)
+        yield steps.Product(down, Place.RESIDUAL, Epilogue.ADD)
         yield self._low_rank(f"{layer.path}.down_proj", inner, config.width, width, Place.GATED, Place.RESIDUAL)
 
-    def _norm(self, norm: torch.nn.Module, drawn: bool = False) -> steps.Norm:
+    def _norm(self, norm: torch.nn.Module, reader: PackedWeight, drawn: bool = False) -> steps.Norm:
+        """Rounded as the product that reads it wants."""
         weight, epsilon = norm.weight, float(norm.epsilon)  # type: ignore[arg-type]
-        return steps.Norm(_padded_vector(weight), weight.numel(), epsilon, drawn)  # type: ignore[arg-type,operator]
+        return steps.Norm(_padded_vector(weight), weight.numel(), epsilon, reader.dense, drawn)  # type: ignore[arg-type,operator]
 
     def _rotate(self, attention: Attention, heads: HeadSizes) -> steps.Rotate:
         config = self.decoder.config
@@ -248,36 +244,33 @@ class Plan:
         query, key = _padded_vector(attention.q_norm.weight), _padded_vector(attention.k_norm.weight)
         return steps.Rotate(heads, *self._angles, query, key, config.norm_epsilon)
 
-    def _int8(self, name: str, layer: object) -> Int8Linear:
-        if not isinstance(layer, Int8Linear):
-            raise CheckpointError(f"'{name}' is not int8: a plan is made of int8 layers")
-        return layer
+    def _weight(self, name: str, layers: Sequence[torch.nn.Module], *, turns: bool = False) -> PackedWeight:
+        """One packed weight for layers that read the same rows; their outputs one after the other or in turns.
 
-    def _table(self, name: str, layer: object) -> PackedWeight:
-        """Embedding or head."""
-        if not isinstance(layer, Int8Embedding | Int8Linear):
-            raise CheckpointError(f"'{name}' is not int8: a plan is made of int8 layers")
+        Raises:
+            CheckpointError: they are not all int8, nor all bfloat16.
+        """
+        dense = all(is_dense(layer) for layer in layers)
+        if not dense and not all(isinstance(layer, Int8Linear | Int8Embedding) for layer in layers):
+            raise CheckpointError(f"'{name}' is neither int8 nor bfloat16: a plan is made of such layers")
+        weights: list[torch.Tensor] = [
+            layer.get_buffer("weight") if not dense else layer.get_parameter("weight") for layer in layers
+        ]
+        inputs = weights[0].shape[1]
+        outputs = sum(padded(len(weight)) if turns else len(weight) for weight in weights)
+
+        def joined(leaf: str) -> torch.Tensor | None:
+            parts = [part for layer in layers if (part := getattr(layer, leaf, None)) is not None]
+            if not parts:
+                return None
+            return steps.in_turns(*parts) if turns else torch.cat(parts)
 
         def pack() -> PackedWeight:
-            bias = getattr(layer, "bias", None)
-            return PackedWeight.pack(layer.weight, layer.weight_scale, bias, self.library, self._weights.arena)
+            weight = joined("weight")
+            assert weight is not None
+            return PackedWeight.pack(weight, joined("weight_scale"), joined("bias"), self.library, self._weights.arena)
 
-        outputs, inputs = layer.weight.shape
-        return self._weights.find(name, outputs, inputs, pack)
-
-    def _product(self, name: str, layers: Sequence[object], place: Place, epilogue: Epilogue) -> steps.Product:
-        """One product for layers that read the same rows."""
-        found = [self._int8(name, layer) for layer in layers]
-
-        def pack() -> PackedWeight:
-            biases = [layer.bias.float() for layer in found if layer.bias is not None]
-            weight = torch.cat([layer.weight for layer in found])
-            scale = torch.cat([layer.weight_scale.float() for layer in found])
-            bias = torch.cat(biases) if biases else None
-            return PackedWeight.pack(weight, scale, bias, self.library, self._weights.arena)
-
-        outputs, inputs = sum(layer.weight.shape[0] for layer in found), found[0].weight.shape[1]
-        return steps.Product(self._weights.find(name, outputs, inputs, pack), place, epilogue)
+        return self._weights.find(name, outputs, inputs, dense, pack)
 
     def _low_rank(
         self,
@@ -316,7 +309,7 @@ class Plan:
         return Buffers(
             places=places,
             queries=torch.zeros(tokens, config.heads, padded(config.head_width, BLOCK), dtype=torch.bfloat16),
-            quantized=torch.zeros((most + TILE_ROWS) * max(width, inner, mixed), dtype=torch.int8),
+            quantized=torch.zeros((most + TILE_ROWS) * max(width, inner, mixed) * 2, dtype=torch.int8),
             scales=torch.zeros(most),
             sums=torch.zeros(most, dtype=torch.int32),
         )
@@ -340,6 +333,12 @@ class Plan:
             buffers.sums,
         )
         self._native_buffers = _NativeBuffers(*(tensor.data_ptr() for tensor in order))
+
+
+def is_dense(layer: torch.nn.Module) -> bool:
+    """Whether a layer's weights are bfloat16, and of a width that the products take."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, torch.nn.Parameter) and weight.dtype == torch.bfloat16 and weight.shape[-1] % BLOCK == 0
 
 
 def _angles(decoder: Decoder, context: int) -> tuple[torch.Tensor, torch.Tensor]:

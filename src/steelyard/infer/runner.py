@@ -1,6 +1,6 @@
 """Runs a step's tokens through the decoder and its cache. Knows tensors; nothing of requests' text or time.
 
-An int8 checkpoint runs by its plan; any other by the reference forward, which promises no bits.
+Checkpoints in int8 or bfloat16 run by a plan; any other by the reference forward, which promises no bits.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Protocol
 import torch
 
 from steelyard.infer.kv_cache import KVCache, PagedAttention, Span
-from steelyard.infer.plan import Plan
+from steelyard.infer.plan import Plan, is_dense
 from steelyard.infer.scheduler import Scheduled
+from steelyard.kernels.library import Library
 from steelyard.kernels.reference import BLOCK
 from steelyard.kernels.steps import MOST_HEAD_WIDTH, MOST_INPUTS, Batch
-from steelyard.models.decoder import Decoder
+from steelyard.models.decoder import Block, Decoder
 from steelyard.models.linear import Int8Embedding, Int8Linear
 from steelyard.models.lora import Adapter, AdapterRows
 
@@ -115,13 +116,22 @@ def _numbers(values: Sequence[object]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def has_plan(decoder: Decoder) -> bool:
-    """Whether all of a decoder's layers are int8, embedding and head included, and of sizes that the kernels take."""
+def has_plan(decoder: Decoder, native: Library | None) -> bool:
+    """Whether all of a decoder's layers are int8 or bfloat16, and of sizes that the kernels take.
+
+    Without native kernels bfloat16 runs faster as PyTorch does it.
+    """
     config = decoder.config
     inputs = max(config.width, config.feed_forward, config.heads * config.head_width)
     if config.head_width > MOST_HEAD_WIDTH or inputs > MOST_INPUTS:
         return False
-    layers = (layer for name, layer in decoder.named_modules() if name.endswith(("_proj", "lm_head")))
-    return isinstance(decoder.model.embed_tokens, Int8Embedding) and all(
-        isinstance(layer, Int8Linear) for layer in layers
+    for block in decoder.model.layers:
+        assert isinstance(block, Block)
+        for together in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            parent = block.self_attn if together[0] == "q_proj" else block.mlp
+            if len({is_dense(getattr(parent, name)) for name in together}) > 1:
+                return False
+    layers = (layer for name, layer in decoder.named_modules() if name.endswith(("_proj", "lm_head", "embed_tokens")))
+    return all(
+        isinstance(layer, Int8Linear | Int8Embedding) or (native is not None and is_dense(layer)) for layer in layers
     )

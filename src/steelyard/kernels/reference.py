@@ -147,6 +147,14 @@ def pair_sum(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> torch.Ten
     return total + (even + odd)
 
 
+def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """bfloat16 `[T, M]` times bfloat16 `[N, M]` transposed -> `[T, N]` float32, 32 products at a time by `pair_sum`."""
+    total = torch.zeros(len(x), len(weight))
+    for k in range(0, x.shape[1], BLOCK):
+        total = pair_sum(x[:, None, k : k + BLOCK].float(), weight[None, :, k : k + BLOCK].float(), total)
+    return total
+
+
 def attend(
     queries: torch.Tensor,
     positions: torch.Tensor,

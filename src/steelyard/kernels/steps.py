@@ -91,11 +91,16 @@ class Buffers:
     queries: torch.Tensor
     """`[T, H, E]` bfloat16, E padded."""
     quantized: torch.Tensor
-    """`[(T + 16) * widest input]` int8; a step sees it as `[T, its input]`."""
+    """`[(T + 16) * widest input]` bytes; a step sees them as `[T, its input]` int8 or bfloat16."""
     scales: torch.Tensor
     """`[T]` float32."""
     sums: torch.Tensor
     """`[T]` int32."""
+
+    def rounded(self, count: int, width: int, dense: bool) -> torch.Tensor:
+        """The rows that a product reads: `[count, width]` int8, or bfloat16 for a dense one."""
+        dtype = torch.bfloat16 if dense else torch.int8
+        return self.quantized[: count * width * dtype.itemsize].view(dtype).view(count, width)
 
 
 @dataclass(slots=True)
@@ -146,28 +151,54 @@ LAYOUT = "panels of 32 outputs by 4 inputs"
 
 
 class PackedWeight:
-    """int8 weights `[N, M]` as the products read them.
+    """Weights `[N, M]` as the products read them: int8 with a scale per channel, or bfloat16 (dense).
 
     Args:
-        data: packed: `[ceil(N / 32), M / 4, 32, 4]` uint8, each weight plus 128; or for the twins `[N, M]` int8.
-        scale: `[N, padded to 32]` float32 per channel.
+        data: packed: int8 as `[ceil(N / 32), M / 4, 32, 4]` uint8, each weight plus 128; bfloat16 as
+            `[ceil(N / 32), M / 2, 32, 2]`; or for the twins `[N, M]`.
+        scale: `[N, padded to 32]` float32 per channel; None of bfloat16.
         bias: likewise, or None.
         outputs: N.
         inputs: M, a multiple of 16.
     """
 
     def __init__(
-        self, data: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, outputs: int, inputs: int
+        self,
+        data: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        outputs: int,
+        inputs: int,
     ) -> None:
         self.data, self.scale, self.bias, self.outputs, self.inputs = data, scale, bias, outputs, inputs
-        if data.dtype == torch.int8:
-            self.product = ExactProduct(data, scale[:outputs])
+        if data.dtype == torch.int8 and scale is not None:
+            self._exact = ExactProduct(data, scale[:outputs])
+
+    @property
+    def dense(self) -> bool:
+        """Whether the weights are bfloat16."""
+        return self.scale is None
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the twins: int8 or bfloat16 rows `[T, M]` -> `[T, N]` float32."""
+        return reference.dense_product(x, self.data) if self.dense else self._exact(x)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of the twins: rows of the weight as float32."""
+        found = self.data[ids].float()
+        return found if self.scale is None else found * self.scale[ids, None]
+
+    @staticmethod
+    def shape(outputs: int, inputs: int, dense: bool) -> tuple[int, ...]:
+        """Of the packed data."""
+        group = 2 if dense else 4
+        return padded(outputs, PANEL) // PANEL, padded(inputs) // group, PANEL, group
 
     @classmethod
     def pack(
         cls,
         weight: torch.Tensor,
-        scale: torch.Tensor,
+        scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         library: Library | None,
         arena: memory.Arena,
@@ -175,27 +206,35 @@ class PackedWeight:
         """Pack a weight.
 
         Args:
-            weight: `[N, M]` int8; M is padded to a multiple of 16.
-            scale: `[N]` per-channel scale, any float dtype.
+            weight: `[N, M]` int8, or bfloat16 with M a multiple of 32; M is padded to a multiple of 16.
+            scale: `[N]` per-channel scale of int8, any float dtype.
             bias: `[N]` or None.
-            library: packs; None keeps the plain form for the twins.
+            library: None keeps the plain form for the twins.
             arena: where the packed form will lie.
         """
         outputs, inputs = weight.shape
         width, rows = padded(inputs), padded(outputs, PANEL)
         if width != inputs:
             weight = torch.nn.functional.pad(weight, (0, width - inputs))
-        wide_scale = torch.zeros(rows)
-        wide_scale[:outputs] = scale.float().flatten()
-        wide_bias = None
-        if bias is not None:
-            wide_bias = torch.zeros(rows)
-            wide_bias[:outputs] = bias.float()
+        if scale is None:
+            weight = reference.storable(weight.float()).bfloat16()
+        vectors: list[torch.Tensor | None] = []
+        for vector in (scale, bias):
+            wide = None if vector is None else torch.zeros(rows)
+            if wide is not None and vector is not None:
+                wide[:outputs] = vector.float().flatten()
+            vectors.append(wide)
         data = weight.contiguous()
         if library is not None:
-            data = arena.take(rows // PANEL, width // 4, PANEL, 4, dtype=torch.uint8)
-            library.pack(weight.contiguous(), data)
-        return cls(data, wide_scale, wide_bias, outputs, width)
+            data = arena.take(
+                *cls.shape(outputs, inputs, scale is None), dtype=weight.dtype if scale is None else torch.uint8
+            )
+            if scale is None:
+                whole = torch.nn.functional.pad(weight, (0, 0, 0, rows - outputs))
+                data.copy_(whole.view(rows // PANEL, PANEL, width // 2, 2).transpose(1, 2))
+            else:
+                library.pack(weight.contiguous(), data)
+        return cls(data, vectors[0], vectors[1], outputs, width)
 
 
 def in_turns(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -222,24 +261,27 @@ class Embed:
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
         ids = batch.token_ids.long()
-        rows = self.table.data[ids].float() * self.table.scale[ids, None]
-        buffers.places[Place.RESIDUAL][: len(ids)] = rows
+        buffers.places[Place.RESIDUAL][: len(ids)] = self.table.rows(ids)
 
 
 @dataclass(slots=True)
 class Norm:
-    """Residual rows (or those that draw) -> normalised rows, and the same in int8."""
+    """Residual rows (or those that draw) -> normalised rows, and the same rounded."""
 
     weight: torch.Tensor
     """`[W]` float32."""
     size: int
     """Of the width, what is no padding."""
     epsilon: float
+    dense: bool
+    """Rounded to bfloat16, not int8."""
     drawn: bool = False
 
     def native(self) -> NativeStep:
         """See `Step`."""
-        return _step(Kind.NORM, [len(self.weight), self.size, int(self.drawn)], [self.weight], self.epsilon)
+        return _step(
+            Kind.NORM, [len(self.weight), self.size, int(self.drawn), int(self.dense)], [self.weight], self.epsilon
+        )
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
@@ -247,34 +289,39 @@ class Norm:
         x = buffers.places[Place.DRAWN if self.drawn else Place.RESIDUAL][:count]
         normed = reference.normalize(x, self.weight, self.size, self.epsilon)
         buffers.places[Place.NORMED][:count] = normed
-        _quantize(buffers, normed)
+        _round(buffers, normed, self.dense)
 
 
 @dataclass(slots=True)
 class Quantize:
-    """Rows -> int8."""
+    """Rows -> int8 or bfloat16."""
 
     width: int
     source: Place
+    dense: bool
 
     def native(self) -> NativeStep:
         """See `Step`."""
-        return _step(Kind.QUANTIZE, [self.width, self.source])
+        return _step(Kind.QUANTIZE, [self.width, self.source, int(self.dense)])
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
-        _quantize(buffers, buffers.places[self.source][: len(batch.token_ids)])
+        _round(buffers, buffers.places[self.source][: len(batch.token_ids)], self.dense)
 
 
-def _quantize(buffers: Buffers, x: torch.Tensor) -> None:
+def _round(buffers: Buffers, x: torch.Tensor, dense: bool) -> None:
+    rows = buffers.rounded(len(x), x.shape[1], dense)
+    if dense:
+        rows[:] = reference.storable(x).bfloat16()
+        return
     quantized, scale = reference.quantize_rows(x)
-    buffers.quantized[: x.numel()] = quantized.flatten()
+    rows[:] = quantized
     buffers.scales[: len(x)] = scale.flatten()
 
 
 @dataclass(slots=True)
 class Product:
-    """int8 rows times int8 weights -> rows: stored, added, or gate times value at once."""
+    """Rounded rows times weights -> rows: stored, added, or gate times value at once."""
 
     weight: PackedWeight
     destination: Place
@@ -289,14 +336,16 @@ class Product:
             self.epilogue,
             self.destination,
             int(self._drawn),
+            int(self.weight.dense),
         ]
         return _step(Kind.PRODUCT, sizes, [self.weight.data, self.weight.scale, self.weight.bias])
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
         count, outputs = len(batch.draws if self._drawn else batch.token_ids), self.weight.outputs
-        x = buffers.quantized[: count * self.weight.inputs].view(count, -1)
-        y = self.weight.product(x) * buffers.scales[:count, None]
+        y = self.weight.product(buffers.rounded(count, self.weight.inputs, self.weight.dense))
+        if not self.weight.dense:
+            y = y * buffers.scales[:count, None]
         if self.weight.bias is not None:
             y = y + self.weight.bias[:outputs]
         rows = buffers.places[self.destination][:count, :outputs]

@@ -14,9 +14,7 @@
 namespace steelyard {
 
 constexpr int BLOCK = 32;
-constexpr int MOST_WIDTH = 1024;               // of a head
-constexpr float SMALLEST = 8.8817842e-16f;     // 2^-50: smaller ones are 0, so that no product or sum is subnormal
-constexpr float LARGEST_BF16 = 3.3895314e38f;
+constexpr int MOST_WIDTH = 1024;  // of a head
 
 struct Heads {
     int32_t heads, kv_heads, size, padded;  // padded: size rounded up to a multiple of 32
@@ -39,12 +37,6 @@ struct Rotary {
     float epsilon;
 };
 
-// Finite, and no smaller than is told apart from 0.
-INLINE F storable(F x) {
-    x = max(min(x, set(LARGEST_BF16)), set(-LARGEST_BF16));  // not a number becomes the largest
-    return choose(less(abs(x), set(SMALLEST)), zero(), x);
-}
-
 // x [size] rotated by its position: pairs (i, i + size / 2), cos and sin [size / 2].
 inline void rotate(const float* x, const float* cos, const float* sin, int size, float factor, float* out) {
     const int half = size / 2;
@@ -62,10 +54,7 @@ inline void rotate(const float* x, const float* cos, const float* sin, int size,
     }
 }
 
-// x [size, zeros up to padded] as it is cached: 16-bit patterns, or bytes with their scale.
-inline void to_bf16(const float* x, int padded, uint16_t* out) {
-    for (int i = 0; i < padded; i += 16) store_bf16(out + i, storable(load(x + i)));
-}
+// x [size, zeros up to padded] as bytes; returns their scale.
 inline float to_bytes(const float* x, int padded, int8_t* out) {
     F most = zero();
     for (int i = 0; i < padded; i += 16) most = max(most, abs(storable(load(x + i))));

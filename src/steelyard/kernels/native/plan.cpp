@@ -34,7 +34,7 @@ struct Buffers {
     float* gated;      // [T, F]
     float* drawn;      // [N, width]
     float* logits;     // [N, V]
-    int8_t* quantized; // [T, widest input]
+    int8_t* quantized; // [T + 16, widest input] int8 or bfloat16
     float* scales;     // [T]
     int32_t* sums;     // [T]
 };
@@ -118,19 +118,19 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
                           b.residual + (int64_t)t * s.size[0]);
             });
             break;
-        case NORM: {  // size: width, true width, 1 = of the rows that draw
+        case NORM: {  // size: width, true width, 1 = of the rows that draw, 1 = to bfloat16
             const float* x = place(b, s.size[2] ? DRAWN : RESIDUAL);
             run_rows(s.size[2] ? batch.draws : batch.tokens, me, threads, [&](int t) {
                 float* out = b.normed + (int64_t)t * s.size[0];
                 normalize_row(x + (int64_t)t * s.size[0], (const float*)s.pointer[0], s.size[0], s.size[1], s.value[0], out);
-                quantize_row(out, s.size[0], quantized, t);
+                quantize_row(out, s.size[0], s.size[3], quantized, t);
             });
             break;
         }
-        case PRODUCT: {  // size: inputs, outputs, stride, epilogue, destination, 1 = of the rows that draw
+        case PRODUCT: {  // size: inputs, outputs, stride, epilogue, destination, 1 = of the rows that draw, 1 = bfloat16
             Product p{(const uint8_t*)s.pointer[0], (const float*)s.pointer[1], (const float*)s.pointer[2],
                       b.quantized, b.scales, b.sums, place(b, s.size[4]),
-                      s.size[0], s.size[1], s.size[2], s.size[3]};
+                      s.size[0], s.size[1], s.size[2], s.size[3], s.size[0] * (s.size[6] ? 2 : 1)};
             if (p.epilogue == GATE && batch.adapters) {  // the gates wait for the adapters' share
                 p.epilogue = STORE;
                 p.y = b.wide;
@@ -186,9 +186,11 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
                              h, desk, b.queries, scratch.partials.data(), b.mixed, s.size[5]);
             break;
         }
-        case QUANTIZE: {  // size: width, source
+        case QUANTIZE: {  // size: width, source, 1 = to bfloat16
             const float* x = place(b, s.size[1]);
-            run_rows(batch.tokens, me, threads, [&](int t) { quantize_row(x + (int64_t)t * s.size[0], s.size[0], quantized, t); });
+            run_rows(batch.tokens, me, threads, [&](int t) {
+                quantize_row(x + (int64_t)t * s.size[0], s.size[0], s.size[2], quantized, t);
+            });
             break;
         }
         case GATHER:

@@ -1,8 +1,11 @@
-// int8 products: y[t, n] = (sum over k of x[t, k] * w[n, k]) * w_scale[n] * x_scale[t] (+ bias[n]), the sum exact.
+// Products of rows with packed weights, for each row alone: what stands beside it changes no bit.
 //
-// Weights are stored as w + 128 (unsigned) in panels of 32 outputs: [N / 32][K / 4][32][4]. dot4 multiplies unsigned
-// by signed bytes; 128 times the sum of x is taken off at the end. Integer sums do not depend on the order, so a row's
-// result is the same to the bit whatever rows stand beside it.
+// int8: y[t, n] = (sum over k of x[t, k] * w[n, k]) * w_scale[n] * x_scale[t] (+ bias[n]), the sum exact. Weights are
+// stored as w + 128 (unsigned) in panels of 32 outputs: [N / 32][K / 4][32][4]. dot4 multiplies unsigned by signed
+// bytes; 128 times the sum of x is taken off at the end.
+//
+// bfloat16: y[t, n] = sum over k of x[t, k] * w[n, k] (+ bias[n]), 32 products at a time, each 32 by pairs as in
+// `attention.h`. Weights are stored by pairs: [N / 32][K / 2][32][2].
 #pragma once
 
 #include <algorithm>
@@ -12,36 +15,41 @@
 namespace steelyard {
 
 constexpr int PANEL = 32;
-constexpr int MOST_ROWS = 12;  // 24 accumulators
 
 // What becomes of a product.
 enum Epilogue { STORE = 0, ADD = 1, GATE = 2 };
 
 struct Product {
     const uint8_t* weight;   // packed
-    const float* scale;      // [N], padded to a multiple of 32
+    const float* scale;      // [N], padded to a multiple of 32; null of bfloat16
     const float* bias;       // [N] padded, or null
-    const int8_t* x;         // [T, K]
+    const int8_t* x;         // [T][row_bytes]: int8 or bfloat16
     const float* x_scale;    // [T]
     const int32_t* x_sum;    // [T] sum over k of x
     float* y;                // [T, stride]
     int32_t inputs, outputs, stride, epilogue;
+    int32_t row_bytes;       // of a row of x, and of an output's weights
+
+    INLINE bool dense() const { return !scale; }
+    INLINE const uint8_t* panel(int panel) const { return weight + (int64_t)panel * row_bytes * PANEL; }
+    INLINE const int8_t* row(int t) const { return x + (int64_t)t * row_bytes; }
 };
 
 // The values of one row and 16 outputs.
-INLINE F scaled(I acc, int32_t sum, const Product& p, int t, int n) {
-    F value = to_float(isub(acc, iset(128 * sum)));
-    value = mul(mul(value, load(p.scale + n)), set(p.x_scale[t]));
-    return p.bias ? add(value, load(p.bias + n)) : value;
+INLINE F scaled(I acc, const Product& p, int t, int n) {
+    const F value = to_float(isub(acc, iset(128 * p.x_sum[t])));
+    return mul(mul(value, load(p.scale + n)), set(p.x_scale[t]));
 }
 
 INLINE F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }
 
-// What becomes of a row's sums with one panel, from its output n on.
-INLINE void finish(const Product& p, int t, int n, I low, I high) {
+// What becomes of a row's values with one panel, from its output n on.
+INLINE void finish(const Product& p, int t, int n, F first, F second) {
+    if (p.bias) {
+        first = add(first, load(p.bias + n));
+        second = add(second, load(p.bias + n + 16));
+    }
     const int left = p.outputs - n;
-    const F first = scaled(low, p.x_sum[t], p, t, n);
-    const F second = scaled(high, p.x_sum[t], p, t, n + 16);
     if (p.epilogue == GATE) {  // 16 gates, then the 16 values that they open
         store(p.y + (int64_t)t * p.stride + n / 2, mul(silu(first), second));
         return;
@@ -60,11 +68,13 @@ INLINE void finish(const Product& p, int t, int n, I low, I high) {
         for (int i = 0; i < left; i++) y[i] = p.epilogue == ADD ? y[i] + both[i] : both[i];
 }
 
+constexpr int MOST_ROWS = 12;  // 24 accumulators
+
 template <int ROWS>
 void panel_rows(const Product& p, int panel, int row) {
     const int groups = p.inputs / 4;
-    const uint8_t* w = p.weight + (int64_t)panel * groups * PANEL * 4;
-    const int8_t* x = p.x + (int64_t)row * p.inputs;
+    const uint8_t* w = p.panel(panel);
+    const int8_t* x = p.row(row);
     // Loops over ROWS are unrolled: an array that is indexed at run time would live in memory.
     I low[ROWS], high[ROWS];
 #pragma GCC unroll 12
@@ -89,17 +99,60 @@ void panel_rows(const Product& p, int panel, int row) {
         sums[2 * r + 1] = high[r];
     }
     asm volatile("" : : "r"(sums) : "memory");  // the sums are in memory from here on, and only from here on
+    for (int r = 0; r < ROWS; r++) {
+        const int t = row + r, n = panel * PANEL;
+        finish(p, t, n, scaled(sums[2 * r], p, t, n), scaled(sums[2 * r + 1], p, t, n + 16));
+    }
+}
+
+constexpr int MOST_DENSE_ROWS = 4;  // 16 accumulators and 8 totals
+
+template <int ROWS>
+void dense_rows(const Product& p, int panel, int row) {
+    const uint16_t* w = (const uint16_t*)p.panel(panel);
+    F total[2 * ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < 2 * ROWS; r++) total[r] = zero();
+    for (int begin = 0; begin < p.inputs; begin += 32) {
+        F even[2 * ROWS], odd[2 * ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < 2 * ROWS; r++) even[r] = odd[r] = zero();
+        for (int k = begin; k < begin + 32; k += 2, w += 2 * PANEL) {
+            prefetch(w + 2048);
+            prefetch(w + 2048 + 32);
+            F first, second, first_high, second_high;
+            load_pairs(w, first, second);
+            load_pairs(w + PANEL, first_high, second_high);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                const uint16_t* x = (const uint16_t*)p.row(row + r) + k;
+                const F a = set(from_bf16(x[0])), b = set(from_bf16(x[1]));
+                even[2 * r] = fma(a, first, even[2 * r]);
+                odd[2 * r] = fma(b, second, odd[2 * r]);
+                even[2 * r + 1] = fma(a, first_high, even[2 * r + 1]);
+                odd[2 * r + 1] = fma(b, second_high, odd[2 * r + 1]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < 2 * ROWS; r++) total[r] = add(total[r], add(even[r], odd[r]));
+    }
+    F sums[2 * ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < 2 * ROWS; r++) sums[r] = total[r];
+    asm volatile("" : : "r"(sums) : "memory");
     for (int r = 0; r < ROWS; r++) finish(p, row + r, panel * PANEL, sums[2 * r], sums[2 * r + 1]);
 }
 
 using PanelRows = void (*)(const Product&, int, int);
 static const PanelRows PANEL_ROWS[MOST_ROWS + 1] = {
-    nullptr,        panel_rows<1>, panel_rows<2>, panel_rows<3>,  panel_rows<4>,  panel_rows<5>, panel_rows<6>,
+    nullptr,       panel_rows<1>, panel_rows<2>, panel_rows<3>,  panel_rows<4>,  panel_rows<5>, panel_rows<6>,
     panel_rows<7>, panel_rows<8>, panel_rows<9>, panel_rows<10>, panel_rows<11>, panel_rows<12>};
+static const PanelRows DENSE_ROWS[MOST_DENSE_ROWS + 1] = {nullptr, dense_rows<1>, dense_rows<2>, dense_rows<3>,
+                                                          dense_rows<4>};
 
 #if LANES_AMX
 
-constexpr int TILE_ROWS = 16, MOST_TILE_ROWS = 2 * TILE_ROWS, TILE_INPUTS = 64;
+constexpr int TILE_ROWS = 16, MOST_TILE_ROWS = 2 * TILE_ROWS, TILE_BYTES = 64;  // of a row
 constexpr int FEWEST_TILE_ROWS = 2;  // fewer are read from memory as fast without tiles
 
 // The lines from `at` to `end`, some at a time.
@@ -119,36 +172,42 @@ struct Fetch {
 
 // Part `chunk` of `chunks` of the panel after `panel`, while `rows` rows are computed.
 INLINE Fetch fetch_next(const Product& p, int panel, int chunk, int chunks, int rows) {
-    const int64_t size = (int64_t)p.inputs * PANEL, part = (size / chunks + 255) / 256 * 256;
-    const uint8_t* next = p.weight + (panel + 1) * size;
-    const int pauses = p.inputs / TILE_INPUTS + rows, groups = part / 256;
+    const int64_t size = (int64_t)p.row_bytes * PANEL, part = (size / chunks + 255) / 256 * 256;
+    const uint8_t* next = p.panel(panel + 1);
+    const int pauses = p.row_bytes / TILE_BYTES + rows, groups = part / 256;
     return {next + chunk * part, std::min(next + (chunk + 1) * part, next + size), (groups + pauses - 1) / pauses};
 }
 
-// The same by tiles, for up to 32 rows; x may be read (and is not used) up to a multiple of 16 rows.
-// Meanwhile a part of the next panel is fetched, spread over all that is to be done: few lines can be on their way at
-// once.
-INLINE void panel_tiles(const Product& p, int panel, int row, int rows, Fetch fetch) {
-    const uint8_t* w = p.weight + (int64_t)panel * p.inputs * PANEL;
-    const int8_t* x = p.x + (int64_t)row * p.inputs;
+template <bool DENSE, int SUMS, int X, int W>
+INLINE void tile_product() {
+    if (DENSE) tile_pairs<SUMS, X, W>();
+    else tile_dot4<SUMS, X, W>();
+}
+
+// The same by tiles, for up to 32 rows; x may be read (and is not used) up to a multiple of 16 rows. Meanwhile a part of
+// the next panel is fetched, spread over all that is to be done: few lines can be on their way at once.
+template <bool DENSE>
+void panel_tiles(const Product& p, int panel, int row, int rows, Fetch fetch) {
+    const uint8_t* w = p.panel(panel);
+    const int8_t* x = p.row(row);
     const bool both = rows > TILE_ROWS;
     tile_zero<0>();
     tile_zero<1>();
     tile_zero<2>();
     tile_zero<3>();
-    for (int k = 0; k < p.inputs; k += TILE_INPUTS) {
+    for (int k = 0; k < p.row_bytes; k += TILE_BYTES) {
         fetch.some();
         tile_load<6>(w, PANEL * 4);
         tile_load<7>(w + 64, PANEL * 4);
-        tile_load<4>(x + k, p.inputs);
-        tile_dot4<0, 4, 6>();
-        tile_dot4<1, 4, 7>();
+        tile_load<4>(x + k, p.row_bytes);
+        tile_product<DENSE, 0, 4, 6>();
+        tile_product<DENSE, 1, 4, 7>();
         if (both) {
-            tile_load<5>(x + k + TILE_ROWS * p.inputs, p.inputs);
-            tile_dot4<2, 5, 6>();
-            tile_dot4<3, 5, 7>();
+            tile_load<5>(x + k + TILE_ROWS * p.row_bytes, p.row_bytes);
+            tile_product<DENSE, 2, 5, 6>();
+            tile_product<DENSE, 3, 5, 7>();
         }
-        w += PANEL * TILE_INPUTS;
+        w += PANEL * TILE_BYTES;
     }
     alignas(64) int32_t sums[MOST_TILE_ROWS * PANEL];
     tile_store<0>(sums, PANEL * 4);
@@ -159,7 +218,10 @@ INLINE void panel_tiles(const Product& p, int panel, int row, int rows, Fetch fe
     }
     for (int r = 0; r < rows; r++) {
         fetch.some();
-        finish(p, row + r, panel * PANEL, {_mm512_load_si512(sums + r * PANEL)}, {_mm512_load_si512(sums + r * PANEL + 16)});
+        const int t = row + r, n = panel * PANEL;
+        const __m512i low = _mm512_load_si512(sums + r * PANEL), high = _mm512_load_si512(sums + r * PANEL + 16);
+        if (DENSE) finish(p, t, n, {_mm512_castsi512_ps(low)}, {_mm512_castsi512_ps(high)});
+        else finish(p, t, n, scaled({low}, p, t, n), scaled({high}, p, t, n + 16));
     }
 }
 
@@ -170,23 +232,25 @@ inline void product(const Product& p, Tiles& tiles, int tokens, int me, int thre
     const int panels = (p.outputs + PANEL - 1) / PANEL;
     const int first = (int64_t)panels * me / threads, last = (int64_t)panels * (me + 1) / threads;
 #if LANES_AMX
-    if (tokens >= FEWEST_TILE_ROWS && p.inputs % TILE_INPUTS == 0) {
+    if (tokens >= FEWEST_TILE_ROWS && p.row_bytes % TILE_BYTES == 0) {
         tiles.use(tokens < TILE_ROWS ? tokens : TILE_ROWS);
+        const auto run = p.dense() ? panel_tiles<true> : panel_tiles<false>;
         const int chunks = (tokens + MOST_TILE_ROWS - 1) / MOST_TILE_ROWS;
         for (int panel = first; panel < last; panel++)
             for (int chunk = 0; chunk < chunks; chunk++) {
                 const int row = chunk * MOST_TILE_ROWS, rows = std::min(tokens - row, MOST_TILE_ROWS);
-                panel_tiles(p, panel, row, rows, fetch_next(p, panel, chunk, chunks, rows));
+                run(p, panel, row, rows, fetch_next(p, panel, chunk, chunks, rows));
             }
         return;
     }
 #endif
     (void)tiles;
-    const int chunks = (tokens + MOST_ROWS - 1) / MOST_ROWS;
+    const int most = p.dense() ? MOST_DENSE_ROWS : MOST_ROWS, chunks = (tokens + most - 1) / most;
+    const PanelRows* const run = p.dense() ? DENSE_ROWS : PANEL_ROWS;
     for (int panel = first; panel < last; panel++)
         for (int c = 0; c < chunks; c++) {
             const int begin = (int64_t)tokens * c / chunks, end = (int64_t)tokens * (c + 1) / chunks;
-            PANEL_ROWS[end - begin](p, panel, begin);
+            run[end - begin](p, panel, begin);
         }
 }
 

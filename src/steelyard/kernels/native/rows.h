@@ -8,14 +8,29 @@ namespace steelyard {
 constexpr float LIMIT = 127.0f;
 constexpr float TINY = 1.17549435e-38f;  // below it a scale has no inverse
 
+constexpr float SMALLEST = 8.8817842e-16f;  // 2^-50: smaller ones are 0, so that no product of two is subnormal, nor a sum
+constexpr float LARGEST_BF16 = 3.3895314e38f;
+
+// Finite, and no smaller than is told apart from 0.
+INLINE F storable(F x) {
+    x = max(min(x, set(LARGEST_BF16)), set(-LARGEST_BF16));  // not a number becomes the largest
+    return choose(less(abs(x), set(SMALLEST)), zero(), x);
+}
+
+// x [width] as the bfloat16 products read it.
+inline void to_bf16(const float* x, int width, uint16_t* out) {
+    for (int i = 0; i < width; i += 16) store_bf16(out + i, storable(load(x + i)));
+}
+
 struct Quantized {
-    int8_t* values;  // [T, width]
+    int8_t* values;  // [T, width], or of bfloat16 [T, 2 * width]
     float* scale;    // [T]
     int32_t* sum;    // [T]
 };
 
-// Round x [width] to int8 by its largest magnitude.
-inline void quantize_row(const float* x, int width, const Quantized& q, int t) {
+// Round x [width] to int8 by its largest magnitude, or to bfloat16.
+inline void quantize_row(const float* x, int width, bool dense, const Quantized& q, int t) {
+    if (dense) return to_bf16(x, width, (uint16_t*)q.values + (int64_t)t * width);
     F most = zero();
     for (int i = 0; i < width; i += 16) most = max(most, abs(load(x + i)));
     float scale = largest(most) / LIMIT;
@@ -43,8 +58,13 @@ inline void normalize_row(const float* x, const float* weight, int width, int si
     for (int i = 0; i < width; i += 16) store(out + i, mul(mul(load(x + i), factor), load(weight + i)));
 }
 
-// A row of the packed table (see product.h), as float32 [width].
+// A row of the packed table (see product.h), as float32 [width]; bfloat16 where there are no scales.
 inline void embed_row(const uint8_t* packed, const float* scale, int token, int width, float* out) {
+    if (!scale) {
+        const uint16_t* pairs = (const uint16_t*)packed + (int64_t)(token / PANEL) * width * PANEL + (token % PANEL) * 2;
+        for (int i = 0; i < width; i++) out[i] = from_bf16(pairs[(int64_t)(i / 2) * PANEL * 2 + i % 2]);
+        return;
+    }
     const int groups = width / 4;
     const uint8_t* base = packed + (int64_t)(token / PANEL) * groups * PANEL * 4 + (token % PANEL) * 4;
     for (int g = 0; g < groups; g++)
