@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,14 +13,11 @@ import torch
 from steelyard.errors import CheckpointError, RequestError
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling
-from steelyard.infer.kv_cache import KVCache
-from steelyard.infer.plan import Plan, PlanCache
 from steelyard.infer.request import Failure, Output, Request, TokenLogprob
-from steelyard.infer.runner import PlanRunner, ReferenceRunner, Runner, has_plan
+from steelyard.infer.runner import CacheSizes, open_runner
 from steelyard.infer.scheduler import Scheduled, Scheduler
 from steelyard.infer.sequence import Sequence
 from steelyard.kernels import library
-from steelyard.kernels.reference import BLOCK
 from steelyard.models import weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
@@ -39,6 +37,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Most tokens of one step: longer prompts are computed in chunks beside running streams."""
     max_running: int = 64
     """Most sequences that run at once; others wait."""
+    logit_rows: int = 128
+    """Most rows of logits of one step, each as wide as the vocabulary; never fewer than `max_running`."""
     reuse: bool = True
     """Keep the blocks of prompts, for requests of the same project that begin alike."""
 
@@ -62,32 +62,15 @@ class Engine:
     ) -> None:
         config = config or EngineConfig()
         self.decoder, self.tokenizer, self.adapters = decoder, tokenizer, adapters or {}
-        planned = has_plan(decoder)
-        block_size = BLOCK if planned else config.block_size
-        per_token = (
-            PlanCache.bytes_per_token(decoder) if planned else KVCache.bytes_per_token(decoder.config, decoder.dtype)
-        )
-        # Never more than all running sequences could fill.
-        most = config.max_running * -(-decoder.config.context // block_size)
-        blocks = max(1, min(config.kv_bytes // (per_token * block_size), most))
-        self.context = min(decoder.config.context, blocks * block_size)
-        self.pool = BlockPool(blocks, block_size, config.reuse)
-        self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running)
+        sizes = CacheSizes.fit(decoder, config.kv_bytes, config.block_size, config.max_running)
+        rows = max(config.logit_rows, config.max_running)
+        self.context = sizes.context
+        self.pool = BlockPool(sizes.blocks, sizes.block_size, config.reuse)
+        self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running, rows)
         self.library = library.load()
-        self.runner: Runner
-        if planned:
-            plan = Plan(
-                decoder,
-                blocks=blocks,
-                tokens=config.token_budget,
-                draws=config.max_running,
-                context=self.context,
-                native=self.library,
-            )
-            self.runner = PlanRunner(plan, self.adapters)
-        else:
-            cache = KVCache(decoder.config, blocks, block_size, decoder.dtype)
-            self.runner = ReferenceRunner(decoder, cache, self.adapters)
+        self.runner = open_runner(
+            decoder, sizes, tokens=config.token_budget, rows=rows, library=self.library, adapters=self.adapters
+        )
         self.sequences: dict[str, list[Sequence]] = {}
 
     @classmethod
@@ -159,9 +142,14 @@ class Engine:
         if not batch:
             return []
         logits = self.runner.run(batch)
-        drawing = self._advance(batch)
-        drawn = sampling.draw(logits, [_row(sequence) for sequence in drawing], self.library)
-        return [output for pair in zip(drawing, drawn, strict=True) for output in self._deliver(*pair)]
+        drawing = [work for work in batch if work.draws]
+        rows = [_row(work, ahead) for work in drawing for ahead in range(work.draws)]
+        drawn = iter(sampling.draw(logits, rows, self.library))
+        self.scheduler.computed(batch)
+        outputs: list[Output | Failure] = []
+        for work in drawing:
+            outputs += self._deliver(work, list(itertools.islice(drawn, 1 + len(work.draft))))
+        return outputs
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Run requests to their end, yielding what each step adds.
@@ -181,19 +169,23 @@ class Engine:
         """No block is lost, none is held by a sequence that has ended."""
         self.pool.check_integrity([s.block_table for s in [*self.scheduler.running, *self.scheduler.waiting]])
 
-    def _advance(self, batch: list[Scheduled]) -> list[Sequence]:
-        """The cache now holds what the step wrote; returns the sequences whose next token can be drawn."""
-        drawing = [work.sequence for work in batch if work.draws]
-        self.scheduler.computed(batch)
-        return drawing
-
-    def _deliver(self, sequence: Sequence, drawn: sampling.Drawn | None) -> list[Output | Failure]:
+    def _deliver(self, work: Scheduled, drawn: list[sampling.Drawn | None]) -> list[Output | Failure]:
+        """Take in what was drawn after the last token and after every drafted one, as far as the drafts are right."""
+        sequence = work.sequence
         if sequence.request.id not in self.sequences:
             return []  # another choice of it has just failed
-        if drawn is None:
+        if drawn[0] is None:
             self.abort(sequence.request.id)
             return [Failure(sequence.request.id, "the model's logits are not finite")]
-        text = sequence.append(drawn.token, self.tokenizer.eos_ids, self.context)
+        text, taken = "", list[sampling.Drawn]()
+        for guess, token in itertools.zip_longest(work.draft, drawn):
+            if token is None:
+                break  # not finite: drawn again without drafts, in the next step
+            text += sequence.append(token.token, self.tokenizer.eos_ids, self.context)
+            taken.append(token)
+            if sequence.finish_reason is not None or token.token != guess:
+                break
+        self.scheduler.accept(sequence, len(taken) - 1)
         if sequence.finish_reason is not None:
             self.scheduler.remove(sequence)
             if all(choice.finish_reason is not None for choice in self.sequences[sequence.request.id]):
@@ -202,8 +194,8 @@ class Engine:
             id=sequence.request.id,
             choice=sequence.choice,
             text=text,
-            tokens=[drawn.token],
-            logprobs=self._logprobs(drawn),
+            tokens=[token.token for token in taken],
+            logprobs=self._logprobs(taken),
             finish_reason=sequence.finish_reason,
             prompt_tokens=len(sequence.request.prompt),
             completion_tokens=sequence.generated,
@@ -211,14 +203,18 @@ class Engine:
         )
         return [output]
 
-    def _logprobs(self, drawn: sampling.Drawn) -> list[TokenLogprob] | None:
-        if drawn.logprob is None:
-            return None
-        top = [(token, self.tokenizer.token_text(token), value) for token, value in drawn.top]
-        return [TokenLogprob(drawn.token, self.tokenizer.token_text(drawn.token), drawn.logprob, top)]
+    def _logprobs(self, drawn: list[sampling.Drawn]) -> list[TokenLogprob] | None:
+        text = self.tokenizer.token_text
+        found = [
+            TokenLogprob(one.token, text(one.token), one.logprob, [(token, text(token), v) for token, v in one.top])
+            for one in drawn
+            if one.logprob is not None
+        ]
+        return found or None
 
 
-def _row(sequence: Sequence) -> sampling.Row:
-    return sampling.Row(
-        sequence.request.sampling, sequence.seed, sequence.choice, len(sequence.tokens), sequence.counts
-    )
+def _row(work: Scheduled, ahead: int) -> sampling.Row:
+    """What the draw after `ahead` drafted tokens depends on. It counts only if all of them are right."""
+    sequence = work.sequence
+    counts = sequence.counts_after(work.draft[:ahead])
+    return sampling.Row(sequence.request.sampling, sequence.seed, sequence.choice, len(sequence.tokens) + ahead, counts)
