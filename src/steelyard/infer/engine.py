@@ -6,6 +6,7 @@ import itertools
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -13,8 +14,11 @@ import torch
 from steelyard.errors import CheckpointError, RequestError
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling
-from steelyard.infer.request import Failure, Output, Request, TokenLogprob
-from steelyard.infer.runner import CacheSizes, open_runner
+from steelyard.infer.decoding.draft_model import DraftModel, load_draft
+from steelyard.infer.decoding.prompt_lookup import PromptLookup
+from steelyard.infer.decoding.speculative import Speculation
+from steelyard.infer.request import EngineStats, Failure, Output, Request, TokenLogprob
+from steelyard.infer.runner import CacheSizes, has_plan, open_runner
 from steelyard.infer.scheduler import Scheduled, Scheduler
 from steelyard.infer.sequence import Sequence
 from steelyard.kernels import library
@@ -41,6 +45,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Most rows of logits of one step, each as wide as the vocabulary; never fewer than `max_running`."""
     reuse: bool = True
     """Keep the blocks of prompts, for requests of the same project that begin alike."""
+    speculate: Literal["off", "lookup"] = "lookup"
+    """Guess tokens and confirm several at once, where the model runs by a plan, so that they stay the same; a draft
+    model, where there is one, takes the place of looking up."""
+    draft_kv_bytes: int = 1 << 28
+    """Memory for a draft model's keys and values."""
 
 
 class Engine:
@@ -51,6 +60,10 @@ class Engine:
         tokenizer: its tokenizer.
         adapters: LoRA adapters by name.
         config: sizes.
+        draft: a smaller model of the same vocabulary, which guesses tokens.
+
+    Raises:
+        CheckpointError: a draft for a model that does not run by a plan.
     """
 
     def __init__(
@@ -59,6 +72,7 @@ class Engine:
         tokenizer: Tokenizer,
         adapters: dict[str, Adapter] | None = None,
         config: EngineConfig | None = None,
+        draft: Decoder | None = None,
     ) -> None:
         config = config or EngineConfig()
         self.decoder, self.tokenizer, self.adapters = decoder, tokenizer, adapters or {}
@@ -71,7 +85,9 @@ class Engine:
         self.runner = open_runner(
             decoder, sizes, tokens=config.token_budget, rows=rows, library=self.library, adapters=self.adapters
         )
+        self.speculation = self._speculation(config, draft)
         self.sequences: dict[str, list[Sequence]] = {}
+        self._steps = self._generated = self._drafted = self._accepted = 0
 
     @classmethod
     def load(
@@ -80,18 +96,20 @@ class Engine:
         adapters: dict[str, Path] | None = None,
         config: EngineConfig | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        draft: Path | None = None,
     ) -> Engine:
-        """An engine for a checkpoint folder, with adapters by name.
+        """An engine for a checkpoint folder, with adapters by name and perhaps a draft checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint or an adapter is missing or does not fit.
+            CheckpointError: the checkpoint, an adapter or the draft is missing or does not fit.
         """
         decoder = weights.load(folder, dtype)
         tokenizer = Tokenizer.load(folder)
         if tokenizer.vocabulary > decoder.config.vocabulary:
             raise CheckpointError(f"'{folder}': the tokenizer has more tokens than the model; pull it again")
         loaded = {name: Adapter.load(path, decoder) for name, path in (adapters or {}).items()}
-        return cls(decoder, tokenizer, loaded, config)
+        smaller = None if draft is None else load_draft(draft, decoder, tokenizer, dtype)
+        return cls(decoder, tokenizer, loaded, config, smaller)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -129,7 +147,7 @@ class Engine:
         """Drop a request and free what it holds, at once. An unknown id has just ended."""
         for sequence in self.sequences.pop(request_id, []):
             if sequence.finish_reason is None:
-                self.scheduler.remove(sequence)
+                self._remove(sequence)
 
     @property
     def busy(self) -> bool:
@@ -137,10 +155,14 @@ class Engine:
         return bool(self.sequences)
 
     def step(self) -> list[Output | Failure]:
-        """Schedule, run, draw, deliver."""
+        """Schedule, guess, run, draw, deliver."""
         batch = self.scheduler.schedule()
         if not batch:
             return []
+        self._steps += 1
+        if self.speculation is not None:
+            guesses = self.speculation.propose(batch, self.scheduler.room(batch))
+            batch = self.scheduler.lengthen(batch, guesses) if guesses else batch
         logits = self.runner.run(batch)
         drawing = [work for work in batch if work.draws]
         rows = [_row(work, ahead) for work in drawing for ahead in range(work.draws)]
@@ -165,6 +187,24 @@ class Engine:
                     raise RequestError(output.message, param=output.param)
                 yield output
 
+    def stats(self) -> EngineStats:
+        """What it has done, and is doing."""
+        running = {sequence.request.id for sequence in self.scheduler.running}
+        return EngineStats(
+            steps=self._steps,
+            prompt_tokens=self.scheduler.prompt_tokens,
+            generated_tokens=self._generated,
+            looked_up_tokens=self.scheduler.looked_up,
+            cached_tokens=self.scheduler.found,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
+            preemptions=self.scheduler.preemptions,
+            running=len(running),
+            waiting=len(self.sequences.keys() - running),
+            used_blocks=self.pool.blocks - self.pool.available,
+            blocks=self.pool.blocks,
+        )
+
     def check_integrity(self) -> None:
         """No block is lost, none is held by a sequence that has ended."""
         self.pool.check_integrity([s.block_table for s in [*self.scheduler.running, *self.scheduler.waiting]])
@@ -186,8 +226,9 @@ class Engine:
             if sequence.finish_reason is not None or token.token != guess:
                 break
         self.scheduler.accept(sequence, len(taken) - 1)
+        self._count(work, taken)
         if sequence.finish_reason is not None:
-            self.scheduler.remove(sequence)
+            self._remove(sequence)
             if all(choice.finish_reason is not None for choice in self.sequences[sequence.request.id]):
                 del self.sequences[sequence.request.id]
         output = Output(
@@ -202,6 +243,36 @@ class Engine:
             cached_tokens=sequence.reused,
         )
         return [output]
+
+    def _speculation(self, config: EngineConfig, draft: Decoder | None) -> Speculation | None:
+        planned = has_plan(self.decoder)
+        if draft is not None and not planned:
+            raise CheckpointError("a draft is for int8 models: only with their plan do guesses leave the tokens alone")
+        if config.speculate == "off" or not planned:
+            return None
+        if draft is None:
+            return Speculation(PromptLookup(), self.context)
+        proposer = DraftModel(
+            draft,
+            self.decoder,
+            self.tokenizer,
+            kv_bytes=config.draft_kv_bytes,
+            most_running=config.max_running,
+            library=self.library,
+        )
+        return Speculation(proposer, self.context)
+
+    def _remove(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
+
+    def _count(self, work: Scheduled, taken: list[sampling.Drawn]) -> None:
+        self._generated += len(taken)
+        if work.draft and self.speculation is not None:
+            right = sum(guess == token.token for guess, token in zip(work.draft, taken, strict=False))
+            self._drafted, self._accepted = self._drafted + len(work.draft), self._accepted + right
+            self.speculation.observe(work.sequence, len(work.draft), right)
 
     def _logprobs(self, drawn: list[sampling.Drawn]) -> list[TokenLogprob] | None:
         text = self.tokenizer.token_text
