@@ -24,7 +24,7 @@ from starlette.routing import Route
 from steelyard.errors import ConfigError, EngineUnavailableError
 from steelyard.serve.access_log import AccessLog
 from steelyard.serve.auth import Authentication, Keys, key_file, open_keys
-from steelyard.serve.endpoints import chat, completions, health
+from steelyard.serve.endpoints import chat, completions, health, metrics
 from steelyard.serve.endpoints import models as model_endpoints
 from steelyard.serve.engine_client import Command, worker_command
 from steelyard.serve.limits import MAX_BODY_BYTES, BodyLimit, DeadlineProtocol
@@ -66,6 +66,7 @@ def create_app(models: Models, keys: Keys, *, max_body_bytes: int = MAX_BODY_BYT
             Route("/v1/models/{model_id:path}", partial(model_endpoints.retrieve, models), methods=["GET"]),
             Route("/health", partial(health.ready, models), methods=["GET"]),
             Route("/ready", partial(health.ready, models), methods=["GET"]),
+            Route("/metrics", partial(metrics.read, models), methods=["GET"]),
             Route("/live", health.live, methods=["GET"]),
             Route("/version", health.version, methods=["GET"]),
         ],
@@ -120,6 +121,7 @@ def run(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
+    drafts: Sequence[str] = (),
     announce: Callable[[str, list[str]], None] = lambda url, models: None,
     command: Command = worker_command,
     environment: Mapping[str, str] = os.environ,
@@ -131,16 +133,17 @@ def run(
         adapters: `NAME=PATH`, or `NAME=PATH@MODEL` where there are several models.
         host: the address to listen on.
         port: the port; 0 takes a free one.
+        drafts: `PATH`, or `PATH@MODEL` where there are several models.
         announce: told the base URL and the models' names once all are ready.
         command: makes the command line of an engine process.
         environment: where the API key or the state folder is named.
 
     Raises:
         CheckpointError: a folder is missing, no checkpoint, or broken.
-        ConfigError: a wrong adapter, an address that is not free, a state folder that cannot be used.
+        ConfigError: a wrong adapter or draft, an address that is not free, a state folder that cannot be used.
         EngineUnavailableError: an engine cannot start; it said why.
     """
-    models = load_models(checkpoints, adapters, command=command)
+    models = load_models(checkpoints, adapters, drafts, command=command)
     with _listen(host, port) as listener:
         keys, new_key = open_keys(environment)  # after the port is ours: a key that is made is also shown
         if new_key is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -82,9 +83,9 @@ def tokens_of(engine: Engine, wanted: list[Request], arrivals: random.Random | N
 
 @pytest.fixture(scope="module")
 def alone(small: tuple[Path, dict[str, Path]]) -> dict[str, list[int]]:
-    """Each request by itself, with nothing in the cache."""
+    """Each request by itself, one token a step, with nothing in the cache."""
     folder, adapters = small
-    engine = Engine.load(folder, adapters, CROWDS["without-reuse"])
+    engine = Engine.load(folder, adapters, msgspec.structs.replace(CROWDS["without-reuse"], speculate="off"))
     assert isinstance(engine.runner, PlanRunner)
     found = {}
     for request in requests(40):

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from steelyard.infer import wire
-from steelyard.infer.request import Abort, Failure, Fatal, FromEngine, Output, Ready, Request, Sampling
+from steelyard.infer.request import Abort, EngineStats, Failure, Fatal, FromEngine, Output, Ready, Request, Sampling
 
 GREEDY = Sampling(max_tokens=8, temperature=0, ignore_eos=True)
 decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
@@ -27,6 +27,8 @@ class Worker:
     def __init__(self, checkpoint: Path, *arguments: str) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(60)
+        self.stats: list[EngineStats] = []
+        self.began = time.monotonic()
         number = theirs.fileno()
         command = [sys.executable, "-m", "steelyard.infer.worker", str(checkpoint), "--model", "tiny"]
         self.process = subprocess.Popen(
@@ -38,8 +40,13 @@ class Worker:
         self.socket.sendall(wire.frame(message))
 
     def receive(self) -> FromEngine | None:
-        header = self._read(4)
-        return None if not header else decoder.decode(self._read(int.from_bytes(header, "little")))
+        """The next message that is no statistics; those are collected."""
+        while header := self._read(4):
+            message = decoder.decode(self._read(int.from_bytes(header, "little")))
+            if not isinstance(message, EngineStats):
+                return message
+            self.stats.append(message)
+        return None
 
     def _read(self, count: int) -> bytes:
         content = b""
@@ -164,3 +171,40 @@ def test_a_model_that_computes_nothing_finite_is_not_ready(tiny_model: Path, tmp
     message = worker.receive()
     assert isinstance(message, Fatal)
     assert "not finite" in message.message
+
+
+def test_it_says_what_it_has_done_when_it_falls_idle(worker: Worker) -> None:
+    assert isinstance(worker.receive(), Ready)
+    for number in (1, 2):
+        worker.send(Request(id="a", prompt=[5, 6, 7], sampling=GREEDY))
+        worker.tokens("a")
+        worker.send(Request(id="refused", prompt=[]))
+        assert isinstance(worker.receive(), Failure)
+        done = worker.stats[-1]
+        assert (done.running, done.waiting, done.used_blocks) == (0, 0, 0)
+        canary = 1
+        assert done.generated_tokens == canary + 8 * number
+        assert done.prompt_tokens == canary + 3 * number
+    assert len(worker.stats) <= 2 + 2 + time.monotonic() - worker.began, "once a second at most while it works"
+
+
+def test_a_draft_guesses_and_one_that_does_not_fit_says_why(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+
+    from steelyard.compress.quantize import int8
+    from steelyard.models import weights
+
+    int8.write(weights.load(tiny_model, torch.float32), tmp_path, tiny_model)
+    worker = Worker(tmp_path, "--draft", str(tiny_model))
+    assert isinstance(worker.receive(), Ready)
+    worker.send(Request(id="a", prompt=[5, 6, 7], sampling=Sampling(max_tokens=40, temperature=0, ignore_eos=True)))
+    assert len(worker.tokens("a")["a"]) == 40
+    worker.send(Request(id="refused", prompt=[]))
+    worker.receive()
+    assert worker.stats[-1].drafted_tokens > 0
+    assert worker.end() == 0
+    worker = Worker(tiny_model, "--draft", str(tmp_path))
+    message = worker.receive()
+    assert isinstance(message, Fatal)
+    assert "a draft is for int8 models" in message.message
+    assert worker.process.wait(timeout=30) == 1

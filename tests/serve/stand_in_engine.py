@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from steelyard.infer.request import Abort, Failure, Fatal, Output, Ready, Request, TokenLogprob
+from steelyard.infer.request import Abort, EngineStats, Failure, Fatal, Output, Ready, Request, TokenLogprob
 from steelyard.infer.wire import EngineSocket
 from steelyard.text.detokenizer import Detokenizer
 from steelyard.text.stop import StopStrings
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--socket", type=int, required=True)
     parser.add_argument("--adapter", action="append", default=[])
+    parser.add_argument("--draft", default="")
     arguments = parser.parse_args()
     wire = EngineSocket(arguments.socket)
     stubborn = (arguments.checkpoint / "stubborn").exists()
@@ -74,6 +75,7 @@ def main() -> None:
     if (arguments.checkpoint / "fatal").exists():
         wire.send([Fatal(message="the weights do not fit")])
         sys.exit(6)
+    (arguments.checkpoint / "draft").write_text(arguments.draft)
     (arguments.checkpoint / "environment").write_text("\n".join(os.environ))
     tokenizer = Tokenizer.load(arguments.checkpoint)
     sentence = tokenizer.encode(SENTENCE)
@@ -99,6 +101,7 @@ def main() -> None:
         ]
     )
     running: list[Choice] = []
+    generated = 0
     while True:
         due = min((choice.due for choice in running), default=time.monotonic() + 60)
         try:
@@ -114,7 +117,9 @@ def main() -> None:
         outputs = [choice.step(sentence) for choice in running if choice.due <= time.monotonic()]
         ended = {(output.id, output.choice) for output in outputs if output.finish_reason}
         running = [choice for choice in running if (choice.request.id, choice.number) not in ended]
-        wire.send(outputs)
+        generated += len(outputs)
+        stats = EngineStats(generated_tokens=generated, running=len(running), used_blocks=1, blocks=4)
+        wire.send([*outputs, stats])
 
 
 def take(message: Request | Abort, running: list[Choice], tokenizer: Tokenizer, wire: EngineSocket) -> list[Choice]:

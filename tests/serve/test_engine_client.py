@@ -16,7 +16,7 @@ import pytest
 from running_service import stand_in_command
 
 from steelyard.errors import EngineUnavailableError, RequestError
-from steelyard.infer.request import Output, Request, Sampling
+from steelyard.infer.request import EngineStats, Output, Request, Sampling
 from steelyard.serve import engine_client
 from steelyard.serve.engine_client import EngineClient
 
@@ -232,5 +232,24 @@ def test_stopping_leaves_no_process_and_no_request_behind(
             with pytest.raises(EngineUnavailableError):
                 await waiting
             assert not process.is_running()
+
+    asyncio.run(main())
+
+
+def test_its_draft_is_named_to_the_process_and_its_work_is_known(folder: Path) -> None:
+    async def main() -> None:
+        client = EngineClient("tiny", folder, draft=Path("small"), command=stand_in_command)
+        await client.start()
+        try:
+            await asyncio.wait_for(client.wait_ready(), 20)
+            assert (folder / "draft").read_text() == "small"
+            assert client.stats == EngineStats()
+            await collect(client, request(tokens=7))
+            await eventually(lambda: client.stats.running == 0)
+            assert client.stats.generated_tokens == 7
+            os.kill(client.pid or 0, signal.SIGKILL)
+            await eventually(lambda: client.stats == EngineStats())
+        finally:
+            await client.stop()
 
     asyncio.run(main())

@@ -16,6 +16,7 @@ from steelyard.errors import ArtifactError
 from steelyard.infer import wire
 from steelyard.infer.request import (
     Abort,
+    EngineStats,
     Failure,
     Fatal,
     FromEngine,
@@ -58,6 +59,7 @@ from_engine = st.one_of(
     st.builds(Failure, id=text, message=text, param=st.none() | text),
     st.builds(Ready, model=text, checkpoint_id=text, adapters=st.lists(text), context=token, vocabulary=token),
     st.builds(Fatal, message=text),
+    st.builds(EngineStats, steps=token, generated_tokens=token, running=token),
 )
 
 

@@ -48,6 +48,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("stream_options", [True, [], {"include_usage": 1}]),
     ("temperature", ["hot", -0.1, 2.1, True, [], {}]),
     ("top_p", ["x", -0.1, 1.1, False]),
+    ("draft", [1, 0, "yes", [], {}]),
     ("top_k", [-2, 1.5, "1", True, 1 << 40]),
     ("min_p", [-0.1, 1.1, "0", True]),
     ("max_tokens", [0, -1, 1.5, "5", True, 1 << 70]),

@@ -9,7 +9,7 @@ import pytest
 
 from steelyard.errors import CheckpointError, ConfigError, ModelNotFoundError
 from steelyard.serve.engine_client import worker_command
-from steelyard.serve.models import engines, find, load_models, parse_adapters
+from steelyard.serve.models import engines, find, load_models, parse_adapters, parse_drafts
 
 Make = Callable[[str], Path]
 
@@ -49,6 +49,34 @@ def test_adapters(texts: list[str], models: list[str], expected: dict[str, dict[
 def test_wrong_adapters(texts: list[str], models: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         parse_adapters(texts, models)
+
+
+@pytest.mark.parametrize(
+    ("texts", "models", "expected"),
+    [
+        ([], ["m"], {}),
+        (["x"], ["m"], {"m": "x"}),
+        (["x@m"], ["m"], {"m": "x"}),
+        (["x@y"], ["m"], {"m": "x@y"}),
+        (["x@n", "y@z@m"], ["m", "n"], {"n": "x", "m": "y@z"}),
+    ],
+)
+def test_drafts(texts: list[str], models: list[str], expected: dict[str, str]) -> None:
+    assert {model: str(path) for model, path in parse_drafts(texts, models).items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "models", "reason"),
+    [
+        (["x"], ["m", "n"], "which model, PATH@MODEL, one of m, n"),
+        (["x@o"], ["m", "n"], "which model"),
+        (["x@m", "y@m"], ["m", "n"], "has a draft already"),
+        (["x", "y"], ["m"], "has a draft already"),
+    ],
+)
+def test_wrong_drafts(texts: list[str], models: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        parse_drafts(texts, models)
 
 
 def test_bases_and_adapters_share_engines(make_checkpoint: Make, make_adapter: Make) -> None:

@@ -75,9 +75,10 @@ def test_every_sampling_field_reaches_the_engine(client: openai.OpenAI, service:
         logit_bias={"5": -100, "6": 1.5},
         presence_penalty=-2,
         frequency_penalty=2,
-        extra_body={"top_k": 7, "min_p": 0.1, "ignore_eos": True},
+        extra_body={"top_k": 7, "min_p": 0.1, "ignore_eos": True, "draft": False},
     )
     request = service.received()[-1]
+    assert request["speculate"] is False
     assert request["n"] == 2
     assert request["adapter"] is None
     assert request["sampling"] == {
@@ -99,6 +100,7 @@ def test_every_sampling_field_reaches_the_engine(client: openai.OpenAI, service:
 
 def test_defaults_draw_from_the_models_own_distribution(client: openai.OpenAI, service: Service) -> None:
     client.completions.create(model="tiny", prompt="Hello")
+    assert service.received()[-1]["speculate"] is True
     sampling = service.received()[-1]["sampling"]
     assert (sampling["temperature"], sampling["top_p"], sampling["top_k"], sampling["min_p"]) == (1, 1, 0, 0)
     assert (sampling["seed"], sampling["logprobs"], sampling["max_tokens"]) == (None, None, 16)

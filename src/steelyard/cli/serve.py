@@ -19,6 +19,7 @@ HELP = console.examples(
     "serve models/sms-int8 --port 8001",
     "serve runs/sms/best",
     "serve BASE --adapter spam=runs/sms/best",
+    "serve models/large-int8 --draft models/small-int8",
 )
 
 
@@ -31,6 +32,12 @@ def command(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Serve an adapter as model NAME; NAME=PATH@MODEL with several bases."),
     ] = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH", help="A smaller model of the same vocabulary that guesses tokens; PATH@MODEL with several."
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8000,
     as_json: console.Json = False,
@@ -42,7 +49,7 @@ def command(
         console.result({"url": url, "models": models}, as_json, table=text)
 
     folders, adapters = _with_bases([resolve(checkpoint) for checkpoint in checkpoints])
-    app.run(folders, [*adapters, *(adapter or [])], host, port, announce=announce)
+    app.run(folders, [*adapters, *(adapter or [])], host, port, drafts=draft or [], announce=announce)
 
 
 def _with_bases(checkpoints: list[Path]) -> tuple[list[Path], list[str]]:

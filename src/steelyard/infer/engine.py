@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,15 +14,15 @@ import torch
 from steelyard.errors import CheckpointError, RequestError
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling
-from steelyard.infer.kv_cache import KVCache
+from steelyard.infer.decoding.draft_model import DraftModel, load_draft
+from steelyard.infer.decoding.prompt_lookup import PromptLookup
+from steelyard.infer.decoding.speculative import Speculation
 from steelyard.infer.packed import PackedWeights, packed_file
-from steelyard.infer.plan import Plan, PlanCache
-from steelyard.infer.request import Failure, Output, Request, TokenLogprob
-from steelyard.infer.runner import PlanRunner, ReferenceRunner, Runner, has_plan
+from steelyard.infer.request import EngineStats, Failure, Output, Request, TokenLogprob
+from steelyard.infer.runner import CacheSizes, has_plan, open_runner
 from steelyard.infer.scheduler import Scheduled, Scheduler
 from steelyard.infer.sequence import Sequence
 from steelyard.kernels import library
-from steelyard.kernels.reference import BLOCK
 from steelyard.models import weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
@@ -46,8 +47,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Most tokens of one step: longer prompts are computed in chunks beside running streams."""
     max_running: int = 64
     """Most sequences that run at once; others wait."""
+    logit_rows: int = 128
+    """Most rows of logits of one step, each as wide as the vocabulary; never fewer than `max_running`."""
     reuse: bool = True
     """Keep the blocks of prompts, for requests of the same project that begin alike."""
+    speculate: Literal["off", "lookup"] = "lookup"
+    """Guess tokens and confirm several at once, where the model runs by a plan, so that they stay the same; a draft
+    model, where there is one, takes the place of looking up."""
+    draft_kv_bytes: int = 1 << 28
+    """Memory for a draft model's keys and values."""
 
 
 class Engine:
@@ -58,7 +66,11 @@ class Engine:
         tokenizer: its tokenizer.
         adapters: LoRA adapters by name.
         config: sizes.
+        draft: a smaller model of the same vocabulary, which guesses tokens.
         packed: packed weights of an earlier start.
+
+    Raises:
+        CheckpointError: a draft or an int8 cache for a model that does not run by a plan.
     """
 
     def __init__(
@@ -67,46 +79,36 @@ class Engine:
         tokenizer: Tokenizer,
         adapters: dict[str, Adapter] | None = None,
         config: EngineConfig | None = None,
+        draft: Decoder | None = None,
         packed: PackedWeights | None = None,
     ) -> None:
         config = config or EngineConfig()
         self.decoder, self.tokenizer, self.adapters = decoder, tokenizer, adapters or {}
         self.library = library.load()
-        planned = has_plan(decoder, self.library)
-        cache_dtype = CACHE_DTYPES[config.kv_cache]
-        if cache_dtype == torch.int8 and not planned:
-            raise CheckpointError(
-                "an int8 cache needs weights in int8 or bfloat16, and the native kernels for bfloat16"
-            )
-        block_size = BLOCK if planned else config.block_size
-        per_token = (
-            PlanCache.bytes_per_token(decoder, cache_dtype)
-            if planned
-            else KVCache.bytes_per_token(decoder.config, decoder.dtype)
+        sizes = CacheSizes.fit(
+            decoder,
+            config.kv_bytes,
+            config.block_size,
+            config.max_running,
+            self.library,
+            CACHE_DTYPES[config.kv_cache],
         )
-        # Never more than all running sequences could fill.
-        most = config.max_running * -(-decoder.config.context // block_size)
-        blocks = max(1, min(config.kv_bytes // (per_token * block_size), most))
-        self.context = min(decoder.config.context, blocks * block_size)
-        self.pool = BlockPool(blocks, block_size, config.reuse)
-        self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running)
-        self.runner: Runner
-        if planned:
-            plan = Plan(
-                decoder,
-                blocks=blocks,
-                tokens=config.token_budget,
-                draws=config.max_running,
-                context=self.context,
-                native=self.library,
-                cache_dtype=cache_dtype,
-                packed=packed,
-            )
-            self.runner = PlanRunner(plan, self.adapters)
-        else:
-            cache = KVCache(decoder.config, blocks, block_size, decoder.dtype)
-            self.runner = ReferenceRunner(decoder, cache, self.adapters)
+        rows = max(config.logit_rows, config.max_running)
+        self.context = sizes.context
+        self.pool = BlockPool(sizes.blocks, sizes.block_size, config.reuse)
+        self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running, rows)
+        self.runner = open_runner(
+            decoder,
+            sizes,
+            tokens=config.token_budget,
+            rows=rows,
+            library=self.library,
+            adapters=self.adapters,
+            packed=packed,
+        )
+        self.speculation = self._speculation(config, draft)
         self.sequences: dict[str, list[Sequence]] = {}
+        self._steps = self._generated = self._drafted = self._accepted = 0
 
     @classmethod
     def load(
@@ -115,19 +117,22 @@ class Engine:
         adapters: dict[str, Path] | None = None,
         config: EngineConfig | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        draft: Path | None = None,
     ) -> Engine:
-        """An engine for a checkpoint folder, with adapters by name.
+        """An engine for a checkpoint folder, with adapters by name and perhaps a draft checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint or an adapter is missing or does not fit.
+            CheckpointError: the checkpoint, an adapter or the draft is missing or does not fit.
         """
         decoder = weights.load(folder, dtype)
         tokenizer = Tokenizer.load(folder)
         if tokenizer.vocabulary > decoder.config.vocabulary:
             raise CheckpointError(f"'{folder}': the tokenizer has more tokens than the model; pull it again")
         loaded = {name: Adapter.load(path, decoder) for name, path in (adapters or {}).items()}
+        smaller = None if draft is None else load_draft(draft, decoder, tokenizer, dtype)
         planned = library.load() is not None and has_plan(decoder, library.load())
-        engine = cls(decoder, tokenizer, loaded, config, PackedWeights(packed_file(folder)) if planned else None)
+        packed = PackedWeights(packed_file(folder)) if planned else None
+        engine = cls(decoder, tokenizer, loaded, config, smaller, packed)
         if planned:
             decoder.to("meta")  # its weights are held packed alone
         return engine
@@ -168,7 +173,7 @@ class Engine:
         """Drop a request and free what it holds, at once. An unknown id has just ended."""
         for sequence in self.sequences.pop(request_id, []):
             if sequence.finish_reason is None:
-                self.scheduler.remove(sequence)
+                self._remove(sequence)
 
     @property
     def busy(self) -> bool:
@@ -176,14 +181,23 @@ class Engine:
         return bool(self.sequences)
 
     def step(self) -> list[Output | Failure]:
-        """Schedule, run, draw, deliver."""
+        """Schedule, guess, run, draw, deliver."""
         batch = self.scheduler.schedule()
         if not batch:
             return []
+        self._steps += 1
+        if self.speculation is not None:
+            guesses = self.speculation.propose(batch, self.scheduler.room(batch))
+            batch = self.scheduler.lengthen(batch, guesses) if guesses else batch
         logits = self.runner.run(batch)
-        drawing = self._advance(batch)
-        drawn = sampling.draw(logits, [_row(sequence) for sequence in drawing], self.library)
-        return [output for pair in zip(drawing, drawn, strict=True) for output in self._deliver(*pair)]
+        drawing = [work for work in batch if work.draws]
+        rows = [_row(work, ahead) for work in drawing for ahead in range(work.draws)]
+        drawn = iter(sampling.draw(logits, rows, self.library))
+        self.scheduler.computed(batch)
+        outputs: list[Output | Failure] = []
+        for work in drawing:
+            outputs += self._deliver(work, list(itertools.islice(drawn, 1 + len(work.draft))))
+        return outputs
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Run requests to their end, yielding what each step adds.
@@ -199,33 +213,56 @@ class Engine:
                     raise RequestError(output.message, param=output.param)
                 yield output
 
+    def stats(self) -> EngineStats:
+        """What it has done, and is doing."""
+        running = {sequence.request.id for sequence in self.scheduler.running}
+        return EngineStats(
+            steps=self._steps,
+            prompt_tokens=self.scheduler.prompt_tokens,
+            generated_tokens=self._generated,
+            looked_up_tokens=self.scheduler.looked_up,
+            cached_tokens=self.scheduler.found,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
+            preemptions=self.scheduler.preemptions,
+            running=len(running),
+            waiting=len(self.sequences.keys() - running),
+            used_blocks=self.pool.blocks - self.pool.available,
+            blocks=self.pool.blocks,
+        )
+
     def check_integrity(self) -> None:
         """No block is lost, none is held by a sequence that has ended."""
         self.pool.check_integrity([s.block_table for s in [*self.scheduler.running, *self.scheduler.waiting]])
 
-    def _advance(self, batch: list[Scheduled]) -> list[Sequence]:
-        """The cache now holds what the step wrote; returns the sequences whose next token can be drawn."""
-        drawing = [work.sequence for work in batch if work.draws]
-        self.scheduler.computed(batch)
-        return drawing
-
-    def _deliver(self, sequence: Sequence, drawn: sampling.Drawn | None) -> list[Output | Failure]:
+    def _deliver(self, work: Scheduled, drawn: list[sampling.Drawn | None]) -> list[Output | Failure]:
+        """Take in what was drawn after the last token and after every drafted one, as far as the drafts are right."""
+        sequence = work.sequence
         if sequence.request.id not in self.sequences:
             return []  # another choice of it has just failed
-        if drawn is None:
+        if drawn[0] is None:
             self.abort(sequence.request.id)
             return [Failure(sequence.request.id, "the model's logits are not finite")]
-        text = sequence.append(drawn.token, self.tokenizer.eos_ids, self.context)
+        text, taken = "", list[sampling.Drawn]()
+        for guess, token in itertools.zip_longest(work.draft, drawn):
+            if token is None:
+                break  # not finite: drawn again without drafts, in the next step
+            text += sequence.append(token.token, self.tokenizer.eos_ids, self.context)
+            taken.append(token)
+            if sequence.finish_reason is not None or token.token != guess:
+                break
+        self.scheduler.accept(sequence, len(taken) - 1)
+        self._count(work, taken)
         if sequence.finish_reason is not None:
-            self.scheduler.remove(sequence)
+            self._remove(sequence)
             if all(choice.finish_reason is not None for choice in self.sequences[sequence.request.id]):
                 del self.sequences[sequence.request.id]
         output = Output(
             id=sequence.request.id,
             choice=sequence.choice,
             text=text,
-            tokens=[drawn.token],
-            logprobs=self._logprobs(drawn),
+            tokens=[token.token for token in taken],
+            logprobs=self._logprobs(taken),
             finish_reason=sequence.finish_reason,
             prompt_tokens=len(sequence.request.prompt),
             completion_tokens=sequence.generated,
@@ -233,14 +270,50 @@ class Engine:
         )
         return [output]
 
-    def _logprobs(self, drawn: sampling.Drawn) -> list[TokenLogprob] | None:
-        if drawn.logprob is None:
+    def _speculation(self, config: EngineConfig, draft: Decoder | None) -> Speculation | None:
+        planned = has_plan(self.decoder, self.library)
+        if draft is not None and not planned:
+            raise CheckpointError(
+                "a draft needs a model in int8 or bfloat16: only with a plan do guesses leave the tokens alone"
+            )
+        if config.speculate == "off" or not planned:
             return None
-        top = [(token, self.tokenizer.token_text(token), value) for token, value in drawn.top]
-        return [TokenLogprob(drawn.token, self.tokenizer.token_text(drawn.token), drawn.logprob, top)]
+        if draft is None:
+            return Speculation(PromptLookup(), self.context)
+        proposer = DraftModel(
+            draft,
+            self.decoder,
+            self.tokenizer,
+            kv_bytes=config.draft_kv_bytes,
+            most_running=config.max_running,
+            library=self.library,
+        )
+        return Speculation(proposer, self.context)
+
+    def _remove(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
+
+    def _count(self, work: Scheduled, taken: list[sampling.Drawn]) -> None:
+        self._generated += len(taken)
+        if work.draft and self.speculation is not None:
+            right = sum(guess == token.token for guess, token in zip(work.draft, taken, strict=False))
+            self._drafted, self._accepted = self._drafted + len(work.draft), self._accepted + right
+            self.speculation.observe(work.sequence, len(work.draft), right)
+
+    def _logprobs(self, drawn: list[sampling.Drawn]) -> list[TokenLogprob] | None:
+        text = self.tokenizer.token_text
+        found = [
+            TokenLogprob(one.token, text(one.token), one.logprob, [(token, text(token), v) for token, v in one.top])
+            for one in drawn
+            if one.logprob is not None
+        ]
+        return found or None
 
 
-def _row(sequence: Sequence) -> sampling.Row:
-    return sampling.Row(
-        sequence.request.sampling, sequence.seed, sequence.choice, len(sequence.tokens), sequence.counts
-    )
+def _row(work: Scheduled, ahead: int) -> sampling.Row:
+    """What the draw after `ahead` drafted tokens depends on. It counts only if all of them are right."""
+    sequence = work.sequence
+    counts = sequence.counts_after(work.draft[:ahead])
+    return sampling.Row(sequence.request.sampling, sequence.seed, sequence.choice, len(sequence.tokens) + ahead, counts)

@@ -60,6 +60,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """Whose request it is: service is shared between projects, cached blocks never are."""
     priority: Priority = "interactive"
     """`batch` runs where `interactive` leaves room."""
+    speculate: bool = True
+    """Whether tokens may be guessed and confirmed several at once. They are the same either way."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -124,5 +126,30 @@ class Fatal(msgspec.Struct, frozen=True, kw_only=True, tag="fatal"):
     message: str
 
 
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
+    """What an engine has done since its start, and is doing now."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Of the requests that have begun to run, every prompt once."""
+    generated_tokens: int = 0
+    looked_up_tokens: int = 0
+    """Prompt tokens of sequences (each of a request's choices is one) that were looked for in the cache."""
+    cached_tokens: int = 0
+    """Those of them that were found."""
+    drafted_tokens: int = 0
+    """Guesses of speculative decoding."""
+    accepted_tokens: int = 0
+    """Those of them that were right."""
+    preemptions: int = 0
+    running: int = 0
+    """Requests of which a choice runs."""
+    waiting: int = 0
+    """Requests of which none does."""
+    used_blocks: int = 0
+    """Blocks of the cache that are held."""
+    blocks: int = 0
+
+
 ToEngine = Request | Abort
-FromEngine = Ready | Output | Failure | Fatal
+FromEngine = Ready | Output | Failure | Fatal | EngineStats

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import msgspec
 import torch
 
+from steelyard.errors import CheckpointError
 from steelyard.infer.kv_cache import KVCache, PagedAttention, Span
-from steelyard.infer.plan import Plan, is_dense
+from steelyard.infer.packed import PackedWeights
+from steelyard.infer.plan import Plan, PlanCache, is_dense
 from steelyard.infer.scheduler import Scheduled
 from steelyard.kernels.library import Library
 from steelyard.kernels.reference import BLOCK
@@ -28,8 +31,8 @@ class Runner(Protocol):
         """One forward pass over the batch; the cache holds its tokens afterwards.
 
         Returns:
-            Logits `[N, V]`, one row for each of the batch's N sequences that draw, in their order; valid until the
-            next pass.
+            Logits `[N, V]`, a row for each token where they are wanted, in the batch's order; valid until the next
+            pass.
         """
         ...
 
@@ -45,18 +48,16 @@ class ReferenceRunner:
         """See `Runner`."""
         tokens: list[int] = []
         positions: list[torch.Tensor] = []
-        last: list[int] = []
+        wanted: list[int] = []
         for work in batch:
-            start, end = work.sequence.computed, work.sequence.computed + work.count
-            tokens += work.sequence.tokens[start:end]
-            positions.append(torch.arange(start, end))
-            if work.draws:
-                last.append(len(tokens) - 1)
+            tokens += work.tokens
+            positions.append(torch.arange(work.sequence.computed, work.sequence.computed + work.count))
+            wanted += range(len(tokens) - work.wanted, len(tokens))
         spans = [Span(work.sequence.computed, work.count, work.sequence.block_table) for work in batch]
         hidden_states = self.decoder(
             torch.tensor(tokens), torch.cat(positions), PagedAttention(self.cache, spans), self._adapters(batch)
         )
-        return self.decoder.logits(hidden_states[torch.tensor(last, dtype=torch.int64)])
+        return self.decoder.logits(hidden_states[torch.tensor(wanted, dtype=torch.int64)])
 
     def _adapters(self, batch: list[Scheduled]) -> Adapter | AdapterRows | None:
         places: dict[str, list[int]] = {}
@@ -86,27 +87,26 @@ class PlanRunner:
         slots: list[int] = []
         spans: list[tuple[int, int, int, int]] = []
         tables: list[int] = []
-        draws: list[int] = []
+        wanted: list[int] = []
         worn: list[int] = []
         for work in batch:
             sequence, start = work.sequence, work.sequence.computed
             end = start + work.count
             spans.append((len(tokens), start, work.count, len(tables)))
-            tokens += sequence.tokens[start:end]
+            tokens += work.tokens
             positions += range(start, end)
             slots += [sequence.block_table[place // BLOCK] for place in range(start, end)]
             tables += sequence.block_table
             adapter = sequence.request.adapter
             worn += [-1 if adapter is None else self.numbers[adapter]] * work.count
-            if work.draws:
-                draws.append(len(tokens) - 1)
+            wanted += range(len(tokens) - work.wanted, len(tokens))
         ready = Batch(
             token_ids=_numbers(tokens),
             positions=_numbers(positions),
             slots=_numbers(slots),
             spans=_numbers(spans),
             tables=_numbers(tables),
-            draws=_numbers(draws),
+            draws=_numbers(wanted),
             adapters=_numbers(worn) if max(worn) >= 0 else None,
         )
         return self.plan.run(ready)
@@ -135,3 +135,80 @@ def has_plan(decoder: Decoder, native: Library | None) -> bool:
     return all(
         isinstance(layer, Int8Linear | Int8Embedding) or (native is not None and is_dense(layer)) for layer in layers
     )
+
+
+class CacheSizes(msgspec.Struct, frozen=True):
+    """Of a decoder's cache."""
+
+    blocks: int
+    block_size: int
+    context: int
+    """Most tokens of a sequence."""
+
+    dtype: torch.dtype
+
+    @classmethod
+    def fit(
+        cls,
+        decoder: Decoder,
+        kv_bytes: int,
+        block_size: int,
+        most_running: int,
+        library: Library | None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> CacheSizes:
+        """What fits into `kv_bytes`, but never more than all running sequences could fill; a plan's blocks hold 32.
+
+        Raises:
+            CheckpointError: an int8 cache for a decoder that has no plan.
+        """
+        if has_plan(decoder, library):
+            block_size, per_token = BLOCK, PlanCache.bytes_per_token(decoder, dtype)
+        elif dtype == torch.int8:
+            raise CheckpointError(
+                "an int8 cache needs weights in int8, or in bfloat16 and the native kernels: see `steelyard compress"
+                " quantize`"
+            )
+        else:
+            dtype = decoder.dtype
+            per_token = KVCache.bytes_per_token(decoder.config, decoder.dtype)
+        most = most_running * -(-decoder.config.context // block_size)
+        blocks = max(1, min(kv_bytes // (per_token * block_size), most))
+        return cls(blocks, block_size, min(decoder.config.context, blocks * block_size), dtype)
+
+
+def open_runner(
+    decoder: Decoder,
+    sizes: CacheSizes,
+    *,
+    tokens: int,
+    rows: int,
+    library: Library | None,
+    adapters: Mapping[str, Adapter] | None = None,
+    packed: PackedWeights | None = None,
+) -> Runner:
+    """The runner for a decoder: by its plan where it has one.
+
+    Args:
+        decoder: the model.
+        sizes: of its cache.
+        tokens: most of a batch.
+        rows: most rows of logits of a batch.
+        library: the native kernels.
+        adapters: by name.
+        packed: packed weights of an earlier start.
+    """
+    if not has_plan(decoder, library):
+        cache = KVCache(decoder.config, sizes.blocks, sizes.block_size, sizes.dtype)
+        return ReferenceRunner(decoder, cache, adapters or {})
+    plan = Plan(
+        decoder,
+        blocks=sizes.blocks,
+        tokens=tokens,
+        draws=rows,
+        context=sizes.context,
+        native=library,
+        cache_dtype=sizes.dtype,
+        packed=packed,
+    )
+    return PlanRunner(plan, adapters or {})

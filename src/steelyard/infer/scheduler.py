@@ -1,8 +1,9 @@
 """Which sequences run in the next step, and how many of their tokens.
 
 Every running sequence gets its next token before anybody gets a chunk of a prompt, and all of a step stays within a
-token budget: a long prompt delays the others by one chunk at most. Who waits is let in by priority (interactive before
-batch), then by the project that has been served least (a virtual token counter, Sheng et al. 2024), then by arrival.
+token budget: a long prompt delays the others by one chunk at most. A row of logits is as wide as the vocabulary, so a
+step has a limit of those, too. Who waits is let in by priority (interactive before batch), then by the project that has
+been served least (a virtual token counter, Sheng et al. 2024), then by arrival.
 When blocks run out the youngest running sequence of the lowest priority gives its own up and is computed again later:
 nothing is lost but time. Knows nothing of tensors.
 """
@@ -10,7 +11,7 @@ nothing is lost but time. Knows nothing of tensors.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -23,15 +24,27 @@ GENERATED = 2  # a generated token counts as two of a prompt: it takes a step of
 
 
 class Scheduled(msgspec.Struct, frozen=True):
-    """`count` tokens of a sequence, after those that it has computed."""
+    """A unit of work: tokens of a sequence after those that it has computed, and where logits are wanted."""
 
     sequence: Sequence
     count: int
+    """How many tokens, drafted ones included."""
+    wanted: int
+    """Logits are wanted at this many of the last of them."""
+    draft: tuple[int, ...] = ()
+    """The last of the tokens: guesses at what follows the sequence's own."""
 
     @property
-    def draws(self) -> bool:
-        """Whether the step reaches the sequence's last token, so that its successor can be drawn."""
-        return self.sequence.computed + self.count == len(self.sequence.tokens)
+    def tokens(self) -> list[int]:
+        """The tokens, `count` of them."""
+        start = self.sequence.computed
+        return [*self.sequence.tokens[start : start + self.count - len(self.draft)], *self.draft]
+
+    @property
+    def draws(self) -> int:
+        """At how many of the last tokens a successor is drawn: the sequence's last, and every drafted one."""
+        reached = self.sequence.computed + self.count - len(self.draft) == len(self.sequence.tokens)
+        return 1 + len(self.draft) if reached else 0
 
 
 class Waiting:
@@ -97,14 +110,20 @@ class Scheduler:
         pool: the cache's blocks.
         token_budget: most tokens of one step.
         max_running: most sequences that run at once.
+        logit_rows: most rows of logits of one step; at least `max_running`.
     """
 
-    def __init__(self, pool: BlockPool, token_budget: int, max_running: int) -> None:
+    def __init__(self, pool: BlockPool, token_budget: int, max_running: int, logit_rows: int) -> None:
+        assert logit_rows >= max_running, "every running sequence may draw"
         self.pool, self.block_size = pool, pool.block_size
-        self.token_budget, self.max_running = token_budget, max_running
+        self.token_budget, self.max_running, self.logit_rows = token_budget, max_running, logit_rows
         self.waiting = Waiting()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.prompt_tokens = 0
+        """Of the requests that have begun to run."""
+        self.looked_up, self.found = 0, 0
+        """Tokens that were looked for in the cache when their sequence first ran, and those that were there."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -123,38 +142,71 @@ class Scheduler:
         """The next step's work; empty only when there is none."""
         batch: dict[Sequence, Scheduled] = {}
         budget = self.token_budget
+        # Whoever runs in this step may draw once; the rows beyond are for those that want more.
+        spare = self.logit_rows - min(self.max_running, len(self.running) + len(self.waiting))
         # Single tokens first, then prompts that have begun, in the order of their beginning.
         for sequence in sorted(self.running, key=lambda sequence: len(sequence.tokens) - sequence.computed > 1):
             if sequence not in self.running or budget == 0:
                 continue  # preempted for an older one, or its turn comes next step
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            if self._make_room(sequence, count, batch):
-                batch[sequence] = Scheduled(sequence, count)
-                budget -= count
+            work = _piece(sequence, sequence.computed, budget, spare)
+            if self._make_room(sequence, work.count, batch):
+                batch[sequence] = work
+                budget, spare = budget - work.count, spare - max(0, work.wanted - 1)
         while budget and len(self.running) < self.max_running:
             newcomer = self.waiting.next()
-            if newcomer is None or not self._let_in(newcomer, budget):
+            if newcomer is None or not self._let_in(newcomer, budget, spare):
                 break
-            count = min(len(newcomer.tokens) - newcomer.computed, budget)
-            self._grow(newcomer, count)
-            batch[newcomer] = Scheduled(newcomer, count)
-            budget -= count
+            work = _piece(newcomer, newcomer.computed, budget, spare)
+            self._grow(newcomer, work.count)
+            batch[newcomer] = work
+            budget, spare = budget - work.count, spare - max(0, work.wanted - 1)
         return list(batch.values())
 
-    def computed(self, batch: list[Scheduled]) -> None:
-        """The cache now holds what the step wrote: count it as service, and let others find the full blocks."""
+    def room(self, batch: list[Scheduled]) -> int:
+        """Drafted tokens that a step has room for beside what it computes anyway."""
+        tokens, rows = sum(work.count for work in batch), sum(work.wanted for work in batch)
+        return min(self.token_budget - tokens, self.logit_rows - rows)
+
+    def lengthen(self, batch: list[Scheduled], drafts: Mapping[Sequence, list[int]]) -> list[Scheduled]:
+        """The batch with drafted tokens after those that draw, as far as there are blocks that nobody holds."""
+        assert sum(map(len, drafts.values())) <= max(0, self.room(batch))
+        lengthened = []
         for work in batch:
             sequence = work.sequence
-            sequence.computed += work.count
-            weight = GENERATED if work.count == 1 else 1
-            project = sequence.request.project
-            self.waiting.served[project] = self.waiting.served.get(project, 0) + weight * work.count
+            fits = (len(sequence.block_table) + self.pool.available) * self.block_size - len(sequence.tokens)
+            draft = tuple(drafts.get(sequence, [])[:fits])
+            self._grow(sequence, work.count + len(draft))
+            lengthened.append(Scheduled(sequence, work.count + len(draft), work.wanted + len(draft), draft))
+        return lengthened
+
+    def computed(self, batch: list[Scheduled]) -> None:
+        """The cache now holds what the step wrote: count it as service, and let others find the full blocks.
+
+        Drafted tokens are none of it until they are accepted.
+        """
+        for work in batch:
+            sequence, count = work.sequence, work.count - len(work.draft)
+            sequence.computed += count
+            self._serve(sequence, GENERATED if count == 1 else count)
             full = sequence.computed // self.block_size
             if full > sequence.kept:
                 chain = self._chain(sequence)
                 for place in range(sequence.kept, full):
                     self.pool.keep(sequence.block_table[place], chain[place])
                 sequence.kept = full
+
+    def accept(self, sequence: Sequence, count: int) -> None:
+        """Of a sequence's drafted tokens `count` are now its own; blocks for the others are given back."""
+        sequence.computed += count
+        self._serve(sequence, GENERATED * count)
+        needed = -(-len(sequence.tokens) // self.block_size)
+        beyond = sequence.block_table[needed:]
+        del sequence.block_table[needed:]
+        self.pool.release(beyond)
+
+    def _serve(self, sequence: Sequence, tokens: int) -> None:
+        project = sequence.request.project
+        self.waiting.served[project] = self.waiting.served.get(project, 0) + tokens
 
     def _active(self) -> set[str]:
         return {sequence.request.project for sequence in self.running}
@@ -165,7 +217,7 @@ class Scheduler:
         sequence.chain = self.pool.links(sequence.root, sequence.tokens, sequence.chain)
         return sequence.chain
 
-    def _let_in(self, sequence: Sequence, budget: int) -> bool:
+    def _let_in(self, sequence: Sequence, budget: int, spare: int) -> bool:
         """Move a waiting sequence to the running ones, with the kept blocks that it begins with; False: no room yet.
 
         Another choice of a request waits for the first one's prompt, which it shares.
@@ -173,10 +225,10 @@ class Scheduler:
         if self.pool.reuse and any(self._shares(sequence, other) for other in self.running):
             return False
         found = self.pool.find(self._chain(sequence))
-        # At least one token is computed: its logits are wanted.
-        found = found[: (len(sequence.tokens) - 1) // self.block_size]
+        # Tokens whose logits are wanted are computed: at least the last.
+        found = found[: sequence.first_wanted // self.block_size]
         computed = len(found) * self.block_size
-        count = min(len(sequence.tokens) - computed, budget)
+        count = _piece(sequence, computed, budget, spare).count
         missing = -(-(computed + count) // self.block_size) - len(found)
         if missing > self.pool.available - sum(map(self.pool.is_idle, found)):
             return False
@@ -186,6 +238,9 @@ class Scheduler:
         sequence.computed, sequence.kept = computed, len(found)
         if sequence.fresh:  # what a preempted one finds again it had computed itself
             sequence.reused, sequence.fresh = computed, False
+            self.prompt_tokens += len(sequence.request.prompt) if sequence.choice == 0 else 0
+            if self.pool.reuse:
+                self.looked_up, self.found = self.looked_up + len(sequence.tokens), self.found + computed
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
@@ -222,3 +277,10 @@ class Scheduler:
         self.running.remove(sequence)
         self.waiting.add(sequence, self._active(), first=True)
         self.preemptions += 1
+
+
+def _piece(sequence: Sequence, computed: int, budget: int, spare: int) -> Scheduled:
+    """The next tokens of a sequence: at most `budget`, of which at most `spare` + 1 want logits."""
+    before = sequence.first_wanted - computed
+    count = min(len(sequence.tokens) - computed, budget, before + 1 + spare)
+    return Scheduled(sequence, count, wanted=max(0, count - before))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+
 from steelyard.infer.request import FinishReason, Request
 from steelyard.text.detokenizer import Detokenizer
 from steelyard.text.stop import StopStrings
@@ -34,9 +37,23 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
 
     @property
+    def first_wanted(self) -> int:
+        """The first token whose logits are still wanted."""
+        return len(self.tokens) - 1
+
+    @property
     def generated(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    def counts_after(self, tokens: Items[int]) -> Mapping[int, int]:
+        """How often each token will have been generated once these are, too."""
+        if not tokens:
+            return self.counts
+        counts = dict(self.counts)
+        for token in tokens:
+            counts[token] = counts.get(token, 0) + 1
+        return counts
 
     def append(self, token: int, end_tokens: frozenset[int], context: int) -> str:
         """Take a drawn token in; returns the text that is now certain and sets `finish_reason` at the end."""

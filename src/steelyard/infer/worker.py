@@ -1,9 +1,9 @@
 """The engine process: one engine, fed from a socket until the other side goes away.
 
-    python -m steelyard.infer.worker CHECKPOINT --model NAME --socket FD [--adapter NAME=PATH ...]
+    python -m steelyard.infer.worker CHECKPOINT --model NAME --socket FD [--adapter NAME=PATH ...] [--draft PATH]
 
 A thread reads messages into a queue; the main thread takes them between steps. It draws one canary token before it
-says that it is ready.
+says that it is ready. While it works it says once a second what it has done, and once more when it falls idle.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,11 +24,15 @@ from steelyard.infer.engine import Engine
 from steelyard.infer.request import Abort, Failure, Fatal, FromEngine, Ready, Request, Sampling, ToEngine
 from steelyard.infer.wire import EngineSocket
 
+STATS_SECONDS = 1.0
+"""How often a working engine says what it has done."""
+
 log = logging.getLogger("steelyard.engine")
 
 
 def serve(engine: Engine, inbox: queue.SimpleQueue[ToEngine | None], socket: EngineSocket) -> None:
     """Step while there is work, wait while there is none, until the other side is gone (None)."""
+    told = 0.0
     while True:
         messages: list[ToEngine | None] = [] if engine.busy else [inbox.get()]
         while not inbox.empty():
@@ -38,9 +43,12 @@ def serve(engine: Engine, inbox: queue.SimpleQueue[ToEngine | None], socket: Eng
             failure = _take(engine, message)
             if failure is not None:
                 socket.send([failure])
-        outputs = engine.step()
-        if outputs:
-            socket.send(outputs)
+        answers: list[FromEngine] = [*engine.step()]
+        if not engine.busy or time.monotonic() - told >= STATS_SECONDS:
+            told = time.monotonic()
+            answers.append(engine.stats())
+        if answers:
+            socket.send(answers)
         if not engine.busy:
             engine.check_integrity()
 
@@ -56,9 +64,9 @@ def _take(engine: Engine, message: ToEngine) -> Failure | None:
     return None
 
 
-def start(checkpoint: Path, adapters: dict[str, Path]) -> Engine:
+def start(checkpoint: Path, adapters: dict[str, Path], draft: Path | None = None) -> Engine:
     """Load the engine and draw a canary token from it and from each adapter."""
-    engine = Engine.load(checkpoint, adapters)
+    engine = Engine.load(checkpoint, adapters, draft=draft)
     for name in (None, *adapters):
         request = Request(id="canary", prompt=[0], sampling=Sampling(max_tokens=1, temperature=0), adapter=name)
         for _ in engine.run([request]):
@@ -73,13 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--socket", type=int, required=True)
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--draft", type=Path, metavar="PATH")
     options = parser.parse_args(arguments)
     # A terminal's Ctrl-C reaches the whole process group: the HTTP process decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     socket = EngineSocket(options.socket)
     adapters = {name: Path(path) for name, _, path in (item.partition("=") for item in options.adapter)}
     try:
-        engine = start(options.checkpoint, adapters)
+        engine = start(options.checkpoint, adapters, options.draft)
     except (SteelyardError, FloatingPointError, MemoryError) as error:
         socket.send([Fatal(message=str(error) or "not enough memory")])
         return 1

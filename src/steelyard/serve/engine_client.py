@@ -21,7 +21,7 @@ from typing import Literal
 
 from steelyard.errors import EngineUnavailableError, RequestError, SteelyardError
 from steelyard.infer import wire
-from steelyard.infer.request import Abort, Failure, Fatal, FromEngine, Output, Ready, Request
+from steelyard.infer.request import Abort, EngineStats, Failure, Fatal, FromEngine, Output, Ready, Request
 from steelyard.serve.auth import KEY_VARIABLE
 
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0
@@ -56,6 +56,7 @@ class EngineClient:
         model: the base model's name.
         checkpoint: its folder.
         adapters: LoRA adapter folders by name, loaded beside it.
+        draft: folder of a smaller model that guesses tokens for it.
         command: makes the command line; another one in tests.
     """
 
@@ -65,8 +66,12 @@ class EngineClient:
         checkpoint: Path,
         adapters: Mapping[str, Path] | None = None,
         *,
+        draft: Path | None = None,
         command: Command = worker_command,
     ) -> None:
+        self.draft = draft
+        self.stats = EngineStats()
+        """What the engine process has last said of its work; zeros until it has."""
         self.model, self.checkpoint, self.adapters = model, checkpoint, dict(adapters or {})
         self.status: Status = "starting"
         self.ready: Ready | None = None
@@ -179,6 +184,7 @@ class EngineClient:
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command(self.checkpoint, self.model, self.adapters, theirs.fileno()),
+                    *([] if self.draft is None else ["--draft", str(self.draft)]),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=2,  # what an engine prints belongs to the log
@@ -231,6 +237,8 @@ class EngineClient:
             case Ready():
                 self.ready = message
                 self._settle("ready")
+            case EngineStats():
+                self.stats = message
             case Fatal():
                 self._fatal = message.message
 
@@ -242,7 +250,7 @@ class EngineClient:
 
     def _lose(self) -> None:
         """The engine is gone: everybody who waits for it learns so."""
-        self.ready = None
+        self.ready, self.stats = None, EngineStats()
         self.status = "restarting"
         self._settled.clear()
         waiting, self._inboxes = self._inboxes, {}

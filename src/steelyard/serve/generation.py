@@ -149,6 +149,7 @@ def plan(
             sampling=_sampling(fields, min(max_tokens or ready.context, ready.context - len(prompt)), logprobs),
             n=fields.choices,
             adapter=served.adapter,
+            speculate=fields.draft is not False,
         )
         for number, prompt in enumerate(prompts)
     ]

@@ -94,14 +94,37 @@ def parse_adapters(texts: Sequence[str], models: Sequence[str]) -> dict[str, dic
     return adapters
 
 
+def parse_drafts(texts: Sequence[str], models: Sequence[str]) -> dict[str, Path]:
+    """`PATH`, or `PATH@MODEL` where there are several models, to draft folders by model.
+
+    Raises:
+        ConfigError: no model is named, or one has two drafts.
+    """
+    drafts: dict[str, Path] = {}
+    for text in texts:
+        path, _, model = text.rpartition("@")
+        if not path or model not in models:
+            path, model = text, models[0] if len(models) == 1 else ""
+        if not model:
+            raise ConfigError(f"--draft '{text}': say for which model, PATH@MODEL, one of {', '.join(models)}")
+        if model in drafts:
+            raise ConfigError(f"--draft '{text}': '{model}' has a draft already")
+        drafts[model] = Path(path)
+    return drafts
+
+
 def load_models(
-    checkpoints: Sequence[Path], adapters: Sequence[str] = (), *, command: Command = worker_command
+    checkpoints: Sequence[Path],
+    adapters: Sequence[str] = (),
+    drafts: Sequence[str] = (),
+    *,
+    command: Command = worker_command,
 ) -> dict[str, ServedModel]:
     """The models of checkpoint folders and their adapters, in this order. No engine is started.
 
     Raises:
         CheckpointError: a folder is missing or no checkpoint, or its tokenizer does not load.
-        ConfigError: an adapter where a model belongs or the reverse, or a name that is used twice.
+        ConfigError: an adapter where a model belongs or the reverse, a name that is used twice, or a draft of no model.
     """
     folders: dict[str, Path] = {}
     for checkpoint in checkpoints:
@@ -116,12 +139,13 @@ def load_models(
     if not folders:
         raise ConfigError("no checkpoint to serve: name at least one folder")
     models: dict[str, ServedModel] = {}
+    guessing = parse_drafts(drafts, list(folders))
     for base, worn in parse_adapters(adapters, list(folders)).items():
         for name, path in worn.items():
             if kind_of(path) != "adapter":
                 raise ConfigError(f"--adapter {name}={path}: this is a whole model; give it as CHECKPOINT")
         folder = folders[base]
-        engine = EngineClient(base, folder, worn, command=command)
+        engine = EngineClient(base, folder, worn, draft=guessing.get(base), command=command)
         tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
         models[base] = ServedModel(base, engine, None, tokenizer, template, _written(folder / "config.json"))
         for name, path in worn.items():

@@ -151,6 +151,11 @@ class Tokenizer:
         """The id of a token of the vocabulary, spelled as tokenizer.json spells it."""
         return self._inner.token_to_id(token)
 
+    def same_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether both mean the same tokens by the same ids."""
+        mine, others = (one._inner.get_vocab(with_added_tokens=True) for one in (self, other))
+        return mine == others
+
     @property
     def spelling(self) -> Spelling:
         """How the vocabulary spells bytes."""

@@ -56,7 +56,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "use_beam_search": (False,),
     # Ours.
-    "draft": (False,),
     "explain": (False,),
 }
 """Fields that are accepted at these values, where nothing is to be done for them, and refused by name at any other."""
@@ -94,6 +93,8 @@ class SamplingFields(Fields):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     ignore_eos: bool | None = None
+    draft: bool | None = None
+    """False: tokens are not guessed ahead. Absent or true: they are where it pays. The answer is the same."""
 
     @pydantic.field_validator("stop", mode="before")
     @classmethod

@@ -1,0 +1,59 @@
+"""`GET /metrics`: what the engines do, in Prometheus's text format. Not public: it tells how much others use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from steelyard.infer.request import EngineStats
+from steelyard.serve.models import Models, engines
+
+MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+METRICS: dict[str, tuple[Literal["counter", "gauge"], str, Callable[[EngineStats], float]]] = {
+    "num_requests_running": ("gauge", "Requests that run.", lambda stats: stats.running),
+    "num_requests_waiting": ("gauge", "Requests that wait for their turn.", lambda stats: stats.waiting),
+    "kv_cache_usage_perc": (
+        "gauge",
+        "Share of the cache's blocks in use; 1 is full.",
+        lambda stats: stats.used_blocks / max(1, stats.blocks),
+    ),
+    "num_preemptions_total": (
+        "counter",
+        "Sequences that gave their blocks up and were computed again.",
+        lambda stats: stats.preemptions,
+    ),
+    "prefix_cache_queries": (
+        "counter",
+        "Prompt tokens that were looked for in the cache.",
+        lambda stats: stats.looked_up_tokens,
+    ),
+    "prefix_cache_hits": ("counter", "Prompt tokens that were found in the cache.", lambda stats: stats.cached_tokens),
+    "prompt_tokens_total": ("counter", "Prompt tokens of requests that ran.", lambda stats: stats.prompt_tokens),
+    "generation_tokens_total": ("counter", "Generated tokens.", lambda stats: stats.generated_tokens),
+    "spec_decode_num_draft_tokens_total": (
+        "counter",
+        "Tokens that were guessed ahead.",
+        lambda stats: stats.drafted_tokens,
+    ),
+    "spec_decode_num_accepted_tokens_total": (
+        "counter",
+        "Guessed tokens that were right.",
+        lambda stats: stats.accepted_tokens,
+    ),
+}
+"""Kind, meaning and value, by the name that follows `steelyard:`."""
+
+
+async def read(models: Models, request: Request) -> Response:
+    """Every metric, one series for each engine."""
+    lines: list[str] = []
+    for name, (kind, meaning, value) in METRICS.items():
+        lines += [f"# HELP steelyard:{name} {meaning}", f"# TYPE steelyard:{name} {kind}"]
+        for engine in engines(models):
+            label = engine.model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+            lines.append(f'steelyard:{name}{{model_name="{label}"}} {value(engine.stats)}')
+    return Response("\n".join(lines) + "\n", media_type=MEDIA_TYPE)
