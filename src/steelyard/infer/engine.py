@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 import torch
 
 from steelyard.errors import CheckpointError, RequestError
+from steelyard.infer.adapters import Adapters
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling
 from steelyard.infer.kv_cache import KVCache
@@ -49,7 +50,7 @@ class Engine:
     Args:
         decoder: the model.
         tokenizer: its tokenizer.
-        adapters: LoRA adapters by name.
+        adapters: LoRA adapters, or their folders, by name.
         config: sizes.
     """
 
@@ -57,11 +58,11 @@ class Engine:
         self,
         decoder: Decoder,
         tokenizer: Tokenizer,
-        adapters: dict[str, Adapter] | None = None,
+        adapters: Mapping[str, Adapter | Path] | None = None,
         config: EngineConfig | None = None,
     ) -> None:
         config = config or EngineConfig()
-        self.decoder, self.tokenizer, self.adapters = decoder, tokenizer, adapters or {}
+        self.decoder, self.tokenizer = decoder, tokenizer
         planned = has_plan(decoder)
         block_size = BLOCK if planned else config.block_size
         per_token = (
@@ -72,7 +73,6 @@ class Engine:
         blocks = max(1, min(config.kv_bytes // (per_token * block_size), most))
         self.context = min(decoder.config.context, blocks * block_size)
         self.pool = BlockPool(blocks, block_size, config.reuse)
-        self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running)
         self.library = library.load()
         self.runner: Runner
         if planned:
@@ -84,11 +84,15 @@ class Engine:
                 context=self.context,
                 native=self.library,
             )
-            self.runner = PlanRunner(plan, self.adapters)
+            self.runner = PlanRunner(plan)
         else:
             cache = KVCache(decoder.config, blocks, block_size, decoder.dtype)
-            self.runner = ReferenceRunner(decoder, cache, self.adapters)
+            self.runner = ReferenceRunner(decoder, cache)
+        self.adapters = Adapters(self.runner, lambda path: Adapter.load(path, decoder))
+        self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running, self.adapters)
         self.sequences: dict[str, list[Sequence]] = {}
+        for name, source in (adapters or {}).items():
+            self.load_adapter(name, source)
 
     @classmethod
     def load(
@@ -107,8 +111,30 @@ class Engine:
         tokenizer = Tokenizer.load(folder)
         if tokenizer.vocabulary > decoder.config.vocabulary:
             raise CheckpointError(f"'{folder}': the tokenizer has more tokens than the model; pull it again")
-        loaded = {name: Adapter.load(path, decoder) for name, path in (adapters or {}).items()}
-        return cls(decoder, tokenizer, loaded, config)
+        return cls(decoder, tokenizer, adapters, config)
+
+    def load_adapter(self, name: str, source: Path | Adapter) -> str:
+        """Let requests wear an adapter by this name from now on; those of one that had the name keep theirs.
+
+        Args:
+            name: what requests say.
+            source: a folder in PEFT's layout, which is read again if the adapter had to give its place up.
+
+        Returns:
+            The adapter's digest.
+
+        Raises:
+            CheckpointError: it cannot be read or does not fit the base.
+        """
+        return self.adapters.put(name, self.adapters.prepare(source))
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget a name; requests that wear its adapter run to their end.
+
+        Raises:
+            ModelNotFoundError: there is no such name.
+        """
+        self.adapters.drop(name)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -123,8 +149,7 @@ class Engine:
         if not 1 <= request.n <= MAX_CHOICES:
             raise RequestError(f"n must be 1 to {MAX_CHOICES}", param="n")
         sampling.check(request.sampling)
-        if request.adapter is not None and request.adapter not in self.adapters:
-            raise RequestError(f"adapter '{request.adapter}' is not loaded", param="model", code="model_not_found")
+        adapter = None if request.adapter is None else self.adapters.find(request.adapter)
         if len(request.prompt) >= self.context:
             raise RequestError(
                 f"the prompt has {len(request.prompt)} tokens; the context holds {self.context}, the answer included",
@@ -137,7 +162,7 @@ class Engine:
         if not all(0 <= token < vocabulary for token in request.sampling.logit_bias):
             raise RequestError(f"token ids must be 0 to {vocabulary - 1}", param="logit_bias")
         seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed % 2**64
-        choices = [Sequence(request, choice, seed, self.tokenizer) for choice in range(request.n)]
+        choices = [Sequence(request, choice, seed, self.tokenizer, adapter) for choice in range(request.n)]
         self.sequences[request.id] = choices
         for sequence in choices:
             self.scheduler.add(sequence)
@@ -155,13 +180,15 @@ class Engine:
 
     def step(self) -> list[Output | Failure]:
         """Schedule, run, draw, deliver."""
+        failures = self._settle_adapters()
         batch = self.scheduler.schedule()
         if not batch:
-            return []
+            self.adapters.wait()  # whoever waits, waits for this
+            return failures
         logits = self.runner.run(batch)
         drawing = self._advance(batch)
         drawn = sampling.draw(logits, [_row(sequence) for sequence in drawing], self.library)
-        return [output for pair in zip(drawing, drawn, strict=True) for output in self._deliver(*pair)]
+        return failures + [output for pair in zip(drawing, drawn, strict=True) for output in self._deliver(*pair)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Run requests to their end, yielding what each step adds.
@@ -178,8 +205,22 @@ class Engine:
                 yield output
 
     def check_integrity(self) -> None:
-        """No block is lost, none is held by a sequence that has ended."""
-        self.pool.check_integrity([s.block_table for s in [*self.scheduler.running, *self.scheduler.waiting]])
+        """No block is lost, none is held by a sequence that has ended; no more is there of adapters."""
+        running, every = self.scheduler.running, [*self.scheduler.running, *self.scheduler.waiting]
+        self.pool.check_integrity([sequence.block_table for sequence in every])
+        self.adapters.check_integrity(
+            [sequence.adapter for sequence in running], [sequence.adapter for sequence in every]
+        )
+
+    def _settle_adapters(self) -> list[Output | Failure]:
+        """Take in the adapters that have been read; fails the requests of one that could not be."""
+        failures: list[Output | Failure] = []
+        for version, reason in self.adapters.settle():
+            for id, choices in list(self.sequences.items()):
+                if choices[0].adapter is version:
+                    self.abort(id)
+                    failures.append(Failure(id, reason))
+        return failures
 
     def _advance(self, batch: list[Scheduled]) -> list[Sequence]:
         """The cache now holds what the step wrote; returns the sequences whose next token can be drawn."""
