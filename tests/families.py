@@ -44,11 +44,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(folder: Path, family: str) -> Any:
+def make(folder: Path, family: str, **sizes: int) -> Any:
     """A small random model of a family, saved by transformers; returns the reference."""
     kind, fields = FAMILIES[family]
     torch.manual_seed(zlib.crc32(family.encode()))
-    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **fields}))
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **fields, **sizes}))
     for parameter in reference.parameters():  # biases and norms start at 0 and 1: make them matter
         torch.nn.init.normal_(parameter, std=0.08) if parameter.ndim > 1 else parameter.data.normal_(0.5, 0.3)
     reference = reference.float().eval()
