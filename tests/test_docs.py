@@ -12,6 +12,7 @@ from steelyard import errors
 from steelyard.app import create_app
 from steelyard.checkpoint.sources import SOURCES
 from steelyard.cli import build
+from steelyard.serve.adapters import AdapterFolder
 from steelyard.serve.auth import Keys
 from steelyard.train.config import TrainConfig
 from steelyard.train.optimizers import OPTIMIZERS
@@ -43,8 +44,8 @@ def test_every_verb_is_documented(verb: str) -> None:
         assert "Examples" in (inner.help or ""), verb
 
 
-def test_every_route_is_documented() -> None:
-    for route in create_app({}, Keys(b"p" * 32, {})).routes:
+def test_every_route_is_documented(tmp_path: Path) -> None:
+    for route in create_app({}, Keys(b"p" * 32, {}), adapters=AdapterFolder(tmp_path, {})).routes:
         assert route.path.replace(":path", "") in REFERENCE  # type: ignore[attr-defined]
 
 

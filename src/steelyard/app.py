@@ -23,7 +23,9 @@ from starlette.routing import Route
 
 from steelyard.errors import ConfigError, EngineUnavailableError
 from steelyard.serve.access_log import AccessLog
+from steelyard.serve.adapters import AdapterFolder
 from steelyard.serve.auth import Authentication, Keys, key_file, open_keys
+from steelyard.serve.endpoints import adapters as adapter_endpoints
 from steelyard.serve.endpoints import chat, completions, health, metrics
 from steelyard.serve.endpoints import models as model_endpoints
 from steelyard.serve.engine_client import Command, worker_command
@@ -36,12 +38,15 @@ DRAIN_SECONDS = 30
 KEEP_ALIVE_SECONDS = 75
 
 
-def create_app(models: Models, keys: Keys, *, max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
+def create_app(
+    models: Models, keys: Keys, *, adapters: AdapterFolder | None = None, max_body_bytes: int = MAX_BODY_BYTES
+) -> Starlette:
     """The application; its lifespan is that of the engines.
 
     Args:
         models: what is served.
         keys: who may ask.
+        adapters: where adapters may be loaded from while the server runs; None: they may not.
         max_body_bytes: the largest request.
     """
 
@@ -58,8 +63,15 @@ def create_app(models: Models, keys: Keys, *, max_body_bytes: int = MAX_BODY_BYT
                 if model.template is not None:
                     model.template.close()
 
+    changing = []
+    if adapters is not None:
+        changing = [
+            Route("/v1/load_lora_adapter", partial(adapter_endpoints.load, adapters), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", partial(adapter_endpoints.unload, adapters), methods=["POST"]),
+        ]
     app = Starlette(
         routes=[
+            *changing,
             Route("/v1/chat/completions", partial(chat.create, models), methods=["POST"]),
             Route("/v1/completions", partial(completions.create, models), methods=["POST"]),
             Route("/v1/models", partial(model_endpoints.list_models, models), methods=["GET"]),
@@ -122,6 +134,7 @@ def run(
     port: int = 8000,
     *,
     drafts: Sequence[str] = (),
+    adapter_folder: Path | None = None,
     announce: Callable[[str, list[str]], None] = lambda url, models: None,
     command: Command = worker_command,
     environment: Mapping[str, str] = os.environ,
@@ -134,6 +147,7 @@ def run(
         host: the address to listen on.
         port: the port; 0 takes a free one.
         drafts: `PATH`, or `PATH@MODEL` where there are several models.
+        adapter_folder: adapters inside it may be loaded and unloaded over HTTP; None: they may not.
         announce: told the base URL and the models' names once all are ready.
         command: makes the command line of an engine process.
         environment: where the API key or the state folder is named.
@@ -144,6 +158,7 @@ def run(
         EngineUnavailableError: an engine cannot start; it said why.
     """
     models = load_models(checkpoints, adapters, drafts, command=command)
+    changing = None if adapter_folder is None else AdapterFolder(adapter_folder, models)
     with _listen(host, port) as listener:
         keys, new_key = open_keys(environment)  # after the port is ours: a key that is made is also shown
         if new_key is not None:
@@ -151,7 +166,7 @@ def run(
             print(f"(kept as a hash in {key_file(environment)}: remove that file, and the next start makes a new key)")
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("steelyard").setLevel(logging.INFO)
-        asyncio.run(_serve(configure(create_app(models, keys)), listener, models, announce))
+        asyncio.run(_serve(configure(create_app(models, keys, adapters=changing)), listener, models, announce))
 
 
 async def _serve(

@@ -154,7 +154,7 @@ def test_rows_wear_their_own_adapters(tmp_path: Path, native: Library, family: s
     rows, worn = random_rows([8, 40, 3, 21]), [1, None, 0, 1]
     both = [plan(decoder, native), plan(decoder, None)]
     for each in both:
-        assert [each.wear(adapter) for adapter in adapters] == [0, 1]
+        assert [each.wear(each.fit(adapter)) for adapter in adapters] == [0, 1]
     ours, twin = (together(each, Rows(rows, worn)) for each in both)
     for place, (found, expected) in enumerate(zip(ours, twin, strict=True)):
         assert torch.equal(found, expected)
@@ -168,7 +168,7 @@ def test_rows_wear_their_own_adapters(tmp_path: Path, native: Library, family: s
         assert float((found - expected).norm() / expected.norm()) < 0.04
     both[0].take_off(0)
     third = random_adapter(decoder, 2, ("q_proj",), 3)
-    assert both[0].wear(third) == 0
+    assert both[0].wear(both[0].fit(third)) == 0
     assert torch.equal(together(both[0], Rows([rows[0]], [1]))[0], ours[0])
 
 

@@ -36,9 +36,14 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 @pytest.fixture(scope="session")
-def service(make_checkpoint: Callable[[str], Path], make_adapter: Callable[[str], Path]) -> Iterator[Service]:
+def service(
+    make_checkpoint: Callable[[str], Path],
+    make_adapter: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Service]:
     """One for all tests that do not hurt it."""
-    with serving(make_checkpoint("tiny"), (f"tuned={make_adapter('tuned')}",)) as running:
+    folder = tmp_path_factory.mktemp("adapter_folder")
+    with serving(make_checkpoint("tiny"), (f"tuned={make_adapter('tuned')}",), adapter_folder=folder) as running:
         yield running
 
 

@@ -18,6 +18,7 @@ import openai
 from starlette.applications import Starlette
 
 from steelyard.app import configure, create_app
+from steelyard.serve.adapters import AdapterFolder
 from steelyard.serve.auth import Keys, new_key
 from steelyard.serve.engine_client import Command
 from steelyard.serve.models import ServedModel, load_models
@@ -68,12 +69,17 @@ class Service:
 
 @contextlib.contextmanager
 def serving(
-    checkpoint: Path, adapters: tuple[str, ...] = (), command: Command = stand_in_command, seconds: float = 20
+    checkpoint: Path,
+    adapters: tuple[str, ...] = (),
+    command: Command = stand_in_command,
+    seconds: float = 20,
+    adapter_folder: Path | None = None,
 ) -> Iterator[Service]:
     """A running service, ready within `seconds`."""
     models = load_models([checkpoint], adapters, command=command)
     key = new_key()
-    app = create_app(models, Keys.holding(key))
+    changing = None if adapter_folder is None else AdapterFolder(adapter_folder, models)
+    app = create_app(models, Keys.holding(key), adapters=changing)
     server = configure(app)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     server.config.port = 0

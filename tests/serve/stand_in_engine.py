@@ -2,7 +2,8 @@
 
 Choice c begins c tokens later. `seed` is the milliseconds that a token takes. The prompt [7, 7, 7] is refused,
 [8, 8, 8] fails, [9, 9, 9] kills the process. Files in the checkpoint folder: `fatal` makes it refuse to start,
-`stubborn` makes it ignore SIGTERM and the end of the socket. Every message that it receives is written to `received`,
+`stubborn` makes it ignore SIGTERM and the end of the socket. It loads any adapter whose path does not say `broken`;
+loading `deadly` kills it. Every message that it receives is written to `received`,
 one per line.
 """
 
@@ -19,7 +20,20 @@ from pathlib import Path
 
 import msgspec
 
-from steelyard.infer.request import Abort, EngineStats, Failure, Fatal, Output, Ready, Request, TokenLogprob
+from steelyard.infer.request import (
+    Abort,
+    AdapterChanged,
+    DropAdapter,
+    EngineStats,
+    Failure,
+    Fatal,
+    LoadAdapter,
+    Output,
+    Ready,
+    Request,
+    ToEngine,
+    TokenLogprob,
+)
 from steelyard.infer.wire import EngineSocket
 from steelyard.text.detokenizer import Detokenizer
 from steelyard.text.stop import StopStrings
@@ -79,7 +93,7 @@ def main() -> None:
     (arguments.checkpoint / "environment").write_text("\n".join(os.environ))
     tokenizer = Tokenizer.load(arguments.checkpoint)
     sentence = tokenizer.encode(SENTENCE)
-    inbox: queue.Queue[Request | Abort | None] = queue.Queue()
+    inbox: queue.Queue[ToEngine | None] = queue.Queue()
 
     def read() -> None:
         with (arguments.checkpoint / "received").open("ab", buffering=0) as received:
@@ -122,7 +136,16 @@ def main() -> None:
         wire.send([*outputs, stats])
 
 
-def take(message: Request | Abort, running: list[Choice], tokenizer: Tokenizer, wire: EngineSocket) -> list[Choice]:
+def take(message: ToEngine, running: list[Choice], tokenizer: Tokenizer, wire: EngineSocket) -> list[Choice]:
+    if isinstance(message, LoadAdapter | DropAdapter):
+        path = message.path if isinstance(message, LoadAdapter) else ""
+        if "deadly" in path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "broken" in path:
+            wire.send([Failure(message.id, f"'{path}' does not fit", "lora_path", "invalid_adapter")])
+        else:
+            wire.send([AdapterChanged(message.id, f"digest of {path}" if path else None)])
+        return running
     if isinstance(message, Abort):
         return [choice for choice in running if choice.request.id != message.id]
     if message.prompt == [7, 7, 7]:

@@ -16,10 +16,13 @@ from steelyard.errors import ArtifactError
 from steelyard.infer import wire
 from steelyard.infer.request import (
     Abort,
+    AdapterChanged,
+    DropAdapter,
     EngineStats,
     Failure,
     Fatal,
     FromEngine,
+    LoadAdapter,
     Output,
     Ready,
     Request,
@@ -42,6 +45,8 @@ sampling = st.builds(
 to_engine = st.one_of(
     st.builds(Request, id=text, prompt=st.lists(token, max_size=50), sampling=sampling, adapter=st.none() | text),
     st.builds(Abort, id=text),
+    st.builds(LoadAdapter, id=text, name=text, path=text),
+    st.builds(DropAdapter, id=text, name=text),
 )
 logprobs = st.builds(
     TokenLogprob, token=token, text=text, logprob=number, top=st.lists(st.tuples(token, text, number), max_size=3)
@@ -57,6 +62,7 @@ from_engine = st.one_of(
         finish_reason=st.sampled_from([None, "stop", "length", "abort"]),
     ),
     st.builds(Failure, id=text, message=text, param=st.none() | text),
+    st.builds(AdapterChanged, id=text, digest=st.none() | text),
     st.builds(Ready, model=text, checkpoint_id=text, adapters=st.lists(text), context=token, vocabulary=token),
     st.builds(Fatal, message=text),
     st.builds(EngineStats, steps=token, generated_tokens=token, running=token),

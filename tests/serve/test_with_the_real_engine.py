@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from running_service import Service, eventually, serving
@@ -80,3 +81,49 @@ def test_it_is_ready_again_after_a_kill(real: Service) -> None:
         read_and_kill()
     eventually(lambda: real.engine.ready, 30)
     assert real.sdk().completions.create(model="real", prompt="a", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_adapters_are_loaded_swapped_and_dropped_while_a_stream_runs(
+    make_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    torch, lora = pytest.importorskip("torch"), pytest.importorskip("steelyard.models.lora")
+    from families import make
+    from steelyard.models import weights
+
+    checkpoint = make_checkpoint("adapted")
+    make(checkpoint, "smollm", vocab_size=512)
+    decoder = weights.load(checkpoint)
+    for number in (1, 2):
+        generator = torch.Generator().manual_seed(number)
+        adapter = lora.Adapter.create(decoder, rank=4, alpha=64, targets=("o_proj", "up_proj"), generator=generator)
+        for _, b in adapter.pairs.values():
+            b.normal_(0, 0.5, generator=generator)
+        (tmp_path / str(number)).mkdir()
+        adapter.save(tmp_path / str(number), str(checkpoint))
+    with serving(checkpoint, command=worker_command, seconds=60, adapter_folder=tmp_path) as service:
+        client, http = service.sdk(), service.http()
+        options = {"prompt": "The steelyard", "max_tokens": 30, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+        def load(number: int) -> None:
+            http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": str(number)}).raise_for_status()
+
+        def text() -> str:
+            return client.completions.create(model="x", **options).choices[0].text
+
+        load(1)
+        old = text()
+        stream = client.completions.create(model="x", stream=True, **options)
+        begun = next(iter(stream)).choices[0].text
+        load(2)
+        new = text()
+        assert begun + "".join(chunk.choices[0].text for chunk in stream) == old
+        assert old != new
+        service.engine._process.kill()
+        eventually(lambda: service.engine.ready is None, 10)
+        eventually(lambda: service.engine.ready, 60)
+        assert text() == new, "the restarted engine has the current adapter"
+        http.post("/v1/unload_lora_adapter", json={"lora_name": "x"}).raise_for_status()
+        with pytest.raises(openai.NotFoundError):
+            text()
+        with pytest.raises(httpx.HTTPStatusError):
+            load(3)

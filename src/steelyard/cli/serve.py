@@ -38,6 +38,10 @@ def command(
             metavar="PATH", help="A smaller model of the same vocabulary that guesses tokens; PATH@MODEL with several."
         ),
     ] = None,
+    adapter_folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Let POST /v1/load_lora_adapter load adapters from inside DIR."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8000,
     as_json: console.Json = False,
@@ -49,7 +53,8 @@ def command(
         console.result({"url": url, "models": models}, as_json, table=text)
 
     folders, adapters = _with_bases([resolve(checkpoint) for checkpoint in checkpoints])
-    app.run(folders, [*adapters, *(adapter or [])], host, port, drafts=draft or [], announce=announce)
+    worn = [*adapters, *(adapter or [])]
+    app.run(folders, worn, host, port, drafts=draft or [], adapter_folder=adapter_folder, announce=announce)
 
 
 def _with_bases(checkpoints: list[Path]) -> tuple[list[Path], list[str]]:

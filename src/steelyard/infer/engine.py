@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from steelyard.errors import CheckpointError, RequestError
+from steelyard.infer.adapters import Adapters
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling
 from steelyard.infer.decoding.draft_model import DraftModel, load_draft
@@ -64,7 +65,7 @@ class Engine:
     Args:
         decoder: the model.
         tokenizer: its tokenizer.
-        adapters: LoRA adapters by name.
+        adapters: LoRA adapters, or their folders, by name.
         config: sizes.
         draft: a smaller model of the same vocabulary, which guesses tokens.
         packed: packed weights of an earlier start.
@@ -77,13 +78,13 @@ class Engine:
         self,
         decoder: Decoder,
         tokenizer: Tokenizer,
-        adapters: dict[str, Adapter] | None = None,
+        adapters: Mapping[str, Adapter | Path] | None = None,
         config: EngineConfig | None = None,
         draft: Decoder | None = None,
         packed: PackedWeights | None = None,
     ) -> None:
         config = config or EngineConfig()
-        self.decoder, self.tokenizer, self.adapters = decoder, tokenizer, adapters or {}
+        self.decoder, self.tokenizer = decoder, tokenizer
         self.library = library.load()
         sizes = CacheSizes.fit(
             decoder,
@@ -96,18 +97,20 @@ class Engine:
         rows = max(config.logit_rows, config.max_running)
         self.context = sizes.context
         self.pool = BlockPool(sizes.blocks, sizes.block_size, config.reuse)
-        self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running, rows)
         self.runner = open_runner(
             decoder,
             sizes,
             tokens=config.token_budget,
             rows=rows,
             library=self.library,
-            adapters=self.adapters,
             packed=packed,
         )
+        self.adapters = Adapters(self.runner, lambda path: Adapter.load(path, decoder))
+        self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running, rows, self.adapters)
         self.speculation = self._speculation(config, draft)
         self.sequences: dict[str, list[Sequence]] = {}
+        for name, source in (adapters or {}).items():
+            self.load_adapter(name, source)
         self._steps = self._generated = self._drafted = self._accepted = 0
 
     @classmethod
@@ -128,14 +131,36 @@ class Engine:
         tokenizer = Tokenizer.load(folder)
         if tokenizer.vocabulary > decoder.config.vocabulary:
             raise CheckpointError(f"'{folder}': the tokenizer has more tokens than the model; pull it again")
-        loaded = {name: Adapter.load(path, decoder) for name, path in (adapters or {}).items()}
         smaller = None if draft is None else load_draft(draft, decoder, tokenizer, dtype)
         planned = library.load() is not None and has_plan(decoder, library.load())
         packed = PackedWeights(packed_file(folder)) if planned else None
-        engine = cls(decoder, tokenizer, loaded, config, smaller, packed)
+        engine = cls(decoder, tokenizer, adapters, config, smaller, packed)
         if planned:
             decoder.to("meta")  # its weights are held packed alone
         return engine
+
+    def load_adapter(self, name: str, source: Path | Adapter) -> str:
+        """Let requests wear an adapter by this name from now on; those of one that had the name keep theirs.
+
+        Args:
+            name: what requests say.
+            source: a folder in PEFT's layout, which is read again if the adapter had to give its place up.
+
+        Returns:
+            The adapter's digest.
+
+        Raises:
+            CheckpointError: it cannot be read or does not fit the base.
+        """
+        return self.adapters.put(name, self.adapters.prepare(source))
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget a name; requests that wear its adapter run to their end.
+
+        Raises:
+            ModelNotFoundError: there is no such name.
+        """
+        self.adapters.drop(name)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -150,8 +175,7 @@ class Engine:
         if not 1 <= request.n <= MAX_CHOICES:
             raise RequestError(f"n must be 1 to {MAX_CHOICES}", param="n")
         sampling.check(request.sampling)
-        if request.adapter is not None and request.adapter not in self.adapters:
-            raise RequestError(f"adapter '{request.adapter}' is not loaded", param="model", code="model_not_found")
+        adapter = None if request.adapter is None else self.adapters.find(request.adapter)
         if len(request.prompt) >= self.context:
             raise RequestError(
                 f"the prompt has {len(request.prompt)} tokens; the context holds {self.context}, the answer included",
@@ -164,7 +188,7 @@ class Engine:
         if not all(0 <= token < vocabulary for token in request.sampling.logit_bias):
             raise RequestError(f"token ids must be 0 to {vocabulary - 1}", param="logit_bias")
         seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed % 2**64
-        choices = [Sequence(request, choice, seed, self.tokenizer) for choice in range(request.n)]
+        choices = [Sequence(request, choice, seed, self.tokenizer, adapter) for choice in range(request.n)]
         self.sequences[request.id] = choices
         for sequence in choices:
             self.scheduler.add(sequence)
@@ -182,9 +206,11 @@ class Engine:
 
     def step(self) -> list[Output | Failure]:
         """Schedule, guess, run, draw, deliver."""
+        outputs = self._settle_adapters()
         batch = self.scheduler.schedule()
         if not batch:
-            return []
+            self.adapters.wait()  # whoever waits, waits for this
+            return outputs
         self._steps += 1
         if self.speculation is not None:
             guesses = self.speculation.propose(batch, self.scheduler.room(batch))
@@ -194,7 +220,6 @@ class Engine:
         rows = [_row(work, ahead) for work in drawing for ahead in range(work.draws)]
         drawn = iter(sampling.draw(logits, rows, self.library))
         self.scheduler.computed(batch)
-        outputs: list[Output | Failure] = []
         for work in drawing:
             outputs += self._deliver(work, list(itertools.islice(drawn, 1 + len(work.draft))))
         return outputs
@@ -232,8 +257,22 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """No block is lost, none is held by a sequence that has ended."""
-        self.pool.check_integrity([s.block_table for s in [*self.scheduler.running, *self.scheduler.waiting]])
+        """No block is lost, none is held by a sequence that has ended; no more is there of adapters."""
+        running, every = self.scheduler.running, [*self.scheduler.running, *self.scheduler.waiting]
+        self.pool.check_integrity([sequence.block_table for sequence in every])
+        self.adapters.check_integrity(
+            [sequence.adapter for sequence in running], [sequence.adapter for sequence in every]
+        )
+
+    def _settle_adapters(self) -> list[Output | Failure]:
+        """Take in the adapters that have been read; fails the requests of one that could not be."""
+        failures: list[Output | Failure] = []
+        for version, reason in self.adapters.settle():
+            for id, choices in list(self.sequences.items()):
+                if choices[0].adapter is version:
+                    self.abort(id)
+                    failures.append(Failure(id, reason))
+        return failures
 
     def _deliver(self, work: Scheduled, drawn: list[sampling.Drawn | None]) -> list[Output | Failure]:
         """Take in what was drawn after the last token and after every drafted one, as far as the drafts are right."""

@@ -78,6 +78,10 @@ class _NativeBatch(ctypes.Structure):
     ]
 
 
+FittedAdapter = list[tuple[steps.LowRank, steps.Pair]]
+"""An adapter's share of each step that it has one of."""
+
+
 class Plan:
     """The steps of one decoder, its buffers and its cache.
 
@@ -113,7 +117,7 @@ class Plan:
         self.decoder = decoder
         self.most_tokens, self.most_draws = tokens, draws
         self.low_rank: dict[str, list[steps.LowRank]] = {}
-        self._free: list[int] = []
+        self._free = list(range(steps.MOST_ADAPTERS - 1, -1, -1))
         self._angles = _angles(decoder, context)
         self.steps = list(self._lower())
         self._weights.keep()
@@ -149,24 +153,24 @@ class Plan:
             )
         return self.buffers.places[Place.LOGITS][: len(batch.draws)]
 
-    def wear(self, adapter: Adapter) -> int:
-        """Take an adapter in; returns the number by which a batch's tokens name it."""
-        place = self._free.pop() if self._free else len(next(iter(self.low_rank.values()))[0].pairs)
-        for name, parts in self.low_rank.items():
-            pair = adapter.pairs.get(name)
-            for step in parts:
-                found = None if pair is None else _padded_pair(*pair, adapter.alpha, step)
-                step.pairs[place:] = [found, *step.pairs[place + 1 :]]
-        self._lower_natively()
+    def fit(self, adapter: Adapter) -> FittedAdapter:
+        """An adapter as the steps read it. Changes nothing: any thread may call this while the plan runs."""
+        parts = [(step, adapter.pairs[name]) for name in adapter.pairs for step in self.low_rank[name]]
+        return [(step, _padded_pair(*pair, adapter.alpha, step)) for step, pair in parts]
+
+    def wear(self, adapter: FittedAdapter) -> int:
+        """Take an adapter in; returns the number by which a batch's tokens name it, below `MOST_ADAPTERS`."""
+        place = self._free.pop()
+        for step, pair in adapter:
+            step.wear(place, pair)
         return place
 
     def take_off(self, place: int) -> None:
         """Forget an adapter; its number may be given to another."""
         for parts in self.low_rank.values():
             for step in parts:
-                step.pairs[place] = None
+                step.take_off(place)
         self._free.append(place)
-        self._lower_natively()
 
     def _lower(self) -> Iterable[steps.Step]:
         decoder, config = self.decoder, self.decoder.config
@@ -283,7 +287,7 @@ class Plan:
         column: int = 0,
         turns: bool = False,
     ) -> steps.LowRank:
-        step = steps.LowRank([], inputs, padded(outputs), stride, source, destination, column, turns)
+        step = steps.LowRank(inputs, padded(outputs), stride, source, destination, column, turns)
         self.low_rank.setdefault(name, []).append(step)
         return step
 

@@ -70,6 +70,29 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     id: str
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+    """Let requests wear the adapter in a folder by this name, from the answer on; swaps one that has the name."""
+
+    id: str
+    name: str
+    path: str
+
+
+class DropAdapter(msgspec.Struct, frozen=True, tag="drop_adapter"):
+    """Forget an adapter's name; the requests that wear it run to their end."""
+
+    id: str
+    name: str
+
+
+class AdapterChanged(msgspec.Struct, frozen=True, tag="adapter_changed"):
+    """A `LoadAdapter` or `DropAdapter` is done; one that cannot be done is answered by a `Failure`."""
+
+    id: str
+    digest: str | None
+    """Of the adapter that the name now means; None: of none."""
+
+
 class TokenLogprob(msgspec.Struct, frozen=True):
     """A generated token, its log-probability, and the most likely tokens at its place.
 
@@ -100,7 +123,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
 
 
 class Failure(msgspec.Struct, frozen=True, tag="failure"):
-    """The engine refuses a request (its fault: `param`, `code`) or could not finish it (neither)."""
+    """The engine refuses what was asked (the asker's fault: `param`, `code`) or could not finish it (neither)."""
 
     id: str
     message: str
@@ -151,5 +174,5 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     blocks: int = 0
 
 
-ToEngine = Request | Abort
-FromEngine = Ready | Output | Failure | Fatal | EngineStats
+ToEngine = Request | Abort | LoadAdapter | DropAdapter
+FromEngine = Ready | Output | AdapterChanged | Failure | Fatal | EngineStats

@@ -5,27 +5,28 @@ Checkpoints in int8 or bfloat16 run by a plan; any other by the reference forwar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import msgspec
 import torch
 
 from steelyard.errors import CheckpointError
+from steelyard.infer.adapters import Version, Wearer
 from steelyard.infer.kv_cache import KVCache, PagedAttention, Span
 from steelyard.infer.packed import PackedWeights
-from steelyard.infer.plan import Plan, PlanCache, is_dense
+from steelyard.infer.plan import FittedAdapter, Plan, PlanCache, is_dense
 from steelyard.infer.scheduler import Scheduled
 from steelyard.kernels.library import Library
 from steelyard.kernels.reference import BLOCK
-from steelyard.kernels.steps import MOST_HEAD_WIDTH, MOST_INPUTS, Batch
+from steelyard.kernels.steps import MOST_ADAPTERS, MOST_HEAD_WIDTH, MOST_INPUTS, Batch
 from steelyard.models.decoder import Block, Decoder
 from steelyard.models.linear import Int8Embedding, Int8Linear
 from steelyard.models.lora import Adapter, AdapterRows
 
 
-class Runner(Protocol):
-    """Computes batches."""
+class Runner(Wearer, Protocol):
+    """Computes batches, whose rows may wear adapters that it was given."""
 
     def run(self, batch: list[Scheduled]) -> torch.Tensor:
         """One forward pass over the batch; the cache holds its tokens afterwards.
@@ -40,8 +41,26 @@ class Runner(Protocol):
 class ReferenceRunner:
     """A decoder as training and evaluation run it, over a paged cache."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, adapters: Mapping[str, Adapter]) -> None:
-        self.decoder, self.cache, self.adapters = decoder, cache, adapters
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        self.decoder, self.cache = decoder, cache
+        self._worn: dict[int, Adapter] = {}
+        self._places = Places()
+
+    def prepare(self, adapter: Adapter) -> Adapter:
+        """See `Wearer`."""
+        return adapter
+
+    def wear(self, digest: str, weights: object) -> int:
+        """See `Wearer`."""
+        place = next(number for number in range(MOST_ADAPTERS) if number not in self._worn)
+        self._worn[place] = cast(Adapter, weights)
+        self._places.take(place, digest)
+        return place
+
+    def take_off(self, place: int) -> None:
+        """See `Wearer`."""
+        del self._worn[place]
+        self._places.free(place)
 
     @torch.inference_mode()
     def run(self, batch: list[Scheduled]) -> torch.Tensor:
@@ -60,25 +79,41 @@ class ReferenceRunner:
         return self.decoder.logits(hidden_states[torch.tensor(wanted, dtype=torch.int64)])
 
     def _adapters(self, batch: list[Scheduled]) -> Adapter | AdapterRows | None:
-        places: dict[str, list[int]] = {}
+        places: dict[int, list[int]] = {}
         start = 0
         for work in batch:
-            if work.sequence.request.adapter is not None:
-                places.setdefault(work.sequence.request.adapter, []).extend(range(start, start + work.count))
+            place = self._places.of(work.sequence.adapter)
+            if place >= 0:
+                places.setdefault(place, []).extend(range(start, start + work.count))
             start += work.count
         if not places:
             return None
         if len(places) == 1 and len(next(iter(places.values()))) == start:
-            return self.adapters[next(iter(places))]
-        return AdapterRows((self.adapters[name], torch.tensor(where)) for name, where in places.items())
+            return self._worn[next(iter(places))]
+        return AdapterRows((self._worn[place], torch.tensor(where)) for place, where in places.items())
 
 
 class PlanRunner:
     """A plan and the adapters that it wears."""
 
-    def __init__(self, plan: Plan, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.numbers = {name: plan.wear(adapter) for name, adapter in adapters.items()}
+        self._places = Places()
+
+    def prepare(self, adapter: Adapter) -> FittedAdapter:
+        """See `Wearer`."""
+        return self.plan.fit(adapter)
+
+    def wear(self, digest: str, weights: object) -> int:
+        """See `Wearer`."""
+        place = self.plan.wear(cast(FittedAdapter, weights))
+        self._places.take(place, digest)
+        return place
+
+    def take_off(self, place: int) -> None:
+        """See `Wearer`."""
+        self.plan.take_off(place)
+        self._places.free(place)
 
     def run(self, batch: list[Scheduled]) -> torch.Tensor:
         """See `Runner`."""
@@ -97,8 +132,7 @@ class PlanRunner:
             positions += range(start, end)
             slots += [sequence.block_table[place // BLOCK] for place in range(start, end)]
             tables += sequence.block_table
-            adapter = sequence.request.adapter
-            worn += [-1 if adapter is None else self.numbers[adapter]] * work.count
+            worn += [self._places.of(sequence.adapter)] * work.count
             wanted += range(len(tokens) - work.wanted, len(tokens))
         ready = Batch(
             token_ids=_numbers(tokens),
@@ -110,6 +144,30 @@ class PlanRunner:
             adapters=_numbers(worn) if max(worn) >= 0 else None,
         )
         return self.plan.run(ready)
+
+
+class Places:
+    """The digest of what is worn at each place, checked for every row that names one."""
+
+    def __init__(self) -> None:
+        self._digests: dict[int, str] = {}
+
+    def take(self, place: int, digest: str) -> None:
+        """It is worn here from now on."""
+        assert place not in self._digests, "a place has two adapters"
+        self._digests[place] = digest
+
+    def free(self, place: int) -> None:
+        """Nothing is worn here any more."""
+        del self._digests[place]
+
+    def of(self, version: Version | None) -> int:
+        """The place of a row's adapter, -1 for none."""
+        if version is None:
+            return -1
+        assert version.place is not None, "a row runs without its adapter"
+        assert self._digests[version.place] == version.digest, "a row would wear another's adapter"
+        return version.place
 
 
 def _numbers(values: Sequence[object]) -> torch.Tensor:
@@ -184,7 +242,6 @@ def open_runner(
     tokens: int,
     rows: int,
     library: Library | None,
-    adapters: Mapping[str, Adapter] | None = None,
     packed: PackedWeights | None = None,
 ) -> Runner:
     """The runner for a decoder: by its plan where it has one.
@@ -195,12 +252,11 @@ def open_runner(
         tokens: most of a batch.
         rows: most rows of logits of a batch.
         library: the native kernels.
-        adapters: by name.
         packed: packed weights of an earlier start.
     """
     if not has_plan(decoder, library):
         cache = KVCache(decoder.config, sizes.blocks, sizes.block_size, sizes.dtype)
-        return ReferenceRunner(decoder, cache, adapters or {})
+        return ReferenceRunner(decoder, cache)
     plan = Plan(
         decoder,
         blocks=sizes.blocks,
@@ -211,4 +267,4 @@ def open_runner(
         cache_dtype=sizes.dtype,
         packed=packed,
     )
-    return PlanRunner(plan, adapters or {})
+    return PlanRunner(plan)

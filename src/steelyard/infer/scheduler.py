@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
+from steelyard.infer.adapters import Adapters
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.request import Priority
 from steelyard.infer.sequence import Sequence
@@ -111,11 +112,14 @@ class Scheduler:
         token_budget: most tokens of one step.
         max_running: most sequences that run at once.
         logit_rows: most rows of logits of one step; at least `max_running`.
+        adapters: a sequence runs when it has its adapter's place.
     """
 
-    def __init__(self, pool: BlockPool, token_budget: int, max_running: int, logit_rows: int) -> None:
+    def __init__(
+        self, pool: BlockPool, token_budget: int, max_running: int, logit_rows: int, adapters: Adapters
+    ) -> None:
         assert logit_rows >= max_running, "every running sequence may draw"
-        self.pool, self.block_size = pool, pool.block_size
+        self.pool, self.block_size, self.adapters = pool, pool.block_size, adapters
         self.token_budget, self.max_running, self.logit_rows = token_budget, max_running, logit_rows
         self.waiting = Waiting()
         self.running: list[Sequence] = []
@@ -127,6 +131,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
+        self.adapters.hold(sequence.adapter)
         self.waiting.add(sequence, self._active())
 
     def remove(self, sequence: Sequence) -> None:
@@ -134,8 +139,10 @@ class Scheduler:
         self.pool.release(sequence.block_table)
         if sequence in self.running:
             self.running.remove(sequence)
+            self.adapters.leave(sequence.adapter)
         else:
             self.waiting.remove(sequence)
+        self.adapters.release(sequence.adapter)
         self.waiting.forget(self._active())
 
     def schedule(self) -> list[Scheduled]:
@@ -213,7 +220,8 @@ class Scheduler:
 
     def _chain(self, sequence: Sequence) -> list[bytes]:
         if not sequence.root:
-            sequence.root = self.pool.root(sequence.request.project, sequence.request.adapter or "")
+            digest = "" if sequence.adapter is None else sequence.adapter.digest
+            sequence.root = self.pool.root(sequence.request.project, digest)
         sequence.chain = self.pool.links(sequence.root, sequence.tokens, sequence.chain)
         return sequence.chain
 
@@ -231,6 +239,8 @@ class Scheduler:
         count = _piece(sequence, computed, budget, spare).count
         missing = -(-(computed + count) // self.block_size) - len(found)
         if missing > self.pool.available - sum(map(self.pool.is_idle, found)):
+            return False
+        if not self.adapters.seat(sequence.adapter):
             return False
         for block in found:
             self.pool.hold(block)
@@ -275,6 +285,7 @@ class Scheduler:
         self.pool.release(sequence.block_table)
         sequence.computed = sequence.kept = 0
         self.running.remove(sequence)
+        self.adapters.leave(sequence.adapter)
         self.waiting.add(sequence, self._active(), first=True)
         self.preemptions += 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
+from steelyard.infer.adapters import Version
 from steelyard.infer.request import FinishReason, Request
 from steelyard.text.detokenizer import Detokenizer
 from steelyard.text.stop import StopStrings
@@ -19,10 +20,13 @@ class Sequence:
         choice: which of its n choices this is.
         seed: what its draws are keyed by.
         tokenizer: turns its tokens into text.
+        adapter: the version that it wears to its end; None is the base model.
     """
 
-    def __init__(self, request: Request, choice: int, seed: int, tokenizer: Tokenizer) -> None:
-        self.request, self.choice, self.seed = request, choice, seed
+    def __init__(
+        self, request: Request, choice: int, seed: int, tokenizer: Tokenizer, adapter: Version | None = None
+    ) -> None:
+        self.request, self.choice, self.seed, self.adapter = request, choice, seed, adapter
         self.tokens = list(request.prompt)
         self.computed = 0
         self.block_table: list[int] = []

@@ -2,8 +2,9 @@
 
     python -m steelyard.infer.worker CHECKPOINT --model NAME --socket FD [--adapter NAME=PATH ...] [--draft PATH]
 
-A thread reads messages into a queue; the main thread takes them between steps. It draws one canary token before it
-says that it is ready. While it works it says once a second what it has done, and once more when it falls idle.
+A thread reads messages into a queue; the main thread takes them between steps. Adapters are read by a thread of their
+own, and taken in between steps too. It draws one canary token before it says that it is ready. While it works it says
+once a second what it has done, and once more when it falls idle.
 """
 
 from __future__ import annotations
@@ -16,12 +17,27 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 from steelyard.checkpoint import manifest
-from steelyard.errors import ArtifactError, RequestError, SteelyardError
+from steelyard.errors import ArtifactError, CheckpointError, RequestError, SteelyardError
+from steelyard.infer.adapters import Prepared
 from steelyard.infer.engine import Engine
-from steelyard.infer.request import Abort, Failure, Fatal, FromEngine, Ready, Request, Sampling, ToEngine
+from steelyard.infer.request import (
+    Abort,
+    AdapterChanged,
+    DropAdapter,
+    Failure,
+    Fatal,
+    FromEngine,
+    LoadAdapter,
+    Ready,
+    Request,
+    Sampling,
+    ToEngine,
+)
 from steelyard.infer.wire import EngineSocket
 
 STATS_SECONDS = 1.0
@@ -30,19 +46,30 @@ STATS_SECONDS = 1.0
 log = logging.getLogger("steelyard.engine")
 
 
-def serve(engine: Engine, inbox: queue.SimpleQueue[ToEngine | None], socket: EngineSocket) -> None:
+@dataclass(frozen=True)
+class AdapterRead:
+    """The thread has read what a `LoadAdapter` names, or failed to."""
+
+    asked: LoadAdapter
+    read: Future[Prepared]
+
+
+Inbox = queue.SimpleQueue[ToEngine | AdapterRead | None]
+
+
+def serve(engine: Engine, inbox: Inbox, socket: EngineSocket) -> None:
     """Step while there is work, wait while there is none, until the other side is gone (None)."""
     told = 0.0
     while True:
-        messages: list[ToEngine | None] = [] if engine.busy else [inbox.get()]
+        messages: list[ToEngine | AdapterRead | None] = [] if engine.busy else [inbox.get()]
         while not inbox.empty():
             messages.append(inbox.get())
         for message in messages:
             if message is None:
                 return
-            failure = _take(engine, message)
-            if failure is not None:
-                socket.send([failure])
+            answer = _take(engine, message, inbox)
+            if answer is not None:
+                socket.send([answer])
         answers: list[FromEngine] = [*engine.step()]
         if not engine.busy or time.monotonic() - told >= STATS_SECONDS:
             told = time.monotonic()
@@ -53,15 +80,40 @@ def serve(engine: Engine, inbox: queue.SimpleQueue[ToEngine | None], socket: Eng
             engine.check_integrity()
 
 
-def _take(engine: Engine, message: ToEngine) -> Failure | None:
-    if isinstance(message, Abort):
-        engine.abort(message.id)
-        return None
+def _take(engine: Engine, message: ToEngine | AdapterRead, inbox: Inbox) -> AdapterChanged | Failure | None:
+    match message:
+        case Abort(id=id):
+            engine.abort(id)
+            return None
+        case LoadAdapter(path=path):
+            reading = engine.adapters.begin(Path(path))
+            reading.add_done_callback(lambda read: inbox.put(AdapterRead(message, read)))
+            return None
+        case AdapterRead(asked=asked, read=read):
+            return _put(engine, asked, read)
+        case _:
+            return _ask(engine, message)
+
+
+def _ask(engine: Engine, message: Request | DropAdapter) -> AdapterChanged | Failure | None:
     try:
-        engine.add(message)
+        if isinstance(message, Request):
+            engine.add(message)
+            return None
+        engine.drop_adapter(message.name)
+        return AdapterChanged(message.id, None)
     except RequestError as error:
         return Failure(message.id, str(error), error.param, error.code)
-    return None
+
+
+def _put(engine: Engine, asked: LoadAdapter, read: Future[Prepared]) -> AdapterChanged | Failure:
+    try:
+        return AdapterChanged(asked.id, engine.adapters.put(asked.name, read.result()))
+    except CheckpointError as error:
+        return Failure(asked.id, str(error), "lora_path", "invalid_adapter")
+    except Exception as error:  # an adapter may be anything: running rows do not end for it
+        log.exception("adapter '%s' from '%s'", asked.name, asked.path)
+        return Failure(asked.id, f"the adapter cannot be read: {type(error).__name__}")
 
 
 def start(checkpoint: Path, adapters: dict[str, Path], draft: Path | None = None) -> Engine:
@@ -100,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vocabulary=engine.decoder.config.vocabulary,
     )
     socket.send([ready])
-    inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+    inbox: Inbox = queue.SimpleQueue()
 
     def read() -> None:
         try:

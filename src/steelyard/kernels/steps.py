@@ -24,6 +24,11 @@ PANEL = 32
 TILE_ROWS = 16  # of quantised rows, so many more than a batch has may be read
 MOST_HEAD_WIDTH = 1024  # MOST_WIDTH in attention.h
 MOST_INPUTS = 1 << 16  # more products of bytes could exceed an int32
+MOST_ADAPTERS = 64
+"""How many adapters a plan can wear at once."""
+
+Pair = tuple[torch.Tensor, torch.Tensor, float]
+"""An adapter's share of a layer: A `[R, W]`, B transposed `[R, N]`, both bfloat16 and padded, and alpha / R."""
 
 
 class Place(IntEnum):
@@ -379,8 +384,6 @@ def gate(both: torch.Tensor) -> torch.Tensor:
 class LowRank:
     """The adapters' share of one layer; does nothing in a batch without adapters."""
 
-    pairs: list[tuple[torch.Tensor, torch.Tensor, float] | None]
-    """By adapter: A `[R, W]`, B transposed `[R, N]`, both bfloat16 and padded, and alpha / R; None: not here."""
     inputs: int
     outputs: int
     stride: int
@@ -389,15 +392,22 @@ class LowRank:
     column: int = 0
     turns: bool = False
     """The outputs stand in turns of sixteen with another layer's."""
-    _table: ctypes.Array[NativeLowRank] | None = field(default=None, repr=False)
+    pairs: dict[int, Pair] = field(default_factory=dict)
+    """By adapter."""
+    _table: ctypes.Array[NativeLowRank] = field(default_factory=lambda: (NativeLowRank * MOST_ADAPTERS)(), repr=False)
+
+    def wear(self, adapter: int, pair: Pair) -> None:
+        """Take an adapter's share in; the native step sees it at once."""
+        a, b, scale = self.pairs[adapter] = pair
+        self._table[adapter] = NativeLowRank(a.data_ptr(), b.data_ptr(), len(a), scale)
+
+    def take_off(self, adapter: int) -> None:
+        """Forget an adapter's share, if it has one here."""
+        if self.pairs.pop(adapter, None) is not None:
+            self._table[adapter] = NativeLowRank()
 
     def native(self) -> NativeStep:
         """See `Step`."""
-        self._table = (NativeLowRank * max(1, len(self.pairs)))()
-        for place, pair in enumerate(self.pairs):
-            if pair is not None:
-                a, b, scale = pair
-                self._table[place] = NativeLowRank(a.data_ptr(), b.data_ptr(), len(a), scale)
         sizes = [self.inputs, self.outputs, self.stride, self.source, self.destination, self.column, int(self.turns)]
         step = _step(Kind.LOW_RANK, sizes)
         step.pointer[0] = ctypes.addressof(self._table)
@@ -407,9 +417,9 @@ class LowRank:
         """See `Step`."""
         if batch.adapters is None:
             return
-        for adapter, pair in enumerate(self.pairs):
+        for adapter, pair in self.pairs.items():
             places = (batch.adapters == adapter).nonzero().flatten()
-            if pair is None or not len(places):
+            if not len(places):
                 continue
             x = buffers.places[self.source][places]
             rows = buffers.places[self.destination]

@@ -8,6 +8,7 @@ the engine run the very same line. Merging adds it to the weights, once, in floa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -117,6 +118,14 @@ class Adapter:
             yield f"{name}.lora_A.weight", a
             yield f"{name}.lora_B.weight", b
 
+    def digest(self) -> str:
+        """Hex digest of all that it computes with: scale, layers, values."""
+        whole = hashlib.blake2b(repr(self.alpha).encode(), digest_size=32)
+        for name, tensor in sorted(self.parameters(), key=lambda item: item[0]):
+            whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            whole.update(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+        return whole.hexdigest()
+
     def save(self, folder: Path, base: str) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` into `folder`."""
         tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in self.parameters()}
@@ -154,13 +163,15 @@ class Adapter:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"'{folder / WEIGHTS}' cannot be read: {error}") from None
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise CheckpointError(f"'{folder / WEIGHTS}' holds values that are not finite: its training failed")
         return cls(_pairs(tensors, decoder, folder), _alpha(config, folder))
 
 
 def _alpha(config: dict[str, Any], folder: Path) -> float:
     alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise CheckpointError(f"'{folder}/adapter_config.json': lora_alpha must be a number")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise CheckpointError(f"'{folder}/adapter_config.json': lora_alpha must be a number, and finite")
     return float(alpha)
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -19,9 +20,21 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from steelyard.errors import EngineUnavailableError, RequestError, SteelyardError
+from steelyard.errors import EngineUnavailableError, ModelNotFoundError, RequestError, SteelyardError
 from steelyard.infer import wire
-from steelyard.infer.request import Abort, EngineStats, Failure, Fatal, FromEngine, Output, Ready, Request
+from steelyard.infer.request import (
+    Abort,
+    AdapterChanged,
+    DropAdapter,
+    EngineStats,
+    Failure,
+    Fatal,
+    FromEngine,
+    LoadAdapter,
+    Output,
+    Ready,
+    Request,
+)
 from steelyard.serve.auth import KEY_VARIABLE
 
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0
@@ -55,7 +68,7 @@ class EngineClient:
     Args:
         model: the base model's name.
         checkpoint: its folder.
-        adapters: LoRA adapter folders by name, loaded beside it.
+        adapters: LoRA adapter folders by name, loaded beside it; one that does not load is fatal.
         draft: folder of a smaller model that guesses tokens for it.
         command: makes the command line; another one in tests.
     """
@@ -80,9 +93,13 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._inboxes: dict[str, asyncio.Queue[Output | SteelyardError | None]] = {}
+        self._changes: dict[str, tuple[LoadAdapter | DropAdapter, asyncio.Future[AdapterChanged]]] = {}
+        self._restoring: asyncio.Task[None] | None = None
+        self._was_ready = False
         self._fatal: str | None = None
         self._settled = asyncio.Event()  # set while the status is ready or failed
         self._supervisor: asyncio.Task[None] | None = None
+        self._stopping = False
 
     @property
     def pid(self) -> int | None:
@@ -110,6 +127,7 @@ class EngineClient:
 
     async def stop(self) -> None:
         """End the engine process: SIGTERM, then SIGKILL after `GRACE`. Open requests get an error."""
+        self._stopping = True  # a cancellation can be lost in asyncio.wait_for, where the engine has just died
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -159,9 +177,59 @@ class EngineClient:
             inbox.put_nowait(None)
             self._write(wire.frame(Abort(request_id)))
 
+    async def load_adapter(self, name: str, path: Path) -> str:
+        """Let requests wear an adapter by this name from now on, after a restart of the engine too.
+
+        Args:
+            name: what requests say; requests of another adapter that had the name run to their end with that one.
+            path: its folder, which the engine process reads.
+
+        Returns:
+            The adapter's digest.
+
+        Raises:
+            RequestError: the adapter cannot be read, or does not fit the base.
+            EngineUnavailableError: the engine is not ready, or died meanwhile.
+        """
+        if self.ready is None:
+            raise self._unavailable()
+        changed = await self._change(LoadAdapter(secrets.token_hex(16), name, str(path)))
+        assert changed.digest is not None
+        return changed.digest
+
+    async def drop_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that wear it run to their end.
+
+        Raises:
+            ModelNotFoundError: the engine has none of this name.
+            EngineUnavailableError: the engine is not ready, or died meanwhile.
+        """
+        if self.ready is None:
+            raise self._unavailable()
+        await self._change(DropAdapter(secrets.token_hex(16), name))
+
+    async def _change(self, message: LoadAdapter | DropAdapter) -> AdapterChanged:
+        answer: asyncio.Future[AdapterChanged] = asyncio.get_running_loop().create_future()
+        self._changes[message.id] = message, answer
+        self._write(wire.frame(message))
+        return await answer
+
+    async def _restore(self, ready: Ready) -> None:
+        """Give a restarted engine the adapters of the one before. One that fails now is tried at the next restart."""
+        for name, path in list(self.adapters.items()):
+            try:
+                await self._change(LoadAdapter(secrets.token_hex(16), name, str(path)))
+            except SteelyardError as error:
+                log.error("the engine of '%s' restarted without the adapter '%s': %s", self.model, name, error)
+        self._begin(ready)
+
+    def _begin(self, ready: Ready) -> None:
+        self.ready, self._was_ready = ready, True
+        self._settle("ready")
+
     async def _supervise(self) -> None:
         delay = FIRST_DELAY
-        while True:
+        while not self._stopping:
             try:
                 steady = await self._run()
             except Exception as error:  # the supervisor outlives everything but its cancellation
@@ -179,11 +247,12 @@ class EngineClient:
     async def _run(self) -> bool:
         """One life of the engine process; returns whether it was a long one."""
         ours, theirs = socket.socketpair()
+        adapters = {} if self._was_ready else self.adapters  # later ones are restored, and fatal no more
         began = time.monotonic()
         try:
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
-                    *self._command(self.checkpoint, self.model, self.adapters, theirs.fileno()),
+                    *self._command(self.checkpoint, self.model, adapters, theirs.fileno()),
                     *([] if self.draft is None else ["--draft", str(self.draft)]),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
@@ -228,19 +297,35 @@ class EngineClient:
                 self._deliver(request_id, self._unavailable("gave the request up"), ends=True)
             case Output(id=request_id):
                 self._deliver(request_id, message)
-            case Failure(id=request_id, param=None):
-                self._deliver(request_id, self._unavailable(f"could not finish: {message.message}"), ends=True)
+            case AdapterChanged(id=change_id) if change_id in self._changes:
+                change, answer = self._changes.pop(change_id)
+                if isinstance(change, LoadAdapter):
+                    self.adapters[change.name] = Path(change.path)
+                else:
+                    self.adapters.pop(change.name, None)
+                if not answer.done():
+                    answer.set_result(message)
+            case Failure(id=change_id) if change_id in self._changes:
+                _, answer = self._changes.pop(change_id)
+                if not answer.done():
+                    answer.set_exception(self._explain(message))
             case Failure(id=request_id):
-                self._deliver(
-                    request_id, RequestError(message.message, param=message.param, code=message.code), ends=True
-                )
+                self._deliver(request_id, self._explain(message), ends=True)
             case Ready():
-                self.ready = message
-                self._settle("ready")
+                if self._was_ready and self.adapters:
+                    self._restoring = asyncio.create_task(self._restore(message), name=f"adapters of {self.model}")
+                else:
+                    self._begin(message)
             case EngineStats():
                 self.stats = message
             case Fatal():
                 self._fatal = message.message
+
+    def _explain(self, failure: Failure) -> SteelyardError:
+        if failure.param is None:
+            return self._unavailable(f"could not finish: {failure.message}")
+        kind = ModelNotFoundError if failure.code == "model_not_found" else RequestError
+        return kind(failure.message, param=failure.param, code=failure.code)
 
     def _deliver(self, request_id: str, item: Output | SteelyardError, *, ends: bool = False) -> None:
         # An unknown id was aborted while this was on its way.
@@ -256,6 +341,12 @@ class EngineClient:
         waiting, self._inboxes = self._inboxes, {}
         for inbox in set(waiting.values()):
             inbox.put_nowait(self._unavailable("stopped while it worked on this request"))
+        if self._restoring is not None:
+            self._restoring.cancel()
+        changes, self._changes = self._changes, {}
+        for _, answer in changes.values():
+            if not answer.done():
+                answer.set_exception(self._unavailable("stopped while it loaded an adapter"))
 
     def _settle(self, status: Status) -> None:
         self.status = status

@@ -149,11 +149,19 @@ def load_models(
         tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
         models[base] = ServedModel(base, engine, None, tokenizer, template, _written(folder / "config.json"))
         for name, path in worn.items():
-            # An adapter may have been trained with a template of its own; its tokens are the base model's.
-            own = ChatTemplate.load(path) or template
-            created = _written(path / "adapter_config.json")
-            models[name] = ServedModel(name, engine, name, tokenizer, own, created)
+            models[name] = adapter_model(name, path, models[base])
     return models
+
+
+def adapter_model(name: str, path: Path, base: ServedModel) -> ServedModel:
+    """The adapter at `path` as a model of its own, beside its base.
+
+    Raises:
+        CheckpointError: its chat template is broken.
+    """
+    # An adapter may have been trained with a template of its own; its tokens are the base model's.
+    own = ChatTemplate.load(path) or base.template
+    return ServedModel(name, base.engine, name, base.tokenizer, own, _written(path / "adapter_config.json"))
 
 
 def _written(file: Path) -> int:
