@@ -20,7 +20,7 @@ from steelyard.kernels import steps
 from steelyard.models import weights
 from steelyard.models.lora import Adapter
 
-BLOCK_BYTES = 4 * 2 * 2 * 16 * 32  # of the tiny model
+BLOCK_BYTES = 4 * 2 * 2 * 32 * 32  # of the tiny model, its heads padded to 32
 SIZES = EngineConfig(kv_bytes=20 * BLOCK_BYTES, token_budget=64, max_running=12)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANKS = (4, 5, 8, 16, 33, 64)

@@ -16,7 +16,7 @@ from steelyard.infer.runner import PlanRunner
 from steelyard.models import weights
 from steelyard.models.lora import Adapter
 
-BLOCK_BYTES = 4 * 2 * 2 * 16 * 32  # of the tiny model
+BLOCK_BYTES = 4 * 2 * 2 * 32 * 32  # of the tiny model, its heads padded to 32
 CROWDS = {
     "roomy": EngineConfig(kv_bytes=400 * BLOCK_BYTES),
     "chunked": EngineConfig(kv_bytes=400 * BLOCK_BYTES, token_budget=11, max_running=9),

@@ -240,7 +240,7 @@ def test_drafts_that_do_not_fit_are_refused(
         Engine.load(small[0], draft=larger)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         Engine.load(small[0], draft=tmp_path / "none")
-    with pytest.raises(CheckpointError, match="a draft is for int8 models"):
+    with pytest.raises(CheckpointError, match="a draft needs a model in int8 or bfloat16"):
         Engine.load(tiny_model, draft=drafts["dense"], dtype=torch.float32)
 
 

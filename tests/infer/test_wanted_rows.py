@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from steelyard.compress.quantize import int8
+from steelyard.infer.adapters import Adapters
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.request import Request
 from steelyard.infer.runner import CacheSizes, Runner, open_runner
@@ -16,6 +17,7 @@ from steelyard.infer.scheduler import Scheduled, Scheduler
 from steelyard.infer.sequence import Sequence
 from steelyard.kernels import library
 from steelyard.models import weights
+from steelyard.models.lora import Adapter
 from steelyard.text.tokenizer import Tokenizer
 
 TOKENS = [(11 * place) % 250 + 3 for place in range(40)]
@@ -32,6 +34,22 @@ def open_(
     decoder = weights.load(folder, torch.float32)
     sizes = CacheSizes.fit(decoder, 1 << 22, 32, 4, library.load())
     return lambda: open_runner(decoder, sizes, tokens=64, rows=64, library=library.load())
+
+
+class NoWearer:
+    """Nobody wears an adapter here."""
+
+    def prepare(self, adapter: Adapter) -> object:
+        raise AssertionError
+
+    def wear(self, digest: str, weights: object) -> int:
+        raise AssertionError
+
+    def take_off(self, place: int) -> None:
+        raise AssertionError
+
+
+NO_ADAPTERS = Adapters(NoWearer(), Adapter.load)  # type: ignore[arg-type]
 
 
 def sequence(tiny_model: Path, tokens: list[int], blocks: list[int]) -> Sequence:
@@ -79,7 +97,7 @@ def test_drafted_tokens_are_read_after_the_sequences_own(open_: Callable[[], Run
 
 def test_drafts_take_the_room_that_is_left(tiny_model: Path) -> None:
     pool = BlockPool(8, 4, reuse=False)
-    scheduler = Scheduler(pool, token_budget=12, max_running=3, logit_rows=6)
+    scheduler = Scheduler(pool, token_budget=12, max_running=3, logit_rows=6, adapters=NO_ADAPTERS)
     rows = [sequence(tiny_model, [5, 6, 7], []) for _ in range(3)]
     for row in rows:
         scheduler.add(row)
@@ -102,7 +120,7 @@ def test_drafts_take_the_room_that_is_left(tiny_model: Path) -> None:
 
 def test_drafts_take_no_block_that_is_held(tiny_model: Path) -> None:
     pool = BlockPool(2, 4, reuse=False)
-    scheduler = Scheduler(pool, token_budget=64, max_running=2, logit_rows=16)
+    scheduler = Scheduler(pool, token_budget=64, max_running=2, logit_rows=16, adapters=NO_ADAPTERS)
     first, second = (sequence(tiny_model, [5, 6, 7], []) for _ in range(2))
     scheduler.add(first)
     scheduler.add(second)

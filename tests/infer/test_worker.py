@@ -188,7 +188,9 @@ def test_it_says_what_it_has_done_when_it_falls_idle(worker: Worker) -> None:
     assert len(worker.stats) <= 2 + 2 + time.monotonic() - worker.began, "once a second at most while it works"
 
 
-def test_a_draft_guesses_and_one_that_does_not_fit_says_why(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_draft_guesses_and_one_that_does_not_fit_says_why(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from steelyard.compress.quantize import int8
@@ -203,8 +205,9 @@ def test_a_draft_guesses_and_one_that_does_not_fit_says_why(tiny_model: Path, tm
     worker.receive()
     assert worker.stats[-1].drafted_tokens > 0
     assert worker.end() == 0
+    monkeypatch.setenv("STEELYARD_KERNELS", "torch")  # without kernels a bfloat16 model has no plan
     worker = Worker(tiny_model, "--draft", str(tmp_path))
     message = worker.receive()
     assert isinstance(message, Fatal)
-    assert "a draft is for int8 models" in message.message
+    assert "a draft needs a model in int8 or bfloat16" in message.message
     assert worker.process.wait(timeout=30) == 1

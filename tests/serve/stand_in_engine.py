@@ -1,10 +1,10 @@
 """An engine process without a model: speaks the wire and answers with one sentence, over and over.
 
-Choice c begins c tokens later. `seed` is the milliseconds that a token takes. The prompt [7, 7, 7] is refused,
-[8, 8, 8] fails, [9, 9, 9] kills the process. Files in the checkpoint folder: `fatal` makes it refuse to start,
-`stubborn` makes it ignore SIGTERM and the end of the socket. It loads any adapter whose path does not say `broken`;
-loading `deadly` kills it. Every message that it receives is written to `received`,
-one per line.
+Choice c begins c tokens later. A prompt's tokens have the log-probabilities -1, -2 and so on. `seed` is the
+milliseconds that a token takes. The prompt [7, 7, 7] is refused, [8, 8, 8] fails, [9, 9, 9] kills the process. Files in
+the checkpoint folder: `fatal` makes it refuse to start, `stubborn` makes it ignore SIGTERM and the end of the socket.
+It loads any adapter whose path does not say `broken`; loading `deadly` kills it. Every message that it receives is
+written to `received`, one per line.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from steelyard.infer.request import (
     Fatal,
     LoadAdapter,
     Output,
+    PromptLogprob,
     Ready,
     Request,
     ToEngine,
@@ -156,7 +157,21 @@ def take(message: ToEngine, running: list[Choice], tokenizer: Tokenizer, wire: E
         return running
     if message.prompt == [9, 9, 9]:
         os.kill(os.getpid(), signal.SIGKILL)
+    if message.sampling.prompt_logprobs is not None:
+        told = [scored(message, place, tokenizer) for place in range(1, len(message.prompt))]
+        for piece in (told[:2], told[2:]):  # long prompts come in pieces
+            wire.send([Output(id=message.id, choice=0, text="", tokens=[], prompt_logprobs=piece or None)])
+    if message.sampling.max_tokens == 0:
+        ends = [Output(id=message.id, choice=n, text="", tokens=[], finish_reason="length") for n in range(message.n)]
+        wire.send(ends)
+        return running
     return running + [Choice(message, number, tokenizer) for number in range(message.n)]
+
+
+def scored(request: Request, place: int, tokenizer: Tokenizer) -> PromptLogprob:
+    token, likeliest = request.prompt[place], request.sampling.prompt_logprobs or 0
+    top = [(token + n, tokenizer.token_text(token + n), -0.5 - n) for n in range(1, likeliest + 1)]
+    return PromptLogprob(token, tokenizer.token_text(token), -float(place), top, likeliest + 1)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("temperature", ["hot", -0.1, 2.1, True, [], {}]),
     ("top_p", ["x", -0.1, 1.1, False]),
     ("draft", [1, 0, "yes", [], {}]),
+    ("prompt_logprobs", [-1, 21, 1.5, "1", True]),
     ("top_k", [-2, 1.5, "1", True, 1 << 40]),
     ("min_p", [-0.1, 1.1, "0", True]),
     ("max_tokens", [0, -1, 1.5, "5", True, 1 << 70]),
@@ -73,9 +74,12 @@ COMPLETION_WRONG = [
     ("prompt", [None, [], {}, 1, [[]], ["a", 1], [1, "a"], [1, True], [-1], [1.5], [["a"]], ["a", [1]], ["a"] * 65]),
     ("logprobs", [-1, 6, True, "1", 1.5]),
     ("best_of", [2, 0, True, "1"]),
-    ("echo", [True, 0]),
+    ("echo", ["yes", 0, 1, []]),
     ("suffix", ["x", 1]),
 ]
+
+
+READ = {**COMPLETION, "max_tokens": 0, "echo": True}
 
 
 def refusal(kind: str, fields: dict[str, Any]) -> RequestError:
@@ -221,6 +225,10 @@ def test_fields_that_contradict_each_other() -> None:
     assert refusal("chat", {"stream_options": {"include_usage": True}}).param == "stream_options"
     assert refusal("chat", {"stream": False, "stream_options": {}}).param == "stream_options"
     assert refusal("completion", {"n": 2, "best_of": 1}).param == "best_of"
+    for kind in KINDS:
+        assert refusal(kind, {"prompt_logprobs": 1, "stream": True}).param == "prompt_logprobs"
+    assert parse(CompletionRequest, json.dumps({**COMPLETION, "max_tokens": 0, "echo": True}).encode()).max_tokens == 0
+    assert refusal("chat", {"max_tokens": 0, "prompt_logprobs": 1}).param == "max_tokens"
     assert parse(CompletionRequest, json.dumps({**COMPLETION, "n": 2, "best_of": 2}).encode())
 
 
@@ -253,6 +261,10 @@ def test_the_sdk_sees_a_bad_request(client: openai.OpenAI) -> None:
         ("completions", {**COMPLETION, "prompt": [7, 7, 7]}, "prompt", None),
         ("completions", {**COMPLETION, "prompt": [7, 7, 7], "stream": True}, "prompt", None),
         ("completions", {**COMPLETION, "logit_bias": {"99999": 1}}, "logit_bias", None),
+        ("completions", {**READ, "prompt": [5] * 257}, "prompt", "context_length_exceeded"),
+        ("completions", {**COMPLETION, "prompt": [[5] * 200] * 64, "echo": True, "n": 30}, "echo", None),
+        ("completions", {**COMPLETION, "prompt": [[5] * 200] * 64, "echo": True, "logprobs": 5, "n": 3}, "echo", None),
+        ("completions", {**COMPLETION, "prompt": [[5] * 200] * 64, "prompt_logprobs": 20}, "prompt_logprobs", None),
         ("chat/completions", {**CHAT, "model": "none"}, "model", "model_not_found"),
         ("completions", {**COMPLETION, "model": "none", "stream": True}, "model", "model_not_found"),
     ],

@@ -68,6 +68,46 @@ def test_stop_and_logprobs_of_a_real_model(real: Service) -> None:
     assert client.completions.create(**{**options, "top_p": 0, "temperature": 1}).choices[0].text == full.text
 
 
+def test_a_prompt_is_scored_alike_in_every_way(real: Service) -> None:
+    """Echoed whole and streamed, as text and as tokens, in vLLM's shape, and as the choice of a shorter prompt."""
+    tokenizer = next(iter(real.models.values())).tokenizer
+    prompt = "The steelyard weighs exactly, Grüße 😀! " * 4
+    ids = tokenizer.encode(prompt)
+    client = real.sdk()
+    options = {"model": "real", "max_tokens": 1, "temperature": 0, "logprobs": 2}
+    whole = client.completions.create(prompt=prompt, echo=True, **options).choices[0]
+    values = whole.logprobs.token_logprobs
+    assert len(values) == len(ids) + 1
+    assert values[0] is None
+    as_tokens = client.completions.create(prompt=ids, echo=True, **options).choices[0]
+    assert (as_tokens.text, as_tokens.logprobs) == (whole.text, whole.logprobs)
+    parts = list(client.completions.create(prompt=prompt, echo=True, stream=True, **options))
+    assert "".join(part.choices[0].text for part in parts) == whole.text
+    streamed = [part.choices[0].logprobs for part in parts if part.choices[0].logprobs]
+    assert [value for one in streamed for value in one.token_logprobs] == values
+    assert [offset for one in streamed for offset in one.text_offset] == whole.logprobs.text_offset
+    ranked = client.completions.create(prompt=prompt, extra_body={"prompt_logprobs": 1}, **options).choices[0]
+    assert [entry[str(id)]["logprob"] for id, entry in zip(ids[1:], ranked.prompt_logprobs[1:], strict=True)] == values[
+        1:-1
+    ]
+    place = len(ids) // 2
+    shorter = client.completions.create(
+        prompt=ids[:place], extra_body={"logit_bias": {str(ids[place]): 100}}, **options
+    ).choices[0]
+    assert shorter.logprobs.token_logprobs[0] == pytest.approx(values[place], abs=1e-2)  # float weights run in bfloat16
+
+
+def test_its_work_is_counted(real: Service) -> None:
+    def generated() -> int:
+        return real.engine.stats.generated_tokens
+
+    before = generated()
+    real.sdk().completions.create(
+        model="real", prompt="a", max_tokens=20, extra_body={"ignore_eos": True, "draft": False}
+    )
+    assert eventually(lambda: generated() - before == 20)
+
+
 def test_it_is_ready_again_after_a_kill(real: Service) -> None:
     def read_and_kill() -> None:
         stream = real.sdk().completions.create(

@@ -14,12 +14,12 @@ import torch
 from steelyard.errors import CheckpointError, RequestError
 from steelyard.infer.adapters import Adapters
 from steelyard.infer.blocks import BlockPool
-from steelyard.infer.decoding import sampling
+from steelyard.infer.decoding import sampling, scoring
 from steelyard.infer.decoding.draft_model import DraftModel, load_draft
 from steelyard.infer.decoding.prompt_lookup import PromptLookup
 from steelyard.infer.decoding.speculative import Speculation
 from steelyard.infer.packed import PackedWeights, packed_file
-from steelyard.infer.request import EngineStats, Failure, Output, Request, TokenLogprob
+from steelyard.infer.request import EngineStats, Failure, Output, PromptLogprob, Request, TokenLogprob
 from steelyard.infer.runner import CacheSizes, has_plan, open_runner
 from steelyard.infer.scheduler import Scheduled, Scheduler
 from steelyard.infer.sequence import Sequence
@@ -176,7 +176,7 @@ class Engine:
             raise RequestError(f"n must be 1 to {MAX_CHOICES}", param="n")
         sampling.check(request.sampling)
         adapter = None if request.adapter is None else self.adapters.find(request.adapter)
-        if len(request.prompt) >= self.context:
+        if len(request.prompt) + min(1, request.sampling.max_tokens) > self.context:
             raise RequestError(
                 f"the prompt has {len(request.prompt)} tokens; the context holds {self.context}, the answer included",
                 param="prompt",
@@ -205,7 +205,7 @@ class Engine:
         return bool(self.sequences)
 
     def step(self) -> list[Output | Failure]:
-        """Schedule, guess, run, draw, deliver."""
+        """Schedule, guess, run, score, draw, deliver."""
         outputs = self._settle_adapters()
         batch = self.scheduler.schedule()
         if not batch:
@@ -216,12 +216,11 @@ class Engine:
             guesses = self.speculation.propose(batch, self.scheduler.room(batch))
             batch = self.scheduler.lengthen(batch, guesses) if guesses else batch
         logits = self.runner.run(batch)
-        drawing = [work for work in batch if work.draws]
-        rows = [_row(work, ahead) for work in drawing for ahead in range(work.draws)]
-        drawn = iter(sampling.draw(logits, rows, self.library))
+        scored = self._score(batch, logits)  # before the draws, which add biases to the logits
+        drawn = self._draw(batch, logits)
         self.scheduler.computed(batch)
-        for work in drawing:
-            outputs += self._deliver(work, list(itertools.islice(drawn, 1 + len(work.draft))))
+        for parts in zip(batch, scored, drawn, strict=True):
+            outputs += self._deliver(*parts)
         return outputs
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
@@ -274,12 +273,39 @@ class Engine:
                     failures.append(Failure(id, reason))
         return failures
 
-    def _deliver(self, work: Scheduled, drawn: list[sampling.Drawn | None]) -> list[Output | Failure]:
-        """Take in what was drawn after the last token and after every drafted one, as far as the drafts are right."""
+    def _score(self, batch: list[Scheduled], logits: torch.Tensor) -> list[list[PromptLogprob] | None]:
+        """Of each unit of work, what it tells of its prompt; None where the logits are not finite."""
+        found: list[list[PromptLogprob] | None] = []
+        end = 0
+        for work in batch:
+            sequence, begin, end = work.sequence, end, end + work.wanted
+            count = max(0, min(work.wanted, sequence.to_score - sequence.scored))
+            tokens = sequence.request.prompt[sequence.scored + 1 : sequence.scored + 1 + count]
+            likeliest = sequence.request.sampling.prompt_logprobs or 0
+            scored = scoring.score(logits[begin : begin + count], tokens, likeliest) if count else []
+            sequence.scored += count
+            found.append(None if scored is None else [self._prompt_logprob(one) for one in scored])
+        return found
+
+    def _draw(self, batch: list[Scheduled], logits: torch.Tensor) -> list[list[sampling.Drawn | None]]:
+        """Of each unit of work, what is drawn after its last token and after every drafted one; all in one call."""
+        places: list[int] = []
+        end = 0
+        for work in batch:
+            end += work.wanted
+            places += range(end - work.draws, end)
+        rows = [_row(work, ahead) for work in batch for ahead in range(work.draws)]
+        drawn = iter(sampling.draw(logits if len(places) == end else logits[places], rows, self.library))
+        return [list(itertools.islice(drawn, work.draws)) for work in batch]
+
+    def _deliver(
+        self, work: Scheduled, scored: list[PromptLogprob] | None, drawn: list[sampling.Drawn | None]
+    ) -> list[Output | Failure]:
+        """Take in what a step found for a sequence; of its drafted tokens, as far as the draws confirm them."""
         sequence = work.sequence
         if sequence.request.id not in self.sequences:
             return []  # another choice of it has just failed
-        if drawn[0] is None:
+        if scored is None or (drawn and drawn[0] is None):
             self.abort(sequence.request.id)
             return [Failure(sequence.request.id, "the model's logits are not finite")]
         text, taken = "", list[sampling.Drawn]()
@@ -290,8 +316,13 @@ class Engine:
             taken.append(token)
             if sequence.finish_reason is not None or token.token != guess:
                 break
-        self.scheduler.accept(sequence, len(taken) - 1)
-        self._count(work, taken)
+        if taken:
+            self.scheduler.accept(sequence, len(taken) - 1)
+            self._count(work, taken)
+        elif sequence.request.sampling.max_tokens == 0 and sequence.computed == len(sequence.tokens):
+            sequence.finish_reason = "length"
+        elif not scored:
+            return []
         if sequence.finish_reason is not None:
             self._remove(sequence)
             if all(choice.finish_reason is not None for choice in self.sequences[sequence.request.id]):
@@ -302,6 +333,7 @@ class Engine:
             text=text,
             tokens=[token.token for token in taken],
             logprobs=self._logprobs(taken),
+            prompt_logprobs=scored or None,
             finish_reason=sequence.finish_reason,
             prompt_tokens=len(sequence.request.prompt),
             completion_tokens=sequence.generated,
@@ -340,6 +372,11 @@ class Engine:
             right = sum(guess == token.token for guess, token in zip(work.draft, taken, strict=False))
             self._drafted, self._accepted = self._drafted + len(work.draft), self._accepted + right
             self.speculation.observe(work.sequence, len(work.draft), right)
+
+    def _prompt_logprob(self, scored: scoring.Scored) -> PromptLogprob:
+        text = self.tokenizer.token_text
+        top = [(token, text(token), value) for token, value in scored.top]
+        return PromptLogprob(scored.token, text(scored.token), scored.logprob, top, scored.rank)
 
     def _logprobs(self, drawn: list[sampling.Drawn]) -> list[TokenLogprob] | None:
         text = self.tokenizer.token_text

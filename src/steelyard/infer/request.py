@@ -19,7 +19,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are drawn. The defaults draw from the model's own distribution."""
 
     max_tokens: int = 16
-    """Most tokens to generate per choice (at least 1)."""
+    """Most tokens to generate per choice; 0 only reads the prompt, to score it."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -44,6 +44,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """Go on past the model's end tokens."""
     logprobs: int | None = None
     """Return the log-probability of each token and of this many most likely ones; None returns none."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens but the first, once for all choices."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
@@ -105,6 +107,13 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: list[tuple[int, str, float]]
 
 
+class PromptLogprob(TokenLogprob, frozen=True):
+    """A token of the prompt; see `TokenLogprob`."""
+
+    rank: int
+    """Its place among all tokens, 1 for the likeliest."""
+
+
 class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     """What one step added to one choice of one request."""
 
@@ -114,6 +123,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     """New text; may be empty while a character or a possible stop string is incomplete."""
     tokens: list[int]
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[PromptLogprob] | None = None
+    """The next tokens of the prompt, from the second on; in outputs of choice 0, before any other choice's first."""
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0

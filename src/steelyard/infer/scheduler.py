@@ -45,7 +45,7 @@ class Scheduled(msgspec.Struct, frozen=True):
     def draws(self) -> int:
         """At how many of the last tokens a successor is drawn: the sequence's last, and every drafted one."""
         reached = self.sequence.computed + self.count - len(self.draft) == len(self.sequence.tokens)
-        return 1 + len(self.draft) if reached else 0
+        return 1 + len(self.draft) if reached and self.sequence.request.sampling.max_tokens else 0
 
 
 class Waiting:
@@ -230,7 +230,7 @@ class Scheduler:
 
         Another choice of a request waits for the first one's prompt, which it shares.
         """
-        if self.pool.reuse and any(self._shares(sequence, other) for other in self.running):
+        if any(self._shares(sequence, other) for other in self.running):
             return False
         found = self.pool.find(self._chain(sequence))
         # Tokens whose logits are wanted are computed: at least the last.
@@ -256,9 +256,11 @@ class Scheduler:
         return True
 
     def _shares(self, sequence: Sequence, other: Sequence) -> bool:
-        """Whether another choice of the same request is computing blocks of the prompt that can be shared."""
+        """Whether another choice of the same request is scoring the prompt, or computing blocks that can be shared."""
+        if sequence.request is not other.request:
+            return False
         full = (len(sequence.request.prompt) - 1) // self.block_size
-        return sequence.request is other.request and other.kept < full
+        return other.scored < other.to_score or (self.pool.reuse and other.kept < full)
 
     def _missing(self, sequence: Sequence, count: int) -> int:
         blocks = -(-(sequence.computed + count) // self.block_size)

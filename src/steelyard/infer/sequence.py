@@ -39,11 +39,14 @@ class Sequence:
         self.stop_strings = StopStrings(request.sampling.stop)
         self.counts: dict[int, int] = {}  # how often each token was generated, for the penalties
         self.finish_reason: FinishReason | None = None
+        scores = request.sampling.prompt_logprobs is not None and choice == 0
+        self.to_score = len(request.prompt) - 1 if scores else 0
+        self.scored = 0  # of the prompt's tokens, how many have told how likely their successor was
 
     @property
     def first_wanted(self) -> int:
-        """The first token whose logits are still wanted."""
-        return len(self.tokens) - 1
+        """The first token whose logits are still wanted: the last, or of a prompt that is scored the next."""
+        return self.scored if self.scored < self.to_score else len(self.tokens) - 1
 
     @property
     def generated(self) -> int:

@@ -12,12 +12,14 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from steelyard.errors import RequestError
-from steelyard.infer.request import Output, Request, Sampling, TokenLogprob
+from steelyard.infer.request import Output, PromptLogprob, Request, Sampling, TokenLogprob
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.fields import SamplingFields
 from steelyard.serve.protocol.usage import Finish, PromptTokensDetails, Usage
 
 SMALLEST_TOP_P = 1e-9  # OpenAI's 0 means the most likely token alone
+MOST_OF_PROMPTS = 1 << 18
+"""Most tokens and log-probabilities of prompts in an answer: some 20 MB of JSON."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,15 @@ class Choice:
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprob] = field(default_factory=list)
+    """Of the first choice of a prompt, where they are asked for."""
     finish_reason: Finish = "length"
 
     def add(self, output: Output) -> None:
         """Take in what a step added."""
         self.text += output.text
         self.logprobs += output.logprobs or []
+        self.prompt_logprobs += output.prompt_logprobs or []
         self.finish_reason = finish(output) or self.finish_reason
 
 
@@ -110,6 +115,8 @@ def plan(
     param: str,
     max_tokens: int | None,
     logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    echo: bool = False,
 ) -> Generation:
     """What to ask of the engine.
 
@@ -121,19 +128,22 @@ def plan(
         param: the field that the prompts came from.
         max_tokens: the most tokens for each choice; whatever it is, a choice ends where the context does.
         logprobs: as in `Sampling`.
+        prompt_logprobs: as in `Sampling`.
+        echo: every choice of the answer repeats its prompt.
 
     Raises:
-        RequestError: a prompt is empty or leaves no room in the context, or a token is beyond the vocabulary.
+        RequestError: a prompt is empty or leaves no room in the context, a token is beyond the vocabulary, or the
+            answer would hold too much of the prompts.
         EngineUnavailableError: the engine is not ready.
     """
     ready = served.ready()
     for prompt in prompts:
         if not prompt:
             raise RequestError(f"'{param}' has no tokens: write something", param=param)
-        if len(prompt) >= ready.context:
+        if len(prompt) + (max_tokens != 0) > ready.context:
             raise RequestError(
-                f"'{param}' has {len(prompt)} tokens, but the context of '{served.id}' is {ready.context} with at least"
-                " one to generate: shorten it",
+                f"'{param}' has {len(prompt)} tokens, but the context of '{served.id}' is {ready.context}"
+                f"{' with at least one to generate' if max_tokens != 0 else ''}: shorten it",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -141,12 +151,14 @@ def plan(
             raise RequestError(f"'{param}' has a token id that is not below {ready.vocabulary}", param=param)
     if any(token >= ready.vocabulary for token in fields.logit_bias):
         raise RequestError(f"'logit_bias' has a token id that is not below {ready.vocabulary}", param="logit_bias")
+    if echo or prompt_logprobs is not None:
+        _bound(prompts, fields.choices if echo else 1, prompt_logprobs, "echo" if echo else "prompt_logprobs")
     answer_id = prefix + secrets.token_hex(16)
     requests = [
         Request(
             id=f"{answer_id}-{number}",
             prompt=prompt,
-            sampling=_sampling(fields, min(max_tokens or ready.context, ready.context - len(prompt)), logprobs),
+            sampling=_sampling(fields, _most(max_tokens, ready.context - len(prompt)), logprobs, prompt_logprobs),
             n=fields.choices,
             adapter=served.adapter,
             speculate=fields.draft is not False,
@@ -157,7 +169,22 @@ def plan(
     return Generation(answer_id, int(time.time()), served, fingerprint, requests, fields.choices)
 
 
-def _sampling(fields: SamplingFields, max_tokens: int, logprobs: int | None) -> Sampling:
+def _most(max_tokens: int | None, room: int) -> int:
+    return room if max_tokens is None else min(max_tokens, room)
+
+
+def _bound(prompts: list[list[int]], copies: int, likeliest: int | None, param: str) -> None:
+    """Refuse an answer that would hold too much of its prompts: `copies` of each, each token with `likeliest`."""
+    size = copies * sum(map(len, prompts)) * (1 if likeliest is None else 2 + likeliest)
+    if size > MOST_OF_PROMPTS:
+        raise RequestError(
+            f"'{param}': the answer would hold {size} tokens and log-probabilities of prompts; {MOST_OF_PROMPTS} are"
+            " the limit: send fewer or shorter prompts at once, or ask for fewer choices or log-probabilities",
+            param=param,
+        )
+
+
+def _sampling(fields: SamplingFields, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None) -> Sampling:
     return Sampling(
         max_tokens=max_tokens,
         temperature=1.0 if fields.temperature is None else fields.temperature,
@@ -171,4 +198,5 @@ def _sampling(fields: SamplingFields, max_tokens: int, logprobs: int | None) -> 
         stop=fields.stop,
         ignore_eos=bool(fields.ignore_eos),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )

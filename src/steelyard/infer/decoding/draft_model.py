@@ -145,7 +145,7 @@ class DraftModel:
             request = msgspec.structs.replace(
                 sequence.request,
                 adapter=None,
-                sampling=msgspec.structs.replace(sequence.request.sampling, logprobs=None),
+                sampling=msgspec.structs.replace(sequence.request.sampling, logprobs=None, prompt_logprobs=None),
             )
             copy = Sequence(request, sequence.choice, sequence.seed, self.tokenizer)
             self._followers[sequence] = Follower(copy, len(copy.tokens))

@@ -22,7 +22,7 @@ from steelyard.kernels.library import Library
 MAX = (1 << 31) - 1
 TINY = torch.finfo(torch.float32).tiny  # a lower temperature is greedy
 RANGES: dict[str, tuple[float, float]] = {
-    "max_tokens": (1, MAX),
+    "max_tokens": (0, MAX),
     "temperature": (0, MAX),
     "top_p": (0, 1),
     "top_k": (0, MAX),
@@ -30,6 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "presence_penalty": (-MAX, MAX),
     "frequency_penalty": (-MAX, MAX),
     "logprobs": (0, MAX),
+    "prompt_logprobs": (0, MAX),
 }
 """What each field may be, both ends included."""
 

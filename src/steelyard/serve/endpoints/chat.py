@@ -27,6 +27,7 @@ from steelyard.serve.protocol.chat import (
 )
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import parse
+from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
 
 
 async def create(models: Models, request: Request) -> Response:
@@ -43,6 +44,7 @@ async def create(models: Models, request: Request) -> Response:
         param="messages",
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
     )
     if body.stream:
         return EventStream(_events(generation, body.include_usage), request.state.request_id)
@@ -56,9 +58,11 @@ async def create(models: Models, request: Request) -> Response:
         )
         for number, choice in enumerate(choices)
     ]
-    return json_response(
-        ChatCompletion(generation.id, generation.created, served.id, generation.fingerprint, answers, usage)
-    )
+    answer = ChatCompletion(generation.id, generation.created, served.id, generation.fingerprint, answers, usage)
+    if body.prompt_logprobs is not None:
+        scored = prompt_logprobs(choices[0].prompt_logprobs, body.prompt_logprobs)
+        answer = msgspec.structs.replace(answer, prompt_logprobs=scored)
+    return json_response(answer)
 
 
 def _prompt(served: ServedModel, messages: list[dict[str, str]]) -> list[int]:

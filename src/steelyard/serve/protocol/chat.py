@@ -11,6 +11,7 @@ from pydantic import Field
 from steelyard.errors import RequestError
 from steelyard.infer.request import TokenLogprob
 from steelyard.serve.protocol.fields import SamplingFields, accept_neutral
+from steelyard.serve.protocol.prompt_logprobs import PromptLogprobs
 from steelyard.serve.protocol.usage import Finish, Usage
 from steelyard.text.tokenizer import Tokenizer
 
@@ -133,6 +134,8 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
+    """There if they were asked for."""
     object: Literal["chat.completion"] = "chat.completion"
 
 

@@ -24,7 +24,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI's, not had here yet. `null` is neutral for every field.
     "audio": (),
     "best_of": (1,),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "metadata": ({},),
@@ -50,7 +49,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "length_penalty": (1, 1.0),
     "min_tokens": (0,),
-    "prompt_logprobs": (),
     "repetition_penalty": (1, 1.0),
     "stop_token_ids": ([],),
     "structured_outputs": (),
@@ -93,6 +91,7 @@ class SamplingFields(Fields):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     draft: bool | None = None
     """False: tokens are not guessed ahead. Absent or true: they are where it pays. The answer is the same."""
 
@@ -133,6 +132,8 @@ class SamplingFields(Fields):
     def _stream_options(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
             raise RequestError("'stream_options' is only for requests with 'stream': true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("'prompt_logprobs' is not for requests with 'stream': true", param="prompt_logprobs")
         return self
 
     @property
