@@ -22,6 +22,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from steelyard.errors import ConfigError, EngineUnavailableError
+from steelyard.infer.request import CacheKind
 from steelyard.serve.access_log import AccessLog
 from steelyard.serve.adapters import AdapterFolder
 from steelyard.serve.auth import Authentication, Keys, key_file, open_keys
@@ -135,6 +136,7 @@ def run(
     *,
     drafts: Sequence[str] = (),
     adapter_folder: Path | None = None,
+    kv_cache: CacheKind = "bfloat16",
     announce: Callable[[str, list[str]], None] = lambda url, models: None,
     command: Command = worker_command,
     environment: Mapping[str, str] = os.environ,
@@ -148,6 +150,7 @@ def run(
         port: the port; 0 takes a free one.
         drafts: `PATH`, or `PATH@MODEL` where there are several models.
         adapter_folder: adapters inside it may be loaded and unloaded over HTTP; None: they may not.
+        kv_cache: how engines keep keys and values.
         announce: told the base URL and the models' names once all are ready.
         command: makes the command line of an engine process.
         environment: where the API key or the state folder is named.
@@ -157,7 +160,7 @@ def run(
         ConfigError: a wrong adapter or draft, an address that is not free, a state folder that cannot be used.
         EngineUnavailableError: an engine cannot start; it said why.
     """
-    models = load_models(checkpoints, adapters, drafts, command=command)
+    models = load_models(checkpoints, adapters, drafts, kv_cache=kv_cache, command=command)
     changing = None if adapter_folder is None else AdapterFolder(adapter_folder, models)
     with _listen(host, port) as listener:
         keys, new_key = open_keys(environment)  # after the port is ours: a key that is made is also shown

@@ -211,3 +211,15 @@ def test_a_draft_guesses_and_one_that_does_not_fit_says_why(
     assert isinstance(message, Fatal)
     assert "a draft needs a model in int8 or bfloat16" in message.message
     assert worker.process.wait(timeout=30) == 1
+
+
+def test_an_int8_cache_is_chosen_at_the_start(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(tiny_model, "--kv-cache", "int8")
+    assert isinstance(worker.receive(), Ready)
+    worker.send(Request(id="a", prompt=[5, 6, 7], sampling=Sampling(max_tokens=9, temperature=0, ignore_eos=True)))
+    assert len(worker.tokens("a")["a"]) == 9
+    assert worker.end() == 0
+    monkeypatch.setenv("STEELYARD_KERNELS", "torch")  # without kernels a bfloat16 model has no plan
+    message = Worker(tiny_model, "--kv-cache", "int8").receive()
+    assert isinstance(message, Fatal)
+    assert "an int8 cache needs" in message.message

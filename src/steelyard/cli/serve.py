@@ -11,6 +11,7 @@ from steelyard import app
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
+from steelyard.infer.request import CacheKind
 
 HELP = console.examples(
     "Serve one or more checkpoints over an OpenAI-compatible API. The key comes from STEELYARD_API_KEY, or is made at "
@@ -42,6 +43,10 @@ def command(
         Path | None,
         typer.Option(metavar="DIR", help="Let POST /v1/load_lora_adapter load adapters from inside DIR."),
     ] = None,
+    kv_cache: Annotated[
+        CacheKind,
+        typer.Option(help="Keys and values: int8 takes half of the memory; its tokens differ from bfloat16's."),
+    ] = "bfloat16",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8000,
     as_json: console.Json = False,
@@ -54,7 +59,16 @@ def command(
 
     folders, adapters = _with_bases([resolve(checkpoint) for checkpoint in checkpoints])
     worn = [*adapters, *(adapter or [])]
-    app.run(folders, worn, host, port, drafts=draft or [], adapter_folder=adapter_folder, announce=announce)
+    app.run(
+        folders,
+        worn,
+        host,
+        port,
+        drafts=draft or [],
+        adapter_folder=adapter_folder,
+        kv_cache=kv_cache,
+        announce=announce,
+    )
 
 
 def _with_bases(checkpoints: list[Path]) -> tuple[list[Path], list[str]]:

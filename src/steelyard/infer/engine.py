@@ -19,7 +19,7 @@ from steelyard.infer.decoding.draft_model import DraftModel, load_draft
 from steelyard.infer.decoding.prompt_lookup import PromptLookup
 from steelyard.infer.decoding.speculative import Speculation
 from steelyard.infer.packed import PackedWeights, packed_file
-from steelyard.infer.request import EngineStats, Failure, Output, PromptLogprob, Request, TokenLogprob
+from steelyard.infer.request import CacheKind, EngineStats, Failure, Output, PromptLogprob, Request, TokenLogprob
 from steelyard.infer.runner import CacheSizes, has_plan, open_runner
 from steelyard.infer.scheduler import Scheduled, Scheduler
 from steelyard.infer.sequence import Sequence
@@ -30,7 +30,6 @@ from steelyard.models.lora import Adapter
 from steelyard.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
-CacheKind = Literal["bfloat16", "int8"]
 CACHE_DTYPES: dict[CacheKind, torch.dtype] = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 
 

@@ -13,6 +13,8 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "abort"]
 Priority = Literal["interactive", "batch"]
+CacheKind = Literal["bfloat16", "int8"]
+"""How an engine keeps keys and values."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):

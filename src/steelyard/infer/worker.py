@@ -1,6 +1,7 @@
 """The engine process: one engine, fed from a socket until the other side goes away.
 
     python -m steelyard.infer.worker CHECKPOINT --model NAME --socket FD [--adapter NAME=PATH ...] [--draft PATH]
+        [--kv-cache KIND]
 
 A thread reads messages into a queue; the main thread takes them between steps. Adapters are read by a thread of their
 own, and taken in between steps too. It draws one canary token before it says that it is ready. While it works it says
@@ -20,14 +21,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from steelyard.checkpoint import manifest
 from steelyard.errors import ArtifactError, CheckpointError, RequestError, SteelyardError
 from steelyard.infer.adapters import Prepared
-from steelyard.infer.engine import Engine
+from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.request import (
     Abort,
     AdapterChanged,
+    CacheKind,
     DropAdapter,
     Failure,
     Fatal,
@@ -116,9 +119,11 @@ def _put(engine: Engine, asked: LoadAdapter, read: Future[Prepared]) -> AdapterC
         return Failure(asked.id, f"the adapter cannot be read: {type(error).__name__}")
 
 
-def start(checkpoint: Path, adapters: dict[str, Path], draft: Path | None = None) -> Engine:
+def start(
+    checkpoint: Path, adapters: dict[str, Path], draft: Path | None = None, config: EngineConfig | None = None
+) -> Engine:
     """Load the engine and draw a canary token from it and from each adapter."""
-    engine = Engine.load(checkpoint, adapters, draft=draft)
+    engine = Engine.load(checkpoint, adapters, config, draft=draft)
     for name in (None, *adapters):
         request = Request(id="canary", prompt=[0], sampling=Sampling(max_tokens=1, temperature=0), adapter=name)
         for _ in engine.run([request]):
@@ -134,13 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--socket", type=int, required=True)
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--draft", type=Path, metavar="PATH")
+    parser.add_argument("--kv-cache", choices=get_args(CacheKind), default="bfloat16")
     options = parser.parse_args(arguments)
     # A terminal's Ctrl-C reaches the whole process group: the HTTP process decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     socket = EngineSocket(options.socket)
     adapters = {name: Path(path) for name, _, path in (item.partition("=") for item in options.adapter)}
     try:
-        engine = start(options.checkpoint, adapters, options.draft)
+        engine = start(options.checkpoint, adapters, options.draft, EngineConfig(kv_cache=options.kv_cache))
     except (SteelyardError, FloatingPointError, MemoryError) as error:
         socket.send([Fatal(message=str(error) or "not enough memory")])
         return 1

@@ -25,6 +25,7 @@ from steelyard.infer import wire
 from steelyard.infer.request import (
     Abort,
     AdapterChanged,
+    CacheKind,
     DropAdapter,
     EngineStats,
     Failure,
@@ -70,6 +71,7 @@ class EngineClient:
         checkpoint: its folder.
         adapters: LoRA adapter folders by name, loaded beside it; one that does not load is fatal.
         draft: folder of a smaller model that guesses tokens for it.
+        kv_cache: how keys and values are kept.
         command: makes the command line; another one in tests.
     """
 
@@ -80,9 +82,10 @@ class EngineClient:
         adapters: Mapping[str, Path] | None = None,
         *,
         draft: Path | None = None,
+        kv_cache: CacheKind = "bfloat16",
         command: Command = worker_command,
     ) -> None:
-        self.draft = draft
+        self.draft, self.kv_cache = draft, kv_cache
         self.stats = EngineStats()
         """What the engine process has last said of its work; zeros until it has."""
         self.model, self.checkpoint, self.adapters = model, checkpoint, dict(adapters or {})
@@ -254,6 +257,7 @@ class EngineClient:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command(self.checkpoint, self.model, adapters, theirs.fileno()),
                     *([] if self.draft is None else ["--draft", str(self.draft)]),
+                    *([] if self.kv_cache == "bfloat16" else ["--kv-cache", self.kv_cache]),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=2,  # what an engine prints belongs to the log

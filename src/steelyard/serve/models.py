@@ -14,7 +14,7 @@ from pathlib import Path
 
 from steelyard.checkpoint.manifest import kind_of
 from steelyard.errors import ConfigError, EngineUnavailableError, ModelNotFoundError
-from steelyard.infer.request import Ready
+from steelyard.infer.request import CacheKind, Ready
 from steelyard.serve.engine_client import Command, EngineClient, worker_command
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
@@ -118,6 +118,7 @@ def load_models(
     adapters: Sequence[str] = (),
     drafts: Sequence[str] = (),
     *,
+    kv_cache: CacheKind = "bfloat16",
     command: Command = worker_command,
 ) -> dict[str, ServedModel]:
     """The models of checkpoint folders and their adapters, in this order. No engine is started.
@@ -145,7 +146,7 @@ def load_models(
             if kind_of(path) != "adapter":
                 raise ConfigError(f"--adapter {name}={path}: this is a whole model; give it as CHECKPOINT")
         folder = folders[base]
-        engine = EngineClient(base, folder, worn, draft=guessing.get(base), command=command)
+        engine = EngineClient(base, folder, worn, draft=guessing.get(base), kv_cache=kv_cache, command=command)
         tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
         models[base] = ServedModel(base, engine, None, tokenizer, template, _written(folder / "config.json"))
         for name, path in worn.items():
