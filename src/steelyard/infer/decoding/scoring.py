@@ -30,13 +30,12 @@ def score(logits: torch.Tensor, tokens: Sequence[int], likeliest: int) -> list[S
         likeliest: how many of the likeliest tokens to name at each place.
 
     Returns:
-        N; None if any logit is not finite.
+        N; None if any log-probability of them is not finite.
     """
-    logits = logits.float()
-    if not logits.isfinite().all():
-        return None
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.float().log_softmax(-1)
     own = logprobs.gather(1, torch.tensor(tokens, dtype=torch.int64)[:, None])
+    if not own.isfinite().all():
+        return None
     ranks = (logprobs > own).sum(-1) + 1
     values, places = logprobs.topk(min(likeliest, logprobs.shape[1]), dim=-1)
     tops = [list(zip(*pair, strict=True)) for pair in zip(places.tolist(), values.tolist(), strict=True)]
