@@ -54,7 +54,7 @@ def weights_rate(plan: Plan, repeats: int) -> float:
     """Bytes a second of the weights in a step of one row, which does little else than read them."""
     batch = decode_batch(1, plan.decoder.config.vocabulary)
     size = sum(step.weight.data.numel() for step in plan.steps if isinstance(step, Product))
-    found = []
+    found: list[float] = []
     for _ in range(repeats + 2):
         seconds = torch.zeros(len(plan.steps), dtype=torch.float64)
         plan.run(batch, seconds)
