@@ -24,6 +24,7 @@ from steelyard.infer.request import (
     FromEngine,
     LoadAdapter,
     Output,
+    PromptLogprob,
     Ready,
     Request,
     Sampling,
@@ -51,6 +52,7 @@ to_engine = st.one_of(
 logprobs = st.builds(
     TokenLogprob, token=token, text=text, logprob=number, top=st.lists(st.tuples(token, text, number), max_size=3)
 )
+scored = st.builds(PromptLogprob, token=token, text=text, logprob=number, top=st.just([]), rank=token)
 from_engine = st.one_of(
     st.builds(
         Output,
@@ -59,6 +61,7 @@ from_engine = st.one_of(
         text=text,
         tokens=st.lists(token, max_size=3),
         logprobs=st.none() | st.lists(logprobs, max_size=3),
+        prompt_logprobs=st.none() | st.lists(scored, max_size=3),
         finish_reason=st.sampled_from([None, "stop", "length", "abort"]),
     ),
     st.builds(Failure, id=text, message=text, param=st.none() | text),
