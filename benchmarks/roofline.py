@@ -25,8 +25,9 @@ from steelyard.compress.quantize import int8
 from steelyard.demo.lifecycle import MODEL
 from steelyard.infer.plan import Plan
 from steelyard.kernels import library
+from steelyard.kernels.packing import PackedWeight
 from steelyard.kernels.reference import BLOCK
-from steelyard.kernels.steps import Batch, PackedWeight, Product
+from steelyard.kernels.steps import Batch, Product
 from steelyard.models import weights
 
 CONTEXT = 192

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from families import make
+from native_forms import native
 from steelyard.compress.quantize import int8
 from steelyard.errors import CheckpointError
 from steelyard.infer.plan import Plan
 from steelyard.infer.runner import has_plan
 from steelyard.kernels import library
-from steelyard.kernels.library import FORMS, Library, processor_flags
+from steelyard.kernels.library import Library
 from steelyard.kernels.steps import Batch
 from steelyard.models import weights
 from steelyard.models.attention import PackedAttention
@@ -23,18 +24,8 @@ from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter, AdapterRows
 
 FAMILIES = ["smollm", "llama2", "llama-biases", "llama-yarn", "llama-head-width", "mistral", "qwen2-window", "qwen3"]
-NATIVE = [form for form, needs in FORMS.items() if needs <= processor_flags()]
 BLOCKS = 64
-
-
-@pytest.fixture(scope="module", params=NATIVE)
-def native(request: pytest.FixtureRequest) -> Library:
-    path = Path(library.__file__).parent / f"kernels-{request.param}.so"
-    if not path.is_file():
-        pytest.skip("the native kernels were not built: no C++ compiler")
-    found = Library(path)
-    assert found.form == request.param
-    return found
+__all__ = ["native"]
 
 
 def small(folder: Path, family: str) -> Decoder:

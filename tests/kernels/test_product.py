@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
 
+from native_forms import native
 from steelyard.infer.plan import BUFFERS, _NativeBatch, _NativeBuffers
-from steelyard.kernels import library, memory, reference
-from steelyard.kernels.library import FORMS, Library, processor_flags
-from steelyard.kernels.steps import TILE_ROWS, Epilogue, NativeStep, PackedWeight, Place, Product, gate
+from steelyard.kernels import memory, reference
+from steelyard.kernels.library import Library
+from steelyard.kernels.packing import PackedWeight
+from steelyard.kernels.steps import TILE_ROWS, Epilogue, NativeStep, Place, Product, gate
 
-NATIVE = [form for form, needs in FORMS.items() if needs <= processor_flags()]
 MOST = 256
-
-
-@pytest.fixture(scope="module", params=NATIVE)
-def native(request: pytest.FixtureRequest) -> Library:
-    path = Path(library.__file__).parent / f"kernels-{request.param}.so"
-    if not path.is_file():
-        pytest.skip("the native kernels were not built: no C++ compiler")
-    return Library(path)
+__all__ = ["native"]
 
 
 def run(product: Product, x: torch.Tensor, scales: torch.Tensor, y: torch.Tensor, native: Library) -> None:

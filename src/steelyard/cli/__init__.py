@@ -58,8 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or a text that the terminal cannot show
     try:
-        asked = [argument for argument in arguments if argument in VERBS][:1]
-        code = get_command(build(asked or VERBS)).main(args=arguments, prog_name="steelyard", standalone_mode=False)
+        verb = next((argument for argument in arguments if not argument.startswith("-")), "")
+        code = get_command(build([verb] if verb in VERBS else VERBS)).main(
+            args=arguments, prog_name="steelyard", standalone_mode=False
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save
 
-from steelyard.atomic import file_aside
 from steelyard.checkpoint import manifest
+from steelyard.checkpoint.safetensors import write
 from steelyard.checkpoint.sources.cache import default_cache
 from steelyard.kernels.memory import Arena
+from steelyard.kernels.packing import LAYOUT, PANEL, PackedWeight
 from steelyard.kernels.reference import padded
-from steelyard.kernels.steps import LAYOUT, PANEL, PackedWeight
 
 log = logging.getLogger(__name__)
 
+DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
 STALE_SECONDS = 30 * 24 * 3600
 """A file that no start has used for so long goes when another is written."""
 
@@ -56,15 +56,14 @@ class PackedWeights:
         self._stored = {}
         if self.path is None or self._complete:
             return
-        tensors = {
-            f"{name}.{part}": tensor
+        tensors = [
+            (f"{name}.{part}", DTYPES[tensor.dtype], tuple(tensor.shape), tensor.view(torch.uint8).numpy())
             for name, weight in self._packed.items()
             for part, tensor in (("data", weight.data), ("scale", weight.scale), ("bias", weight.bias))
             if tensor is not None
-        }
+        ]
         try:
-            with file_aside(self.path) as file:
-                file.write(save(tensors))
+            write(self.path, tensors, {})
             for other in self.path.parent.glob("*.safetensors"):
                 if other.stat().st_mtime < self.path.stat().st_mtime - STALE_SECONDS:
                     other.unlink(missing_ok=True)

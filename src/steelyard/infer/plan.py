@@ -18,8 +18,9 @@ from steelyard.errors import CheckpointError
 from steelyard.infer.packed import PackedWeights
 from steelyard.kernels import memory, steps
 from steelyard.kernels.library import Library
+from steelyard.kernels.packing import PackedWeight, in_turns
 from steelyard.kernels.reference import BLOCK, padded
-from steelyard.kernels.steps import TILE_ROWS, Batch, Buffers, Epilogue, HeadSizes, PackedWeight, Place
+from steelyard.kernels.steps import TILE_ROWS, Batch, Buffers, Epilogue, HeadSizes, Place
 from steelyard.models.config import rotary_frequencies
 from steelyard.models.decoder import Attention, Block, Decoder
 from steelyard.models.linear import Int8Embedding, Int8Linear
@@ -267,7 +268,7 @@ class Plan:
             parts = [part for layer in layers if (part := getattr(layer, leaf, None)) is not None]
             if not parts:
                 return None
-            return steps.in_turns(*parts) if turns else torch.cat(parts)
+            return in_turns(*parts) if turns else torch.cat(parts)
 
         def pack() -> PackedWeight:
             weight = joined("weight")
