@@ -33,19 +33,20 @@ struct Span {  // tokens of one sequence in a step
 // on their way at once, a block is a page of its own, and what the processor foresees ends with a page.
 class Ahead {
   public:
-    void begin(int64_t block_bytes) {
-        bytes_ = block_bytes;
+    void begin() {
         count_ = block_ = 0;
         at_ = 0;
     }
-    void add(const uint8_t* block) { from_[count_++] = block; }
+    // The first `bytes` of a block, or, `every` being 128, each second line of them. Blocks are multiples of 1 KB.
+    void add(const uint8_t* block, int64_t bytes, int every = 64) { parts_[count_++] = {block, (int32_t)bytes, every}; }
     INLINE void fetch() {
         if (block_ == count_) return;
-        const uint8_t* from = from_[block_] + at_;
+        const Part& part = parts_[block_];
+        const uint8_t* from = part.from + at_;
 #pragma GCC unroll 8
-        for (int line = 0; line < 8; line++) prefetch_far(from + 64 * line);
-        at_ += 8 * 64;
-        if (at_ == bytes_) {
+        for (int line = 0; line < 8; line++) prefetch_far(from + part.every * line);
+        at_ += 8 * part.every;
+        if (at_ >= part.bytes) {
             at_ = 0;
             block_++;
         }
@@ -55,9 +56,12 @@ class Ahead {
     }
 
   private:
-    const uint8_t* from_[3 * PARTITION / BLOCK];
-    int count_ = 0, block_ = 0;
-    int64_t at_ = 0, bytes_ = 0;
+    struct Part {
+        const uint8_t* from;
+        int32_t bytes, every;
+    };
+    Part parts_[3 * PARTITION / BLOCK];
+    int count_ = 0, block_ = 0, at_ = 0;
 };
 
 // What a thread works with.
@@ -66,27 +70,56 @@ struct Desk {
     Tiles tiles;
     std::vector<float> partials;
     std::vector<uint16_t> queries;  // [rows of a piece][padded], side by side
-    std::vector<uint16_t> room;     // [PARTITION][padded] of int8, widened
+    std::vector<uint16_t> room;     // [PARTITION][padded]: int8 widened, the begun rest of a block; finite numbers
     alignas(64) float scores[ROWS_AT_ONCE * PARTITION];
     alignas(64) uint16_t weights[ROWS_AT_ONCE * PARTITION];  // the same, as bfloat16
 
     void lay(const Heads& h, int rows) {
         if (queries.size() < (size_t)rows * h.padded) queries.resize((size_t)rows * h.padded);
-        if (h.bytes == 1 && room.size() < (size_t)PARTITION * h.padded) room.resize((size_t)PARTITION * h.padded);
+        if (room.size() < (size_t)PARTITION * h.padded) room.resize((size_t)PARTITION * h.padded);
     }
 };
 
-// A block's numbers as bfloat16: those in the cache, or int8 widened exactly into `room`.
-INLINE const uint16_t* widened(const uint8_t* cached, const Heads& h, uint16_t* room) {
+// Tokens in block `b` of some that hold `tokens`.
+INLINE int used(int tokens, int b) { return std::min(BLOCK, tokens - b * BLOCK); }
+
+// A block's keys as bfloat16: those in the cache, or int8 widened exactly into `room`.
+INLINE const uint16_t* keys_of(const uint8_t* cached, const Heads& h, uint16_t* room) {
     if (h.bytes == 2) return (const uint16_t*)cached;
     for (int i = 0; i < h.padded * BLOCK; i += 16) store_exact_bf16(room + i, load_i8((const int8_t*)cached + i));
     return room;
 }
 
+// Its values likewise; of a block with `used` tokens only their pairs are read, and what else `room` holds is weighted
+// by 0.
+INLINE const uint16_t* values_of(const uint8_t* cached, int used, const Heads& h, uint16_t* room) {
+    if (h.bytes == 2 && used == BLOCK) return (const uint16_t*)cached;
+    const int numbers = (used + 1) / 2 * 2 * h.padded;
+    if (h.bytes == 2) std::memcpy(room, cached, numbers * sizeof(uint16_t));
+    else
+        for (int i = 0; i < numbers; i += 16) store_exact_bf16(room + i, load_i8((const int8_t*)cached + i));
+    return room;
+}
+
 #if LANES_AMX
 
-// Scores of up to 16 queries [rows][padded] with one block, into scores [rows][PARTITION].
-INLINE void score_block(const uint16_t* queries, int, const uint16_t* keys, int padded, float* scores, Ahead& ahead) {
+// Scores of up to 16 queries [rows][padded] with the first 16 tokens of a block, into scores [rows][PARTITION].
+INLINE void score_half(const uint16_t* queries, const uint16_t* keys, int padded, float* scores, Ahead& ahead) {
+    tile_zero<0>();
+    for (int e = 0; e < padded; e += 32) {
+        tile_load<4>(queries + e, padded * 2);
+        ahead.fetch();
+        tile_load<6>(keys + (int64_t)e * BLOCK, BLOCK * 4);
+        ahead.fetch();
+        tile_pairs<0, 4, 6>();
+    }
+    tile_store<0>(scores, PARTITION * 4);
+}
+
+// The same with all, or with the half that is `used`.
+INLINE void score_block(const uint16_t* queries, int, const uint16_t* keys, int used, int padded, float* scores,
+                        Ahead& ahead) {
+    if (used <= BLOCK / 2) return score_half(queries, keys, padded, scores, ahead);
     tile_zero<0>();
     tile_zero<1>();
     for (int e = 0; e < padded; e += 32) {
@@ -151,12 +184,12 @@ INLINE void mix(Desk& desk, int rows, const uint16_t* const* blocks, int count, 
 #else
 
 template <int ROWS>
-INLINE void score_rows(const uint16_t* queries, const uint16_t* keys, int padded, float* scores, Ahead& ahead) {
+INLINE void score_rows(const uint16_t* queries, const uint16_t* keys, int used, int padded, float* scores, Ahead& ahead) {
     F total[2 * ROWS];
 #pragma GCC unroll 12
     for (int r = 0; r < 2 * ROWS; r++) total[r] = zero();
     for (int begin = 0; begin < padded; begin += 32) {
-        for (int half = 0; half < 2; half++) {
+        for (int half = 0; half * (BLOCK / 2) < used; half++) {
             F even[ROWS], odd[ROWS];
 #pragma GCC unroll 6
             for (int r = 0; r < ROWS; r++) even[r] = odd[r] = zero();
@@ -184,14 +217,15 @@ INLINE void score_rows(const uint16_t* queries, const uint16_t* keys, int padded
     }
 }
 
-INLINE void score_block(const uint16_t* queries, int rows, const uint16_t* keys, int padded, float* scores, Ahead& ahead) {
+INLINE void score_block(const uint16_t* queries, int rows, const uint16_t* keys, int used, int padded, float* scores,
+                        Ahead& ahead) {
     switch (rows) {
-        case 1: return score_rows<1>(queries, keys, padded, scores, ahead);
-        case 2: return score_rows<2>(queries, keys, padded, scores, ahead);
-        case 3: return score_rows<3>(queries, keys, padded, scores, ahead);
-        case 4: return score_rows<4>(queries, keys, padded, scores, ahead);
-        case 5: return score_rows<5>(queries, keys, padded, scores, ahead);
-        default: return score_rows<6>(queries, keys, padded, scores, ahead);
+        case 1: return score_rows<1>(queries, keys, used, padded, scores, ahead);
+        case 2: return score_rows<2>(queries, keys, used, padded, scores, ahead);
+        case 3: return score_rows<3>(queries, keys, used, padded, scores, ahead);
+        case 4: return score_rows<4>(queries, keys, used, padded, scores, ahead);
+        case 5: return score_rows<5>(queries, keys, used, padded, scores, ahead);
+        default: return score_rows<6>(queries, keys, used, padded, scores, ahead);
     }
 }
 
@@ -281,7 +315,8 @@ inline void attend_partition(Desk& desk, const uint16_t* queries, int rows, cons
     table += partition * (PARTITION / BLOCK);
     for (int b = 0; b < blocks; b++) {
         float* scores = desk.scores + b * BLOCK;
-        score_block(queries, rows, widened(h.keys_at(table[b], head), h, desk.room.data()), h.padded, scores, desk.ahead);
+        score_block(queries, rows, keys_of(h.keys_at(table[b], head), h, desk.room.data()), used(tokens, b), h.padded,
+                    scores, desk.ahead);
         if (h.bytes == 1) {
             const F low = load(h.key_scales_at(table[b], head)), high = load(h.key_scales_at(table[b], head) + 16);
             for (int r = 0; r < rows; r++) {
@@ -303,7 +338,7 @@ inline void attend_partition(Desk& desk, const uint16_t* queries, int rows, cons
                desk.ahead);
     const uint16_t* values[PARTITION / BLOCK];
     for (int b = 0; b < blocks; b++)
-        values[b] = widened(h.values_at(table[b], head), h, desk.room.data() + (int64_t)b * BLOCK * h.padded);
+        values[b] = values_of(h.values_at(table[b], head), used(tokens, b), h, desk.room.data() + (int64_t)b * BLOCK * h.padded);
     mix(desk, rows, values, blocks, h.padded, partial, stride);
 }
 
@@ -387,8 +422,12 @@ inline void foresee(Ahead& ahead, const Piece& piece, const Span& span, const in
                     bool keys) {
     const int end = std::min((partition + 1) * PARTITION, span.computed + piece.query + piece.queries);
     const int32_t* table = tables + span.table;
-    for (int b = partition * (PARTITION / BLOCK); keys && b * BLOCK < end; b++) ahead.add(h.keys_at(table[b], piece.head));
-    for (int b = partition * (PARTITION / BLOCK); b * BLOCK < end; b++) ahead.add(h.values_at(table[b], piece.head));
+    const int64_t pair = 2 * h.padded * h.bytes, whole = h.block_bytes();
+    for (int b = partition * (PARTITION / BLOCK); keys && b * BLOCK < end; b++)
+        // Half of a bfloat16 block's tokens are in each second line.
+        ahead.add(h.keys_at(table[b], piece.head), whole, h.bytes == 2 && used(end, b) <= BLOCK / 2 ? 128 : 64);
+    for (int b = partition * (PARTITION / BLOCK); b * BLOCK < end; b++)
+        ahead.add(h.values_at(table[b], piece.head), (used(end, b) + 1) / 2 * pair);
 }
 
 // queries [T, H, padded] bfloat16, out [T, out_stride]. `next` is the piece after it, or null; `first`: nothing of this
@@ -408,7 +447,7 @@ inline void attend_piece(const Piece& piece, const Piece* next, bool first, cons
                     h.padded * sizeof(uint16_t));
     }
     for (int p = piece.first; p < piece.last; p++) {
-        desk.ahead.begin(h.block_bytes());
+        desk.ahead.begin();
         if (first && p == piece.first) foresee(desk.ahead, piece, span, tables, p, h, false);
         if (p + 1 < piece.last) foresee(desk.ahead, piece, span, tables, p + 1, h, true);
         else if (next) foresee(desk.ahead, *next, spans[next->span], tables, next->first, h, true);

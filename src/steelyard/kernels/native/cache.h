@@ -77,6 +77,15 @@ INLINE void write_value(const Number* x, int padded, int offset, Number* values)
     for (int e = 0; e < padded; e++) row[2 * e] = x[e];
 }
 
+// The lines that a token's key and value will be written to.
+INLINE void fetch_written(const Heads& h, int block, int head, int offset) {
+    const uint8_t* key = h.keys_at(block, head) + 2 * offset * h.bytes;
+    for (int e = 0; e < h.padded; e += 2) prefetch(key + e * BLOCK * h.bytes);
+    const int pair = 2 * h.padded * h.bytes;
+    const uint8_t* value = h.values_at(block, head) + offset / 2 * pair;
+    for (int i = 0; i < pair; i += 64) prefetch(value + i);
+}
+
 // One token: qkv [(H + 2 K) * E] -> queries [H, padded] bfloat16, times 1 / sqrt(E); keys and values into the cache.
 inline void rotate_and_cache(const float* qkv, int position, int block, const Heads& h, const Rotary& r, uint16_t* queries) {
     const int size = h.size, half = size / 2, offset = position % BLOCK;
@@ -100,6 +109,7 @@ inline void rotate_and_cache(const float* qkv, int position, int block, const He
         if (value) std::memcpy(turned, x, size * sizeof(float));
         else rotate(x, cos, sin, size, query ? factor : 1.0f, turned);
         if (query) {
+            if (n < h.kv_heads) fetch_written(h, block, n, offset);
             to_bf16(turned, h.padded, queries + (int64_t)n * h.padded);
         } else if (h.bytes == 2) {
             to_bf16(turned, h.padded, narrow);
