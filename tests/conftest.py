@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from databases import KINDS, database_url, postgres_server
 from steelyard.checkpoint.sources import pull
 from steelyard.checkpoint.sources.cache import default_cache
 
@@ -26,6 +28,21 @@ SENTENCES = (
     "今天天气很好。 Привет, мир! 😀🚀 and so on",
     '{"label": "card_arrival", "score": 0.25}',
 )
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a real PostgreSQL server."""
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(params=KINDS)
+def fresh_database(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty database, of each kind."""
+    server = request.getfixturevalue("postgres") if request.param == "postgresql" else None
+    with database_url(request.param, server) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

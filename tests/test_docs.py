@@ -9,11 +9,9 @@ import pytest
 from typer.main import get_command
 
 from steelyard import errors
-from steelyard.app import create_app
+from steelyard.app import ENDPOINTS
 from steelyard.checkpoint.sources import SOURCES
 from steelyard.cli import build
-from steelyard.serve.adapters import AdapterFolder
-from steelyard.serve.auth import Keys
 from steelyard.train.config import TrainConfig
 from steelyard.train.optimizers import OPTIMIZERS
 
@@ -44,9 +42,9 @@ def test_every_verb_is_documented(verb: str) -> None:
         assert "Examples" in (inner.help or ""), verb
 
 
-def test_every_route_is_documented(tmp_path: Path) -> None:
-    for route in create_app({}, Keys(b"p" * 32, {}), adapters=AdapterFolder(tmp_path, {})).routes:
-        assert route.path.replace(":path", "") in REFERENCE  # type: ignore[attr-defined]
+@pytest.mark.parametrize("path", sorted({endpoint.path for endpoint in ENDPOINTS}))
+def test_every_route_is_documented(path: str) -> None:
+    assert path.replace(":path", "") in REFERENCE
 
 
 @pytest.mark.parametrize("scheme", SOURCES)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -170,7 +171,8 @@ class OpenVino:
 def steelyard(checkpoint: Path) -> Server:
     """Ours."""
     command = [sys.executable, "-m", "steelyard", "serve", checkpoint, "--port", "{port}"]
-    return Server("steelyard", command, checkpoint.name, {"STEELYARD_API_KEY": KEY})
+    state = tempfile.mkdtemp(prefix="steelyard-")
+    return Server("steelyard", command, checkpoint.name, {"STEELYARD_API_KEY": KEY, "STEELYARD_HOME": state})
 
 
 def llama(kind: str) -> Server:

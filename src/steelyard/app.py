@@ -12,8 +12,10 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import uvicorn
 from starlette.applications import Starlette
@@ -21,71 +23,150 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from steelyard.errors import ConfigError, EngineUnavailableError
+from steelyard.errors import ConfigError, EngineUnavailableError, StorageError
 from steelyard.infer.request import CacheKind
 from steelyard.serve.access_log import AccessLog
 from steelyard.serve.adapters import AdapterFolder
-from steelyard.serve.auth import Authentication, Keys, key_file, open_keys
+from steelyard.serve.auth import Authentication, Permission, allowed
 from steelyard.serve.endpoints import adapters as adapter_endpoints
-from steelyard.serve.endpoints import chat, completions, health, metrics
+from steelyard.serve.endpoints import (
+    admin_keys,
+    audit_logs,
+    chat,
+    completions,
+    health,
+    ledger,
+    metrics,
+    projects,
+    usage,
+)
 from steelyard.serve.endpoints import models as model_endpoints
 from steelyard.serve.engine_client import Command, worker_command
 from steelyard.serve.limits import MAX_BODY_BYTES, BodyLimit, DeadlineProtocol
 from steelyard.serve.models import Models, engines, load_models
 from steelyard.serve.protocol.errors import refuse_path
+from steelyard.serve.service import Service, export_head, open_service
+from steelyard.store.database import opened, sqlite_url
+from steelyard.store.secrets import home, open_secrets
 
 DRAIN_SECONDS = 30
 """How long requests may go on after SIGTERM."""
+SETTLE_SECONDS = 5
+"""How long their settlements may take then."""
 KEEP_ALIVE_SECONDS = 75
+RELOAD_SECONDS = 2.0
+"""How soon limits and prices that another process changed hold here."""
+HEAD_SECONDS = 60.0
+"""How often the ledger's head is written down outside the database."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A route, and the scope that a key needs for it."""
+
+    method: Literal["GET", "POST", "DELETE"]
+    path: str
+    handler: Callable[..., Any]
+    permission: Permission | None
+    """None: public."""
+
+
+ORGANIZATION = "/v1/organization"
+PROJECT = f"{ORGANIZATION}/projects/{{project_id}}"
+
+ENDPOINTS = (
+    Endpoint("POST", "/v1/chat/completions", chat.create, "inference"),
+    Endpoint("POST", "/v1/completions", completions.create, "inference"),
+    Endpoint("GET", "/v1/models", model_endpoints.list_models, "inference"),
+    Endpoint("GET", "/v1/models/{model_id:path}", model_endpoints.retrieve, "inference"),
+    Endpoint("POST", f"{ORGANIZATION}/projects", projects.create, "admin.write"),
+    Endpoint("GET", f"{ORGANIZATION}/projects", projects.list_projects, "admin.read"),
+    Endpoint("GET", PROJECT, projects.retrieve, "admin.read"),
+    Endpoint("POST", PROJECT, projects.update, "admin.write"),
+    Endpoint("POST", f"{PROJECT}/archive", projects.archive, "admin.write"),
+    Endpoint("POST", f"{PROJECT}/service_accounts", projects.create_service_account, "admin.write"),
+    Endpoint("GET", f"{PROJECT}/service_accounts", projects.list_service_accounts, "admin.read"),
+    Endpoint("GET", f"{PROJECT}/service_accounts/{{account_id}}", projects.retrieve_service_account, "admin.read"),
+    Endpoint("DELETE", f"{PROJECT}/service_accounts/{{account_id}}", projects.delete_service_account, "admin.write"),
+    Endpoint("POST", f"{PROJECT}/api_keys", projects.create_key, "admin.write"),
+    Endpoint("GET", f"{PROJECT}/api_keys", projects.list_keys, "admin.read"),
+    Endpoint("GET", f"{PROJECT}/api_keys/{{key_id}}", projects.retrieve_key, "admin.read"),
+    Endpoint("DELETE", f"{PROJECT}/api_keys/{{key_id}}", projects.delete_key, "admin.write"),
+    Endpoint("GET", f"{PROJECT}/rate_limits", projects.list_rate_limits, "admin.read"),
+    Endpoint("POST", f"{PROJECT}/rate_limits/{{limit_id:path}}", projects.update_rate_limit, "admin.write"),
+    Endpoint("GET", f"{PROJECT}/spend_limit", projects.retrieve_spend_limit, "admin.read"),
+    Endpoint("POST", f"{PROJECT}/spend_limit", projects.update_spend_limit, "admin.write"),
+    Endpoint("DELETE", f"{PROJECT}/spend_limit", projects.delete_spend_limit, "admin.write"),
+    Endpoint("GET", f"{PROJECT}/spend_alerts", projects.list_alerts, "admin.read"),
+    Endpoint("POST", f"{PROJECT}/spend_alerts", projects.put_alert, "admin.write"),
+    Endpoint("GET", f"{PROJECT}/spend_alerts/{{alert_id}}", projects.retrieve_alert, "admin.read"),
+    Endpoint("POST", f"{PROJECT}/spend_alerts/{{alert_id}}", projects.put_alert, "admin.write"),
+    Endpoint("DELETE", f"{PROJECT}/spend_alerts/{{alert_id}}", projects.delete_alert, "admin.write"),
+    Endpoint("POST", f"{ORGANIZATION}/admin_api_keys", admin_keys.create, "admin.write"),
+    Endpoint("GET", f"{ORGANIZATION}/admin_api_keys", admin_keys.list_keys, "admin.read"),
+    Endpoint("GET", f"{ORGANIZATION}/admin_api_keys/{{key_id}}", admin_keys.retrieve, "admin.read"),
+    Endpoint("DELETE", f"{ORGANIZATION}/admin_api_keys/{{key_id}}", admin_keys.delete, "admin.write"),
+    Endpoint("GET", f"{ORGANIZATION}/usage/{{kind}}", usage.usage, "admin.read"),
+    Endpoint("GET", f"{ORGANIZATION}/costs", usage.costs, "admin.read"),
+    Endpoint("GET", f"{ORGANIZATION}/ledger", ledger.entries, "admin.read"),
+    Endpoint("GET", f"{ORGANIZATION}/prices", ledger.retrieve_prices, "admin.read"),
+    Endpoint("POST", f"{ORGANIZATION}/prices", ledger.publish_prices, "admin.write"),
+    Endpoint("GET", f"{ORGANIZATION}/audit_logs", audit_logs.list_logs, "admin.read"),
+    Endpoint("GET", "/metrics", metrics.read, "admin.read"),
+    Endpoint("GET", "/health", health.ready, None),
+    Endpoint("GET", "/ready", health.ready, None),
+    Endpoint("GET", "/live", health.live, None),
+    Endpoint("GET", "/version", health.version, None),
+)
+"""Every route. Tests go through this table for every policy."""
 
 
 def create_app(
-    models: Models, keys: Keys, *, adapters: AdapterFolder | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    service: Service,
+    *,
+    adapters: AdapterFolder | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    heads: Path | None = None,
 ) -> Starlette:
     """The application; its lifespan is that of the engines.
 
     Args:
-        models: what is served.
-        keys: who may ask.
+        service: what is behind the routes.
         adapters: where adapters may be loaded from while the server runs; None: they may not.
         max_body_bytes: the largest request.
+        heads: the folder in which the ledger's heads are written down; None: nowhere.
     """
+    models = service.models
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         running = engines(models)
+        chores = [asyncio.create_task(work) for work in _chores(service, heads)]
         try:
             for engine in running:
                 await engine.start()
             yield
         finally:
             await asyncio.gather(*(engine.stop() for engine in running))
+            await service.metering.drained(SETTLE_SECONDS)
+            for chore in chores:
+                chore.cancel()
             for model in models.values():
                 if model.template is not None:
                     model.template.close()
 
-    changing = []
+    routes = [*ENDPOINTS]
     if adapters is not None:
-        changing = [
-            Route("/v1/load_lora_adapter", partial(adapter_endpoints.load, adapters), methods=["POST"]),
-            Route("/v1/unload_lora_adapter", partial(adapter_endpoints.unload, adapters), methods=["POST"]),
+        load, unload = partial(adapter_endpoints.load, adapters), partial(adapter_endpoints.unload, adapters)
+        routes += [
+            Endpoint("POST", "/v1/load_lora_adapter", lambda _, request: load(request), "admin.write"),
+            Endpoint("POST", "/v1/unload_lora_adapter", lambda _, request: unload(request), "admin.write"),
         ]
     app = Starlette(
-        routes=[
-            *changing,
-            Route("/v1/chat/completions", partial(chat.create, models), methods=["POST"]),
-            Route("/v1/completions", partial(completions.create, models), methods=["POST"]),
-            Route("/v1/models", partial(model_endpoints.list_models, models), methods=["GET"]),
-            Route("/v1/models/{model_id:path}", partial(model_endpoints.retrieve, models), methods=["GET"]),
-            Route("/health", partial(health.ready, models), methods=["GET"]),
-            Route("/ready", partial(health.ready, models), methods=["GET"]),
-            Route("/metrics", partial(metrics.read, models), methods=["GET"]),
-            Route("/live", health.live, methods=["GET"]),
-            Route("/version", health.version, methods=["GET"]),
-        ],
+        routes=[_route(endpoint, service) for endpoint in routes],
         middleware=[
             Middleware(AccessLog),
-            Middleware(Authentication, keys=keys),
+            Middleware(Authentication, keys=service.keys),
             Middleware(BodyLimit, max_bytes=max_body_bytes),
         ],
         exception_handlers={HTTPException: refuse_path},
@@ -93,6 +174,30 @@ def create_app(
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _route(endpoint: Endpoint, service: Service) -> Route:
+    handler = partial(endpoint.handler, service)
+    guarded = handler if endpoint.permission is None else allowed(endpoint.permission, handler)
+    return Route(endpoint.path, guarded, methods=[endpoint.method])
+
+
+def _chores(service: Service, heads: Path | None) -> list[Any]:
+    """What is done again and again while the server runs."""
+
+    async def reload() -> None:
+        while True:
+            await asyncio.sleep(RELOAD_SECONDS)
+            with contextlib.suppress(StorageError):
+                await service.reload()
+
+    async def write_heads(folder: Path) -> None:
+        while True:
+            with contextlib.suppress(StorageError):
+                await asyncio.to_thread(export_head, service, folder)
+            await asyncio.sleep(HEAD_SECONDS)
+
+    return [service.metering.persist(), reload(), *([] if heads is None else [write_heads(heads)])]
 
 
 class Server(uvicorn.Server):
@@ -137,6 +242,7 @@ def run(
     drafts: Sequence[str] = (),
     adapter_folder: Path | None = None,
     kv_cache: CacheKind = "bfloat16",
+    database: str | None = None,
     announce: Callable[[str, list[str]], None] = lambda url, models: None,
     command: Command = worker_command,
     environment: Mapping[str, str] = os.environ,
@@ -151,9 +257,10 @@ def run(
         drafts: `PATH`, or `PATH@MODEL` where there are several models.
         adapter_folder: adapters inside it may be loaded and unloaded over HTTP; None: they may not.
         kv_cache: how engines keep keys and values.
+        database: its URL; None: `steelyard.db` in the state folder.
         announce: told the base URL and the models' names once all are ready.
         command: makes the command line of an engine process.
-        environment: where the API key or the state folder is named.
+        environment: where keys and the state folder are named.
 
     Raises:
         CheckpointError: a folder is missing, no checkpoint, or broken.
@@ -162,14 +269,24 @@ def run(
     """
     models = load_models(checkpoints, adapters, drafts, kv_cache=kv_cache, command=command)
     changing = None if adapter_folder is None else AdapterFolder(adapter_folder, models)
+    state = home(environment)
     with _listen(host, port) as listener:
-        keys, new_key = open_keys(environment)  # after the port is ours: a key that is made is also shown
-        if new_key is not None:
-            print(f"Your API key, shown this once: {new_key}", flush=True)
-            print(f"(kept as a hash in {key_file(environment)}: remove that file, and the next start makes a new key)")
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        logging.getLogger("steelyard").setLevel(logging.INFO)
-        asyncio.run(_serve(configure(create_app(models, keys, adapters=changing)), listener, models, announce))
+        secrets = open_secrets(environment)
+        with opened(database or sqlite_url(state / "steelyard.db"), server=True) as store:
+            service = open_service(models, store, secrets, environment=environment)
+            _show(service.first_keys)
+            logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+            logging.getLogger("steelyard").setLevel(logging.INFO)
+            app = create_app(service, adapters=changing, heads=state)
+            asyncio.run(_serve(configure(app), listener, models, announce))
+
+
+def _show(keys: Mapping[str, str]) -> None:
+    """Keys that were just made: the database has only hashes of them."""
+    if keys:
+        print("The first keys, shown this once:", flush=True)
+        print(f"  {keys['project']}  for requests (project 'default')", flush=True)
+        print(f"  {keys['admin']}  for administration", flush=True)
 
 
 async def _serve(

@@ -12,10 +12,17 @@
     ├── FidelityError             a certificate is past its thresholds
     ├── RequestError              a request that is wrong: parameter, code
     │   ├── AuthenticationError   no key, or not ours
+    │   ├── PermissionDeniedError a key that may not do this
     │   ├── ModelNotFoundError    no such model here
+    │   ├── NotFoundError         no such thing of this project's
     │   ├── PathNotFoundError     no such path or method here
-    │   └── PayloadTooLargeError  a body over the limit
-    └── EngineUnavailableError    the engine is starting, restarting or full
+    │   ├── ConflictError         not in the state that this needs
+    │   ├── PayloadTooLargeError  a body over the limit
+    │   ├── RateLimitError        too much in a minute, or at once
+    │   └── QuotaError            the project's budget does not cover it
+    ├── EngineUnavailableError    the engine is starting, restarting or full
+    └── StorageError              the database or the artifacts cannot be reached
+        └── StorageFullError      there is no room left on the disk
 
 A message says what was wrong, where, and what to do next, in one line. Bugs of our own are `assert`s
 and plain exceptions: they are not in this tree and become exit code 70 and HTTP 500.
@@ -109,6 +116,35 @@ class ModelNotFoundError(RequestError):
     """No such model is served here."""
 
 
+class PermissionDeniedError(RequestError):
+    """The key is known, and its scopes do not allow this."""
+
+
+class NotFoundError(RequestError):
+    """No such thing, or another project's: nobody can tell which."""
+
+
+class ConflictError(RequestError):
+    """The thing is not in the state that this needs."""
+
+
+class RateLimitError(RequestError):
+    """Too much in a minute, or at once: again after `retry_after` seconds.
+
+    Args:
+        message: which limit.
+        retry_after: seconds until there is room.
+    """
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        self.retry_after = retry_after
+        super().__init__(message, code="rate_limit_exceeded")
+
+
+class QuotaError(RequestError):
+    """The project's budget does not cover what this may cost."""
+
+
 class PathNotFoundError(RequestError):
     """No such path, or not with this method."""
 
@@ -123,6 +159,16 @@ class EngineUnavailableError(SteelyardError):
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         self.retry_after = retry_after
         super().__init__(message)
+
+
+class StorageError(SteelyardError):
+    """The database or the artifacts cannot be reached; nothing was changed."""
+
+    retry_after = 1
+
+
+class StorageFullError(StorageError):
+    """There is no room left on the disk; nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +195,16 @@ EDGES: dict[type[BaseException], Edge] = {
     RequestError: Edge(10, 400, "invalid_request_error"),
     AuthenticationError: Edge(10, 401, "invalid_request_error", "invalid_api_key"),
     ModelNotFoundError: Edge(10, 404, "invalid_request_error", "model_not_found"),
+    PermissionDeniedError: Edge(10, 403, "invalid_request_error", "insufficient_permissions"),
+    NotFoundError: Edge(10, 404, "invalid_request_error", "not_found"),
     PathNotFoundError: Edge(10, 404, "invalid_request_error", "not_found"),
+    ConflictError: Edge(10, 409, "invalid_request_error", "conflict"),
+    RateLimitError: Edge(10, 429, "rate_limit_error", "rate_limit_exceeded"),
+    QuotaError: Edge(10, 429, "insufficient_quota", "insufficient_quota"),
     PayloadTooLargeError: Edge(10, 413, "invalid_request_error", "payload_too_large"),
     EngineUnavailableError: Edge(11, 503, "server_error", "engine_unavailable"),
+    StorageError: Edge(12, 503, "server_error", "storage_unavailable"),
+    StorageFullError: Edge(12, 507, "server_error", "storage_full"),
 }
 BUG = Edge(70, 500, "server_error", "internal_error")
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +20,14 @@ from starlette.applications import Starlette
 
 from steelyard.app import configure, create_app
 from steelyard.serve.adapters import AdapterFolder
-from steelyard.serve.auth import Keys, new_key
+from steelyard.serve.auth import ADMIN_VARIABLE, KEY_VARIABLE
 from steelyard.serve.engine_client import Command
+from steelyard.serve.keys import new_key
 from steelyard.serve.models import ServedModel, load_models
+from steelyard.serve.service import Service as Behind
+from steelyard.serve.service import open_service
+from steelyard.store.database import opened, sqlite_url
+from steelyard.store.secrets import Secrets
 
 STAND_IN = Path(__file__).with_name("stand_in_engine.py")
 
@@ -48,6 +54,8 @@ class Service:
     checkpoint: Path
     models: dict[str, ServedModel]
     app: Starlette
+    admin_key: str
+    behind: Behind
 
     @property
     def engine(self) -> Any:
@@ -63,6 +71,12 @@ class Service:
     def sdk(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0, **options})
 
+    def admin_http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.admin_key}"}, timeout=10)
+
+    def admin(self, **options: Any) -> openai.OpenAI:
+        return self.sdk(**{"admin_api_key": self.admin_key, **options})
+
     def http(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, timeout=10, **options)
 
@@ -74,12 +88,28 @@ def serving(
     command: Command = stand_in_command,
     seconds: float = 20,
     adapter_folder: Path | None = None,
+    database: str | None = None,
+    secrets: Secrets | None = None,
 ) -> Iterator[Service]:
     """A running service, ready within `seconds`."""
     models = load_models([checkpoint], adapters, command=command)
-    key = new_key()
+    key, admin_key = new_key(), new_key()
     changing = None if adapter_folder is None else AdapterFolder(adapter_folder, models)
-    app = create_app(models, Keys.holding(key), adapters=changing)
+    with contextlib.ExitStack() as stack:
+        if database is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            database = sqlite_url(Path(folder) / "steelyard.db")
+        store = stack.enter_context(opened(database, server=True))
+        environment = {KEY_VARIABLE: key, ADMIN_VARIABLE: admin_key}
+        behind = open_service(models, store, secrets or Secrets.make(), environment=environment)
+        app = create_app(behind, adapters=changing)
+        with running(app, models, seconds) as url:
+            yield Service(url, key, checkpoint, models, app, admin_key, behind)
+
+
+@contextlib.contextmanager
+def running(app: Starlette, models: dict[str, ServedModel], seconds: float) -> Iterator[str]:
+    """An application that serves, once its first engine is ready: its URL."""
     server = configure(app)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     server.config.port = 0
@@ -87,7 +117,7 @@ def serving(
     try:
         eventually(lambda: server.started and next(iter(models.values())).engine.ready, seconds)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Service(f"http://127.0.0.1:{port}", key, checkpoint, models, app)
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         server.hang_up()

@@ -22,6 +22,7 @@ import msgspec
 
 from steelyard.infer.request import (
     Abort,
+    Aborted,
     AdapterChanged,
     DropAdapter,
     EngineStats,
@@ -126,6 +127,8 @@ def main() -> None:
                     time.sleep(60 if stubborn else 0)
                     return
                 running = take(message, running, tokenizer, wire)
+                if isinstance(message, Abort):
+                    wire.send([EngineStats(generated_tokens=generated, running=len(running), used_blocks=1, blocks=4)])
                 due = min((choice.due for choice in running), default=time.monotonic() + 60)
         except queue.Empty:
             pass
@@ -148,6 +151,12 @@ def take(message: ToEngine, running: list[Choice], tokenizer: Tokenizer, wire: E
             wire.send([AdapterChanged(message.id, f"digest of {path}" if path else None)])
         return running
     if isinstance(message, Abort):
+        if given_up := [choice for choice in running if choice.request.id == message.id]:
+            counts = [0] * given_up[0].request.n
+            for choice in given_up:
+                counts[choice.number] = choice.generated
+            prompt = len(given_up[0].request.prompt)
+            wire.send([Aborted(id=message.id, prompt_tokens=prompt, cached_tokens=0, completion_tokens=counts)])
         return [choice for choice in running if choice.request.id != message.id]
     if message.prompt == [7, 7, 7]:
         wire.send([Failure(message.id, "sevens are refused", "prompt")])
@@ -162,7 +171,11 @@ def take(message: ToEngine, running: list[Choice], tokenizer: Tokenizer, wire: E
         for piece in (told[:2], told[2:]):  # long prompts come in pieces
             wire.send([Output(id=message.id, choice=0, text="", tokens=[], prompt_logprobs=piece or None)])
     if message.sampling.max_tokens == 0:
-        ends = [Output(id=message.id, choice=n, text="", tokens=[], finish_reason="length") for n in range(message.n)]
+        size = len(message.prompt)
+        ends = [
+            Output(id=message.id, choice=n, text="", tokens=[], finish_reason="length", prompt_tokens=size)
+            for n in range(message.n)
+        ]
         wire.send(ends)
         return running
     return running + [Choice(message, number, tokenizer) for number in range(message.n)]

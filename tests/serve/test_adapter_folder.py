@@ -37,7 +37,7 @@ def changing(make_checkpoint: Make, make_adapter: Make, tmp_path: Path) -> Itera
 
 
 def post(service: Service, verb: str, **body: Any) -> httpx.Response:
-    with service.http() as http:
+    with service.admin_http() as http:
         return http.post(f"/v1/{verb}_lora_adapter", json=body)
 
 

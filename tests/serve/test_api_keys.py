@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import stat
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,11 @@ from running_service import Service
 from starlette.routing import Route
 
 from steelyard.errors import ConfigError
-from steelyard.serve.auth import BASE62, PUBLIC_ROUTES, Keys, checksum, is_well_formed, new_key, open_keys
+from steelyard.serve.auth import PROJECT_SCOPES, PUBLIC_ROUTES, fixed_keys
+from steelyard.serve.keys import BASE62, checksum, is_well_formed, mac, new_key, redacted
+from steelyard.serve.service import open_service
+from steelyard.store.database import opened, sqlite_url
+from steelyard.store.secrets import Secrets, open_secrets
 
 
 def test_a_key_has_the_published_form() -> None:
@@ -43,84 +47,99 @@ def test_a_mistyped_character_shows(position: int, character: str) -> None:
 
 
 @given(st.text(max_size=60))
-def test_only_the_key_itself_is_accepted(presented: str) -> None:
+def test_what_is_kept_of_a_key_is_no_use(presented: str) -> None:
     key = new_key()
-    keys = Keys.holding(key)
-    assert keys.identify(key) is not None
-    assert keys.identify(presented) is None
-    assert keys.identify(key + presented) is None or not presented
+    pepper = b"p" * 32
+    kept = mac(pepper, key)
+    assert key.encode() not in kept
+    assert (mac(pepper, presented) == kept) == (presented == key)
+    assert mac(b"q" * 32, key) != kept
+    assert redacted(key)[:-4].rstrip(".") == key[:9]
 
 
-def test_the_first_start_makes_a_key_and_the_next_one_accepts_it(tmp_path: Path) -> None:
+def test_secrets_are_made_once_and_nobody_else_reads_them(tmp_path: Path) -> None:
     environment = {"STEELYARD_HOME": str(tmp_path / "state")}
-    keys, key = open_keys(environment)
-    assert key is not None
-    again, none = open_keys(environment)
-    assert none is None
-    assert again.identify(key) == keys.identify(key) is not None
-    assert again.identify(new_key()) is None
+    secrets = open_secrets(environment)
+    assert open_secrets(environment) == secrets
     files = list((tmp_path / "state").iterdir())
-    assert [file.name for file in files] == ["keys.json"]
+    assert [file.name for file in files] == ["secrets.json"]
     assert stat.S_IMODE(files[0].stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
-    assert key not in files[0].read_text()
-    assert key[6:36] not in files[0].read_text()
-    assert key not in repr(keys)
+    assert "chain" not in repr(secrets)
+    files[0].chmod(0o644)
+    with pytest.raises(ConfigError, match="others may read it"):
+        open_secrets(environment)
 
 
-def test_two_first_starts_at_once_make_one_key(tmp_path: Path) -> None:
+def test_two_first_starts_at_once_make_one_file(tmp_path: Path) -> None:
     environment, made = {"STEELYARD_HOME": str(tmp_path)}, []
     barrier = threading.Barrier(8)
 
     def start() -> None:
         barrier.wait()
-        made.append(open_keys(environment))
+        made.append(open_secrets(environment))
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    (key,) = [key for _, key in made if key is not None]
-    assert all(keys.identify(key) for keys, _ in made)
+    assert made == made[:1] * 8
 
 
-def test_the_environment_comes_first_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    keys, key = open_keys({"STEELYARD_API_KEY": "any thing", "STEELYARD_HOME": str(tmp_path / "state")})
-    assert key is None
-    assert keys.identify("any thing")
-    assert not (tmp_path / "state").exists()
-    assert open_keys({"STEELYARD_API_KEY": "", "STEELYARD_HOME": str(tmp_path / "state")})[1] is not None
+def test_keys_of_the_environment_are_not_stored(tmp_path: Path) -> None:
+    environment = {"STEELYARD_API_KEY": "any thing", "STEELYARD_ADMIN_KEY": "another"}
+    with opened(sqlite_url(tmp_path / "db"), server=True) as database:
+        service = open_service({}, database, Secrets.make(), environment=environment)
+        assert service.first_keys == {}
+        caller, admin = (asyncio.run(service.keys.identify(key)) for key in environment.values())
+        assert caller is not None
+        assert admin is not None
+        assert caller.project_id is not None
+        assert admin.project_id is None
+        assert asyncio.run(service.keys.identify("any thing ")) is None
+    assert b"any thing" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    with opened(sqlite_url(tmp_path / "db"), server=True) as database, pytest.raises(ConfigError, match="never"):
+        open_service({}, database, Secrets.make(), environment=dict.fromkeys(environment, "same"))
+
+
+def test_the_first_start_makes_keys_and_the_next_one_accepts_them(tmp_path: Path) -> None:
+    secrets = Secrets.make()
+    with opened(sqlite_url(tmp_path / "db"), server=True) as database:
+        keys = open_service({}, database, secrets, environment={}).first_keys
+        assert keys.keys() == {"project", "admin"}
+    stored = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    for key in keys.values():
+        assert key.encode() not in stored
+        assert key[6:36].encode() not in stored
+    with opened(sqlite_url(tmp_path / "db"), server=True) as database:
+        again = open_service({}, database, secrets, environment={})
+        assert again.first_keys == {}
+        caller = asyncio.run(again.keys.identify(keys["project"]))
+        assert caller is not None
+        assert caller.scopes == set(PROJECT_SCOPES)
+        assert asyncio.run(again.keys.identify(new_key())) is None
 
 
 @pytest.mark.parametrize("key", ["key\n", " key", "schlüssel", "a\tb", " "])
 def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="STEELYARD_API_KEY"):
-        open_keys({"STEELYARD_API_KEY": key})
+        fixed_keys(b"p" * 32, "proj_x", {"STEELYARD_API_KEY": key})
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"[]",
-        b"{}",
-        b'{"pepper": "00", "keys": []}',
-        json.dumps({"pepper": "00" * 32, "keys": []}).encode(),
-        json.dumps({"pepper": "00" * 32, "keys": [{"id": "a", "hmac_sha256": "zz"}]}).encode(),
-    ],
-)
-def test_a_broken_key_file_is_said_and_kept(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "keys.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"keys\.json"):
-        open_keys({"STEELYARD_HOME": str(tmp_path)})
-    assert (tmp_path / "keys.json").read_bytes() == content
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"pepper": "00", "chain": "", "root": ""}'])
+def test_a_broken_file_of_secrets_is_said_and_kept(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "secrets.json").write_bytes(content)
+    (tmp_path / "secrets.json").chmod(0o600)
+    with pytest.raises(ConfigError, match=r"secrets\.json"):
+        open_secrets({"STEELYARD_HOME": str(tmp_path)})
+    assert (tmp_path / "secrets.json").read_bytes() == content
 
 
 def test_a_state_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="STEELYARD_HOME"):
-        open_keys({"STEELYARD_HOME": str(tmp_path / "file" / "state")})
+        open_secrets({"STEELYARD_HOME": str(tmp_path / "file" / "state")})
 
 
 def calls(service: Service) -> Iterator[tuple[str, str]]:

@@ -62,7 +62,7 @@ from_engine = st.one_of(
         tokens=st.lists(token, max_size=3),
         logprobs=st.none() | st.lists(logprobs, max_size=3),
         prompt_logprobs=st.none() | st.lists(scored, max_size=3),
-        finish_reason=st.sampled_from([None, "stop", "length", "abort"]),
+        finish_reason=st.sampled_from([None, "stop", "length"]),
     ),
     st.builds(Failure, id=text, message=text, param=st.none() | text),
     st.builds(AdapterChanged, id=text, digest=st.none() | text),

@@ -14,7 +14,7 @@ SAMPLE = re.compile(r'(steelyard:[a-z_]+)\{model_name="((?:[^"\\]|\\.)*)"\} ([0-
 
 def scrape(service: Service) -> dict[str, float]:
     with service.http() as http:
-        response = http.get("/metrics")
+        response = http.get("/metrics", headers={"authorization": f"Bearer {service.admin_key}"})
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert response.text.endswith("\n")
@@ -35,8 +35,9 @@ def scrape(service: Service) -> dict[str, float]:
     return found
 
 
-def test_it_needs_the_key(service: Service) -> None:
+def test_it_needs_an_admin_key(service: Service) -> None:
     with service.http() as http:
+        assert http.get("/metrics").status_code == 403
         del http.headers["authorization"]
         assert http.get("/metrics").status_code == 401
 

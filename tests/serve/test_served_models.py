@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 
 from steelyard.errors import CheckpointError, ConfigError, ModelNotFoundError
 from steelyard.serve.engine_client import worker_command
-from steelyard.serve.models import engines, find, load_models, parse_adapters, parse_drafts
+from steelyard.serve.models import engines, load_models, parse_adapters, parse_drafts
+from steelyard.serve.service import open_service
+from steelyard.store.database import opened, sqlite_url
+from steelyard.store.secrets import Secrets
 
 Make = Callable[[str], Path]
 
@@ -87,9 +91,19 @@ def test_bases_and_adapters_share_engines(make_checkpoint: Make, make_adapter: M
     assert models["worn"].adapter == "worn"
     assert [engine.model for engine in engines(models)] == ["first", "second"]
     assert models["second"].engine.adapters == {"worn": worn}
-    with pytest.raises(ModelNotFoundError, match="first, second, worn") as caught:
-        find(models, "third")
-    assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
+
+
+def test_a_project_asks_only_what_it_may(make_checkpoint: Make, make_adapter: Make, tmp_path: Path) -> None:
+    models = load_models([make_checkpoint("first")], [f"worn={make_adapter('worn')}"])
+    models["worn"] = dataclasses.replace(models["worn"], project="proj_a")
+    with opened(sqlite_url(tmp_path / "db"), server=True) as database:
+        service = open_service(models, database, Secrets.make(), environment={})
+        assert service.find("worn", "proj_a") is models["worn"]
+        assert list(service.visible("proj_b")) == ["first"]
+        for name in ("third", "worn"):
+            with pytest.raises(ModelNotFoundError, match=r"use one of first$") as caught:
+                service.find(name, "proj_b")
+            assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
 
 
 def test_an_adapter_keeps_the_template_that_it_was_trained_with(make_checkpoint: Make, make_adapter: Make) -> None:

@@ -76,10 +76,10 @@ def process(make_checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_serves_and_ends_without_dropping_a_request(process: Process, tmp_path: Path, number: int) -> None:
-    shown, kept, ready = process.lines
-    assert "keys.json: remove that file" in kept
-    key = re.fullmatch(r"Your API key, shown this once: (sk-sy-\w{36})", shown)
+    _, shown, administration, ready = process.lines
+    key = re.fullmatch(r"  (sk-sy-\w{36})  for requests \(project 'default'\)", shown)
     assert key
+    assert re.fullmatch(r"  sk-sy-\w{36}  for administration", administration)
     assert re.fullmatch(r"Steelyard serves tiny, other on http://127\.0\.0\.1:\d+/v1", ready)
     client = openai.OpenAI(base_url=process.url, api_key=key[1], max_retries=0)
     begun = threading.Event()
@@ -106,13 +106,13 @@ def test_it_serves_and_ends_without_dropping_a_request(process: Process, tmp_pat
     assert key[1] not in log
     assert "Traceback" not in log
     assert log.count("POST /v1/chat/completions 200") == 1
-    assert key[1] not in (tmp_path / "keys.json").read_text()
+    assert key[1].encode() not in (tmp_path / "steelyard.db").read_bytes()
 
 
 def test_the_second_start_knows_the_key_and_does_not_show_it(
     process: Process, make_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    key = process.lines[0].rpartition(" ")[2]
+    key = process.lines[1].split()[0]
     process.end(signal.SIGTERM)
     again = Process(tmp_path, make_checkpoint("tiny"))
     assert len(again.lines) == 1
@@ -121,7 +121,7 @@ def test_the_second_start_knows_the_key_and_does_not_show_it(
 
 
 def test_a_second_signal_does_not_wait(process: Process) -> None:
-    key = process.lines[0].rpartition(" ")[2]
+    key = process.lines[1].split()[0]
     client = openai.OpenAI(base_url=process.url, api_key=key, max_retries=0)
     stream = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=200, seed=1000, stream=True)
     next(stream)
@@ -140,7 +140,7 @@ def test_errors_before_anything_starts(make_checkpoint: Callable[[str], Path], t
     def start(*_: object) -> list[str]:
         raise AssertionError("nothing may be started")
 
-    environment = {"STEELYARD_API_KEY": "key"}
+    environment = {"STEELYARD_API_KEY": "key", "STEELYARD_HOME": str(tmp_path / "unused")}
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         run([tmp_path / "missing"], command=start, environment=environment)
     with socket.socket() as taken:
@@ -160,5 +160,10 @@ def test_an_engine_that_cannot_start_ends_the_server(
     folder = make_checkpoint("broken")
     (folder / "fatal").touch()
     with pytest.raises(EngineUnavailableError, match="'broken' cannot start: the weights do not fit"):
-        run([folder], port=0, command=stand_in_command, environment={"STEELYARD_API_KEY": "key"})
+        run(
+            [folder],
+            port=0,
+            command=stand_in_command,
+            environment={"STEELYARD_API_KEY": "key", "STEELYARD_HOME": str(folder / "home")},
+        )
     assert "Steelyard serves" not in capfd.readouterr().out

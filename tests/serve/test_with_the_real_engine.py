@@ -141,7 +141,7 @@ def test_adapters_are_loaded_swapped_and_dropped_while_a_stream_runs(
         (tmp_path / str(number)).mkdir()
         adapter.save(tmp_path / str(number), str(checkpoint))
     with serving(checkpoint, command=worker_command, seconds=60, adapter_folder=tmp_path) as service:
-        client, http = service.sdk(), service.http()
+        client, http = service.sdk(), service.admin_http()
         options = {"prompt": "The steelyard", "max_tokens": 30, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
         def load(number: int) -> None:

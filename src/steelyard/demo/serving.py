@@ -28,7 +28,8 @@ def serving(log: Path, *checkpoints: Path) -> Iterator[tuple[str, str]]:
     """
     key = f"sk-demo-{secrets.token_hex(8)}"
     command = [sys.executable, "-m", "steelyard", "serve", *map(str, checkpoints), "--port", "0", "--json"]
-    environment = {**os.environ, "STEELYARD_API_KEY": key}
+    state = log.parent / "state"  # not that of a server that this machine may run
+    environment = {**os.environ, "STEELYARD_API_KEY": key, "STEELYARD_HOME": str(state)}
     with log.open("w") as errors:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
     try:

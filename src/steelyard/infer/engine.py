@@ -19,7 +19,16 @@ from steelyard.infer.decoding.draft_model import DraftModel, load_draft
 from steelyard.infer.decoding.prompt_lookup import PromptLookup
 from steelyard.infer.decoding.speculative import Speculation
 from steelyard.infer.packed import PackedWeights, packed_file
-from steelyard.infer.request import CacheKind, EngineStats, Failure, Output, PromptLogprob, Request, TokenLogprob
+from steelyard.infer.request import (
+    Aborted,
+    CacheKind,
+    EngineStats,
+    Failure,
+    Output,
+    PromptLogprob,
+    Request,
+    TokenLogprob,
+)
 from steelyard.infer.runner import CacheSizes, has_plan, open_runner
 from steelyard.infer.scheduler import Scheduled, Scheduler
 from steelyard.infer.sequence import Sequence
@@ -43,7 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     between the kinds, never within one. What runs without a plan keeps them in its own dtype."""
     block_size: int = 32
     """Tokens of a cache block; a plan's are always 32."""
-    token_budget: int = 256
+    token_budget: int = 320
     """Most tokens of one step: longer prompts are computed in chunks beside running streams."""
     max_running: int = 64
     """Most sequences that run at once; others wait."""
@@ -192,11 +201,21 @@ class Engine:
         for sequence in choices:
             self.scheduler.add(sequence)
 
-    def abort(self, request_id: str) -> None:
-        """Drop a request and free what it holds, at once. An unknown id has just ended."""
-        for sequence in self.sequences.pop(request_id, []):
+    def abort(self, request_id: str) -> Aborted | None:
+        """Drop a request and free what it holds, at once; returns what it came to. An unknown id has just ended."""
+        choices = self.sequences.pop(request_id, None)
+        if choices is None:
+            return None
+        for sequence in choices:
             if sequence.finish_reason is None:
                 self._remove(sequence)
+        first = choices[0]
+        return Aborted(
+            id=request_id,
+            prompt_tokens=0 if first.fresh else len(first.request.prompt),
+            cached_tokens=first.reused,
+            completion_tokens=[sequence.generated for sequence in choices],
+        )
 
     @property
     def busy(self) -> bool:

@@ -10,7 +10,7 @@ without. `models/` stays the truth that it is tested against.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -49,6 +49,11 @@ class PlanCache:
         if dtype == torch.int8:
             key_scales, value_scales = (memory.zeros(*shape, BLOCK, dtype=torch.float32) for _ in range(2))
             self.scales = key_scales, value_scales
+
+    def populate(self, wanted: Callable[[], bool]) -> None:
+        """Have all of its memory at hand: prompts would wait for it block by block. Ends early if not `wanted`."""
+        memory.populate(self.keys, wanted)
+        memory.populate(self.values, wanted)
 
     def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Keys, values and scales of a layer."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 Priority = Literal["interactive", "batch"]
 CacheKind = Literal["bfloat16", "int8"]
 """How an engine keeps keys and values."""
@@ -72,6 +72,17 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     """Stop a request and free what it holds. An unknown id is ignored: it has just ended."""
 
     id: str
+
+
+class Aborted(msgspec.Struct, frozen=True, kw_only=True, tag="aborted"):
+    """An `Abort` of a request that had not ended: it came to this, and nothing more will be said of it."""
+
+    id: str
+    prompt_tokens: int
+    """0 if it had not begun to run."""
+    cached_tokens: int
+    completion_tokens: list[int]
+    """Of each choice."""
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
@@ -188,4 +199,4 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
 
 
 ToEngine = Request | Abort | LoadAdapter | DropAdapter
-FromEngine = Ready | Output | AdapterChanged | Failure | Fatal | EngineStats
+FromEngine = Ready | Output | Aborted | AdapterChanged | Failure | Fatal | EngineStats

@@ -5,7 +5,7 @@ Checkpoints in int8 or bfloat16 run by a plan; any other by the reference forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import msgspec
@@ -37,6 +37,10 @@ class Runner(Wearer, Protocol):
         """
         ...
 
+    def populate(self, wanted: Callable[[], bool]) -> None:
+        """Have the cache's memory at hand; may run beside everything else, and ends early if not `wanted`."""
+        ...
+
 
 class ReferenceRunner:
     """A decoder as training and evaluation run it, over a paged cache."""
@@ -45,6 +49,9 @@ class ReferenceRunner:
         self.decoder, self.cache = decoder, cache
         self._worn: dict[int, Adapter] = {}
         self._places = Places()
+
+    def populate(self, wanted: Callable[[], bool]) -> None:
+        """See `Runner`: this cache is written when it is made."""
 
     def prepare(self, adapter: Adapter) -> Adapter:
         """See `Wearer`."""
@@ -99,6 +106,10 @@ class PlanRunner:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._places = Places()
+
+    def populate(self, wanted: Callable[[], bool]) -> None:
+        """See `Runner`."""
+        self.plan.cache.populate(wanted)
 
     def prepare(self, adapter: Adapter) -> FittedAdapter:
         """See `Wearer`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import queue
 import signal
 import sys
@@ -29,6 +30,7 @@ from steelyard.infer.adapters import Prepared
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.request import (
     Abort,
+    Aborted,
     AdapterChanged,
     CacheKind,
     DropAdapter,
@@ -83,11 +85,10 @@ def serve(engine: Engine, inbox: Inbox, socket: EngineSocket) -> None:
             engine.check_integrity()
 
 
-def _take(engine: Engine, message: ToEngine | AdapterRead, inbox: Inbox) -> AdapterChanged | Failure | None:
+def _take(engine: Engine, message: ToEngine | AdapterRead, inbox: Inbox) -> Aborted | AdapterChanged | Failure | None:
     match message:
         case Abort(id=id):
-            engine.abort(id)
-            return None
+            return engine.abort(id)
         case LoadAdapter(path=path):
             reading = engine.adapters.begin(Path(path))
             reading.add_done_callback(lambda read: inbox.put(AdapterRead(message, read)))
@@ -131,6 +132,13 @@ def start(
     return engine
 
 
+def _populate(engine: Engine, ending: threading.Event) -> None:
+    """Take the cache's memory from the system where the processor has nothing better to do."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    engine.runner.populate(lambda: not ending.is_set())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the engine process; returns its exit code."""
     parser = argparse.ArgumentParser(description="the engine process; started by `steelyard serve`")
@@ -158,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vocabulary=engine.decoder.config.vocabulary,
     )
     socket.send([ready])
+    ending = threading.Event()
+    threading.Thread(target=_populate, args=(engine, ending), name="cache").start()
     inbox: Inbox = queue.SimpleQueue()
 
     def read() -> None:
@@ -173,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         serve(engine, inbox, socket)
     except (BrokenPipeError, ConnectionError):
         return 0  # the HTTP process is gone
+    finally:
+        ending.set()
     return 0
 
 

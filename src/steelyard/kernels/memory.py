@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
+from collections.abc import Callable
 
 import torch
 
@@ -18,6 +20,25 @@ def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     with contextlib.suppress(OSError, AttributeError):  # a kernel without them
         area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+POPULATE_WRITE = 23  # Linux 5.14
+
+
+def populate(tensor: torch.Tensor, wanted: Callable[[], bool] = lambda: True) -> None:
+    """Have the system give a tensor of `zeros` its pages now: at the first write they cost as much as the writing.
+
+    A system that cannot does nothing. Other threads may use the tensor meanwhile. It ends early when it is no longer
+    `wanted`.
+    """
+    page, piece = mmap.PAGESIZE, 1 << 25
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    begin = -(-tensor.data_ptr() // page) * page
+    end = (tensor.data_ptr() + tensor.nbytes) // page * page
+    for at in range(begin, end, piece):
+        if not wanted() or madvise(at, min(piece, end - at), POPULATE_WRITE) != 0:
+            return
 
 
 class Arena:

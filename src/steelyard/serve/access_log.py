@@ -23,7 +23,10 @@ faults = logging.getLogger("steelyard.serve")
 
 
 class AccessLog:
-    """ASGI middleware: adds `x-request-id` and `openai-processing-ms`, echoes `x-client-request-id`."""
+    """ASGI middleware: adds `x-request-id` and `openai-processing-ms`, echoes `x-client-request-id`.
+
+    What stands behind it may leave `headers` for the response, and `at_end`, called when all is over, in the state.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -35,7 +38,8 @@ class AccessLog:
             return
         began, status = time.perf_counter(), 0
         request_id = f"req_{secrets.token_hex(16)}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         client_id = Headers(scope=scope).get("x-client-request-id", "")
 
         async def labelled(message: Message) -> None:
@@ -43,6 +47,7 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
+                headers.update(state.get("headers", {}))
                 headers["x-request-id"] = request_id
                 headers["openai-processing-ms"] = str(_milliseconds(began))
                 if client_id and len(client_id) <= MAX_CLIENT_ID and client_id.isascii() and client_id.isprintable():
@@ -60,8 +65,13 @@ class AccessLog:
                 raise
             await error_response(error, request_id)(scope, receive, labelled)
         finally:
+            state.get("at_end", _nothing)()
             path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
             log.info("%s %s %d %d ms %s", scope["method"], path, status, _milliseconds(began), request_id)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _milliseconds(began: float) -> int:

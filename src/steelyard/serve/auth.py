@@ -1,124 +1,151 @@
-"""Who may ask: API keys, where they are kept, and the middleware that stands ahead of everything else.
+"""Who asks, and whether he may: the middleware that stands ahead of everything else.
 
-Knows nothing of models, bodies or projects. A key is kept as its id and an HMAC under a server pepper: what is on
-disk does not give it back. Every path that is not in `PUBLIC_ROUTES` needs a key, whether it exists or not.
+Every path that is not in `PUBLIC_ROUTES` needs a key, whether it exists or not; what a key may do is asked per
+route, by its scopes. Who asks is known from here on as a `Caller`; nothing that a client sends says it again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import hmac
 import os
-import secrets
-import string
-import tempfile
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import msgspec
+from sqlalchemy import Connection, select, update
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from steelyard.errors import AuthenticationError, ConfigError
+from steelyard.errors import AuthenticationError, ConfigError, PermissionDeniedError
+from steelyard.serve.keys import PREFIX, is_well_formed, mac
+from steelyard.store import tables
+from steelyard.store.database import Database
 
 PUBLIC_ROUTES = frozenset({"/health", "/live", "/ready", "/version"})
 """Paths that anybody may GET. The only such list."""
 
 KEY_VARIABLE = "STEELYARD_API_KEY"
-HOME_VARIABLE = "STEELYARD_HOME"
+ADMIN_VARIABLE = "STEELYARD_ADMIN_KEY"
 
-PREFIX = "sk-sy-"
-BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
-SECRET_LENGTH, CHECKSUM_LENGTH = 30, 6
-STATE_FILE = "keys.json"
-MAX_STATE_BYTES = 1 << 20
+Permission = Literal["inference", "files", "fine_tuning", "admin.read", "admin.write"]
+PROJECT_SCOPES: tuple[Permission, ...] = ("inference", "files", "fine_tuning")
+ADMIN_SCOPES: tuple[Permission, ...] = ("admin.read", "admin.write")
 
-
-def checksum(secret: str) -> str:
-    """CRC-32 of a key's secret part in base62, six characters."""
-    value, digits = zlib.crc32(secret.encode()), ""
-    for _ in range(CHECKSUM_LENGTH):
-        value, digit = divmod(value, len(BASE62))
-        digits = BASE62[digit] + digits
-    return digits
+REMEMBERED_SECONDS = 2.0
+"""How long a key that another process took back may still work."""
+MOST_REMEMBERED = 10_000
+NOTED_SECONDS = 60
+"""How exactly a key's last use is noted."""
 
 
-def new_key() -> str:
-    """A fresh key: `sk-sy-`, 30 random base62 characters (178 bits), 6 of checksum."""
-    secret = "".join(secrets.choice(BASE62) for _ in range(SECRET_LENGTH))
-    return PREFIX + secret + checksum(secret)
+@dataclass(frozen=True)
+class Caller:
+    """Who asks."""
+
+    key_id: str
+    project_id: str | None
+    """None: an administrator, who has no project."""
+    scopes: frozenset[str]
+
+    @property
+    def project(self) -> str:
+        """The project whose key this is; routes for projects are closed to administrators."""
+        assert self.project_id is not None
+        return self.project_id
 
 
-def is_well_formed(key: str) -> bool:
-    """Whether a key has the form of ours and its checksum is right. Says nothing of who may use it."""
-    secret, check = key[len(PREFIX) : -CHECKSUM_LENGTH], key[-CHECKSUM_LENGTH:]
-    of_form = key.startswith(PREFIX) and len(secret) == SECRET_LENGTH and set(secret) <= set(BASE62)
-    return of_form and check == checksum(secret)
+@dataclass
+class KeyRing:
+    """The keys that are accepted, in the database and from the environment.
 
+    Args:
+        database: where keys are.
+        pepper: what they are kept under.
+        fixed: keys that are not in the database, by their mac.
+    """
 
-@dataclass(frozen=True, repr=False)
-class Keys:
-    """The keys that are accepted."""
-
+    database: Database
     pepper: bytes
-    """32 random bytes that the stored values are useless without."""
-    hashes: Mapping[str, bytes]
-    """HMAC-SHA256 of a key under the pepper, by key id."""
+    fixed: Mapping[bytes, Caller] = field(default_factory=dict)
+    _known: dict[bytes, tuple[float, Caller]] = field(default_factory=dict)
+    _noted: dict[str, float] = field(default_factory=dict)
 
-    @classmethod
-    def holding(cls, key: str) -> Keys:
-        """Accept exactly this key."""
-        pepper = secrets.token_bytes(32)
-        return cls(pepper, {f"key_{secrets.token_hex(8)}": _hash(pepper, key)})
+    async def identify(self, key: str) -> Caller | None:
+        """Whose key it is, or None."""
+        presented = mac(self.pepper, key)
+        for kept, caller in self.fixed.items():
+            if hmac.compare_digest(kept, presented):
+                return caller
+        now = time.monotonic()
+        remembered = self._known.get(presented)
+        if remembered is not None and now <= remembered[0]:
+            caller = remembered[1]
+        else:
+            found = await self._look_up(key, presented)
+            if found is None:
+                return None
+            caller = found
+            self._known[presented] = now + REMEMBERED_SECONDS, caller
+        if now - self._noted.get(caller.key_id, -NOTED_SECONDS) >= NOTED_SECONDS:
+            self._noted[caller.key_id] = now
+            self.database.write_soon(_note_use(caller.key_id, int(time.time())))
+        return caller
 
-    def identify(self, key: str) -> str | None:
-        """The id of a presented key, or None. Takes the same time whichever it is."""
-        presented, found = _hash(self.pepper, key), None
-        for key_id, stored in self.hashes.items():
-            if hmac.compare_digest(presented, stored):
-                found = key_id
-        return found
+    async def _look_up(self, key: str, presented: bytes) -> Caller | None:
+        self._known.pop(presented, None)
+        if len(self._known) >= MOST_REMEMBERED:
+            self._known.clear()
+        if not is_well_formed(key):
+            return None
+        return await self.database.read(lambda connection: find(connection, presented, int(time.time())))
+
+    def forget(self) -> None:
+        """Ask the database again: a key was taken back, or a project archived."""
+        self._known.clear()
 
 
-def open_keys(environment: Mapping[str, str] = os.environ) -> tuple[Keys, str | None]:
-    """The keys of this server, and the new one if this is the first start: it cannot be shown again.
+def find(connection: Connection, kept: bytes, now: int) -> Caller | None:
+    """The caller whose key has this mac, unless it has expired or its project is archived."""
+    keys, projects = tables.api_keys.c, tables.projects.c
+    row = connection.execute(
+        select(keys.id, keys.project_id, keys.scopes, keys.expires_at, projects.archived_at)
+        .join_from(tables.api_keys, tables.projects, isouter=True)
+        .where(keys.mac == kept)
+    ).first()
+    if row is None or row.archived_at is not None or (row.expires_at is not None and row.expires_at <= now):
+        return None
+    return Caller(row.id, row.project_id, frozenset(row.scopes))
 
-    `STEELYARD_API_KEY`, if it is not empty, is the one key and nothing is stored. Otherwise the state folder is asked:
-    `STEELYARD_HOME` or `~/.local/share/steelyard`.
+
+def fixed_keys(pepper: bytes, project_id: str, environment: Mapping[str, str] = os.environ) -> dict[bytes, Caller]:
+    """The keys that the environment names: one of the first project, one of an administrator. Neither is stored.
 
     Raises:
-        ConfigError: the variable holds what no header can carry, or the state folder cannot be read or written, or its
-            key file is broken.
+        ConfigError: one holds what no header can carry, or both are the same.
     """
-    if key := environment.get(KEY_VARIABLE):
+    callers = {
+        KEY_VARIABLE: Caller("key_environment", project_id, frozenset(PROJECT_SCOPES)),
+        ADMIN_VARIABLE: Caller("key_environment_admin", None, frozenset(ADMIN_SCOPES)),
+    }
+    found: dict[bytes, Caller] = {}
+    for variable, caller in callers.items():
+        key = environment.get(variable)
+        if not key:
+            continue
         if key != key.strip() or not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"{KEY_VARIABLE} holds what no header can carry: use printable ASCII, no space around it")
-        return Keys.holding(key), None
-    path = key_file(environment)
-    try:
-        key = None if path.exists() else new_key()
-        if key is not None and not _create(path, _to_bytes(Keys.holding(key))):
-            key = None  # another server has just made the first key
-        return _read(path), key
-    except OSError as error:
-        raise ConfigError(
-            f"the API keys cannot be kept in '{path}' ({error.strerror}): set {HOME_VARIABLE} to a folder of your own,"
-            f" or give a key in {KEY_VARIABLE}"
-        ) from None
-
-
-def key_file(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where the hashes of the keys are kept."""
-    home = environment.get(HOME_VARIABLE)
-    return (Path(home) if home else Path.home() / ".local/share/steelyard") / STATE_FILE
+            raise ConfigError(f"{variable} holds what no header can carry: use printable ASCII, no space around it")
+        if mac(pepper, key) in found:
+            raise ConfigError(f"{KEY_VARIABLE} and {ADMIN_VARIABLE} are the same: an admin key is never a project key")
+        found[mac(pepper, key)] = caller
+    return found
 
 
 class Authentication:
     """ASGI middleware: no valid key, no entry, unless the path is public. It reads headers and nothing else."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, *, keys: KeyRing) -> None:
         self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,63 +156,52 @@ class Authentication:
         """
         if scope["type"] == "http":
             if scope["path"] not in PUBLIC_ROUTES or scope["method"] not in ("GET", "HEAD"):
-                scope.setdefault("state", {})["key_id"] = self._authenticate(scope)
+                scope.setdefault("state", {})["caller"] = await self._authenticate(scope)
         elif scope["type"] != "lifespan":
             raise AuthenticationError("only HTTP is served here")
         await self.app(scope, receive, send)
 
-    def _authenticate(self, scope: Scope) -> str:
+    async def _authenticate(self, scope: Scope) -> Caller:
         headers: list[bytes] = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = headers[0].decode("latin-1").partition(" ") if len(headers) == 1 else ("", "", "")
         key = key.strip()
         if scheme.lower() != "bearer" or not key:
             raise AuthenticationError("no API key: send the header 'Authorization: Bearer YOUR_KEY'")
-        key_id = self.keys.identify(key)
-        if key_id is None:
+        caller = await self.keys.identify(key)
+        if caller is None:
             mistyped = key.startswith(PREFIX) and not is_well_formed(key)
             raise AuthenticationError(
                 "this API key is mistyped: its checksum is wrong; copy it again"
                 if mistyped
-                else "this API key is not accepted here: use the one that was printed when the server first started,"
-                " or let whoever runs it remove its keys.json and start it again for a new one"
+                else "this API key is not valid here"
             )
-        return key_id
+        return caller
 
 
-def _hash(pepper: bytes, key: str) -> bytes:
-    return hmac.digest(pepper, key.encode("utf-8", "surrogateescape"), hashlib.sha256)
+Handler = Callable[[Request], Awaitable[Response]]
 
 
-def _to_bytes(keys: Keys) -> bytes:
-    hashes = [{"id": key_id, "hmac_sha256": value.hex()} for key_id, value in keys.hashes.items()]
-    return msgspec.json.format(msgspec.json.encode({"pepper": keys.pepper.hex(), "keys": hashes})) + b"\n"
+def allowed(permission: Permission, handler: Handler) -> Handler:
+    """A handler for those alone whose key has a scope.
+
+    The handler raises `PermissionDeniedError` for others, before anything of the request is read.
+    """
+
+    async def guarded(request: Request) -> Response:
+        caller: Caller = request.state.caller
+        if permission not in caller.scopes:
+            kind = "an admin key" if permission in ADMIN_SCOPES else "a project's key"
+            raise PermissionDeniedError(
+                f"this key may not do this: it takes {kind} with the scope '{permission}'",
+                code="insufficient_permissions",
+            )
+        return await handler(request)
+
+    return guarded
 
 
-def _read(path: Path) -> Keys:
-    try:
-        with path.open("rb") as file:
-            state = msgspec.json.decode(file.read(MAX_STATE_BYTES))
-        hashes = {str(key["id"]): bytes.fromhex(key["hmac_sha256"]) for key in state["keys"]}
-        pepper = bytes.fromhex(state["pepper"])
-    except (msgspec.MsgspecError, KeyError, TypeError, ValueError):
-        hashes, pepper = {}, b""
-    if len(pepper) != 32 or not hashes:
-        raise ConfigError(f"'{path}' is no key file: move it away, and the next start makes a new key")
-    return Keys(pepper, hashes)
-
-
-def _create(path: Path, content: bytes) -> bool:
-    """Write `content` to a private file that did not exist, whole or not at all; False if it does by now."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, name = tempfile.mkstemp(prefix=f".aside-{path.name}-", dir=path.parent)  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
-            os.link(name, path)  # unlike a rename, never replaces
-            return True
-        return False
-    finally:
-        Path(name).unlink(missing_ok=True)
+def _note_use(key_id: str, now: int) -> Callable[[Connection], Any]:
+    columns = tables.api_keys.c
+    return lambda connection: connection.execute(
+        update(tables.api_keys).where(columns.id == key_id).values(last_used_at=now)
+    )

@@ -18,12 +18,13 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from steelyard.errors import EngineUnavailableError, ModelNotFoundError, RequestError, SteelyardError
 from steelyard.infer import wire
 from steelyard.infer.request import (
     Abort,
+    Aborted,
     AdapterChanged,
     CacheKind,
     DropAdapter,
@@ -36,7 +37,6 @@ from steelyard.infer.request import (
     Ready,
     Request,
 )
-from steelyard.serve.auth import KEY_VARIABLE
 
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0
 """Seconds before a restart: doubling from the first to the last."""
@@ -46,6 +46,9 @@ GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 LAST_WORDS = 0.5
 """Seconds to read on after the process has ended."""
+
+SECRET_VARIABLES = ("STEELYARD_API_KEY", "STEELYARD_ADMIN_KEY", "STEELYARD_SECRETS", "STEELYARD_DATABASE")
+"""What an engine process is not told."""
 
 Status = Literal["starting", "ready", "restarting", "failed", "stopped"]
 Command = Callable[[Path, str, Mapping[str, Path], int], list[str]]
@@ -61,6 +64,22 @@ def worker_command(checkpoint: Path, model: str, adapters: Mapping[str, Path], d
     for name, path in adapters.items():
         command += ["--adapter", f"{name}={path}"]
     return command
+
+
+class Meter(Protocol):
+    """Counts what requests come to. It hears of each until that is over, whoever waits for it."""
+
+    def begin(self) -> None:
+        """The engine has been asked."""
+
+    def count(self, output: Output) -> bool:
+        """What a choice has come to; returns whether its request is over."""
+
+    def abort(self, aborted: Aborted) -> None:
+        """A request was given up, having come to this."""
+
+    def lose(self, request_id: str) -> None:
+        """A request failed, or the engine is gone."""
 
 
 class EngineClient:
@@ -96,6 +115,7 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._inboxes: dict[str, asyncio.Queue[Output | SteelyardError | None]] = {}
+        self._meters: dict[str, Meter] = {}
         self._changes: dict[str, tuple[LoadAdapter | DropAdapter, asyncio.Future[AdapterChanged]]] = {}
         self._restoring: asyncio.Task[None] | None = None
         self._was_ready = False
@@ -139,8 +159,12 @@ class EngineClient:
             self._process = None
         self._settle("stopped")
 
-    async def submit(self, *requests: Request) -> AsyncGenerator[Output, None]:
+    async def submit(self, *requests: Request, meter: Meter | None = None) -> AsyncGenerator[Output, None]:
         """The outputs of requests, interleaved as they come, until every choice has finished.
+
+        Args:
+            requests: what is asked.
+            meter: counts them, from when they are sent until each is over.
 
         Use it under `contextlib.aclosing`: what has not finished when the generator closes is aborted.
 
@@ -156,6 +180,9 @@ class EngineClient:
         frames = [wire.frame(request) for request in requests]
         inbox: asyncio.Queue[Output | SteelyardError | None] = asyncio.Queue()
         self._inboxes |= dict.fromkeys(open_choices, inbox)
+        if meter is not None:
+            meter.begin()
+            self._meters |= dict.fromkeys(open_choices, meter)
         try:
             self._write(*frames)
             while open_choices:
@@ -262,7 +289,7 @@ class EngineClient:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=2,  # what an engine prints belongs to the log
                     start_new_session=True,  # Ctrl+C reaches the server, which lets requests finish first
-                    env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE},
+                    env={name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES},
                 )
             reader, self._writer = await asyncio.open_connection(sock=ours)
             await self._until_ended(self._process, asyncio.create_task(self._read(reader)))
@@ -297,10 +324,14 @@ class EngineClient:
 
     def _take(self, message: FromEngine) -> None:
         match message:
-            case Output(id=request_id, finish_reason="abort"):
-                self._deliver(request_id, self._unavailable("gave the request up"), ends=True)
             case Output(id=request_id):
+                self._meter(message)
                 self._deliver(request_id, message)
+            case Aborted(id=request_id):
+                meter = self._meters.pop(request_id, None)
+                if meter is not None:
+                    meter.abort(message)
+                self._deliver(request_id, self._unavailable("gave the request up"), ends=True)
             case AdapterChanged(id=change_id) if change_id in self._changes:
                 change, answer = self._changes.pop(change_id)
                 if isinstance(change, LoadAdapter):
@@ -314,6 +345,9 @@ class EngineClient:
                 if not answer.done():
                     answer.set_exception(self._explain(message))
             case Failure(id=request_id):
+                meter = self._meters.pop(request_id, None)
+                if meter is not None:
+                    meter.lose(request_id)
                 self._deliver(request_id, self._explain(message), ends=True)
             case Ready():
                 if self._was_ready and self.adapters:
@@ -331,6 +365,11 @@ class EngineClient:
         kind = ModelNotFoundError if failure.code == "model_not_found" else RequestError
         return kind(failure.message, param=failure.param, code=failure.code)
 
+    def _meter(self, output: Output) -> None:
+        meter = self._meters.get(output.id)
+        if meter is not None and meter.count(output):
+            del self._meters[output.id]
+
     def _deliver(self, request_id: str, item: Output | SteelyardError, *, ends: bool = False) -> None:
         # An unknown id was aborted while this was on its way.
         inbox = self._inboxes.pop(request_id, None) if ends else self._inboxes.get(request_id)
@@ -342,6 +381,9 @@ class EngineClient:
         self.ready, self.stats = None, EngineStats()
         self.status = "restarting"
         self._settled.clear()
+        meters, self._meters = self._meters, {}
+        for request_id, meter in meters.items():
+            meter.lose(request_id)
         waiting, self._inboxes = self._inboxes, {}
         for inbox in set(waiting.values()):
             inbox.put_nowait(self._unavailable("stopped while it worked on this request"))

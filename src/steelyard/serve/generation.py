@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from steelyard.errors import RequestError
 from steelyard.infer.request import Output, PromptLogprob, Request, Sampling, TokenLogprob
+from steelyard.serve.billing.bill import Bill, Payer
+from steelyard.serve.billing.prices import NANO, Counts
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.fields import SamplingFields
 from steelyard.serve.protocol.usage import Finish, PromptTokensDetails, Usage
@@ -22,7 +24,7 @@ MOST_OF_PROMPTS = 1 << 18
 """Most tokens and log-probabilities of prompts in an answer: some 20 MB of JSON."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generation:
     """Prompts and how to continue each."""
 
@@ -37,28 +39,46 @@ class Generation:
     """One per prompt."""
     choices: int
     """Choices per prompt."""
+    bill: Bill
+    """Who pays, and what it has come to."""
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
         """What the engine answers, as it comes, each with the number of its choice within the whole answer.
 
+        The budget is reserved before, and settled before the generator ends.
+
         Raises:
+            RateLimitError: too many tokens in a minute.
+            QuotaError: the project's budget does not cover it.
             RequestError: the engine refuses a request.
             EngineUnavailableError: the engine is not ready, or stopped meanwhile.
+            StorageError: nothing could be reserved, or the settlement not be written yet.
         """
         first = {request.id: number * self.choices for number, request in enumerate(self.requests)}
-        async with contextlib.aclosing(self.served.engine.submit(*self.requests)) as outputs:
-            async for output in outputs:
-                yield first[output.id] + output.choice, output
+        async with self.bill.metered({request.id: request.n for request in self.requests}) as meter:
+            async with contextlib.aclosing(self.served.engine.submit(*self.requests, meter=meter)) as outputs:
+                async for output in outputs:
+                    yield first[output.id] + output.choice, output
+            await self.bill.settle(meter)
 
-    async def gather(self) -> tuple[list[Choice], Usage]:
+    async def gather(self) -> list[Choice]:
         """Every choice, whole. Raises as `outputs` does."""
         choices = [Choice() for _ in range(len(self.requests) * self.choices)]
-        tally = Tally(self)
         async with contextlib.aclosing(self.outputs()) as outputs:
             async for number, output in outputs:
                 choices[number].add(output)
-                tally.add(number, output)
-        return choices, tally.usage()
+        return choices
+
+    def usage(self) -> Usage:
+        """What is paid for, once the outputs have ended."""
+        counts = self.bill.counts
+        return Usage(
+            counts.input_tokens,
+            counts.output_tokens,
+            counts.input_tokens + counts.output_tokens,
+            PromptTokensDetails(counts.cached_tokens),
+            self.bill.cost / NANO,
+        )
 
 
 @dataclass
@@ -79,36 +99,15 @@ class Choice:
         self.finish_reason = finish(output) or self.finish_reason
 
 
-class Tally:
-    """Counts the tokens of an answer, by the engine's own count."""
-
-    def __init__(self, generation: Generation) -> None:
-        self._prompt = sum(len(request.prompt) for request in generation.requests)
-        self._completion: dict[int, int] = {}
-        self._cached: dict[str, int] = {}
-
-    def add(self, number: int, output: Output) -> None:
-        """Take in an output of choice `number`."""
-        self._completion[number] = output.completion_tokens
-        if output.choice == 0:  # the other choices share its prompt, which counts once
-            self._cached[output.id] = output.cached_tokens
-
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        completion = sum(self._completion.values())
-        cached = PromptTokensDetails(sum(self._cached.values()))
-        return Usage(self._prompt, completion, self._prompt + completion, cached)
-
-
 def finish(output: Output) -> Finish | None:
-    """Why the choice ended, in OpenAI's words. An engine's `abort` is an error and never gets here."""
-    assert output.finish_reason != "abort"
+    """Why the choice ended, in OpenAI's words, which are the engine's."""
     return output.finish_reason
 
 
 def plan(
     fields: SamplingFields,
     served: ServedModel,
+    payer: Payer,
     prompts: list[list[int]],
     *,
     prefix: str,
@@ -123,6 +122,7 @@ def plan(
     Args:
         fields: the request.
         served: the model that it names.
+        payer: whose request it is.
         prompts: token ids.
         prefix: of the answer's id, such as `chatcmpl-`.
         param: the field that the prompts came from.
@@ -161,12 +161,15 @@ def plan(
             sampling=_sampling(fields, _most(max_tokens, ready.context - len(prompt)), logprobs, prompt_logprobs),
             n=fields.choices,
             adapter=served.adapter,
+            project=payer.project,
             speculate=fields.draft is not False,
         )
         for number, prompt in enumerate(prompts)
     ]
     fingerprint = f"fp_{ready.checkpoint_id.removeprefix('sha256:')[:12]}"
-    return Generation(answer_id, int(time.time()), served, fingerprint, requests, fields.choices)
+    most = Counts(sum(map(len, prompts)), 0, sum(one.n * one.sampling.max_tokens for one in requests))
+    bill = payer.bill(answer_id, served, most)
+    return Generation(answer_id, int(time.time()), served, fingerprint, requests, fields.choices, bill)
 
 
 def _most(max_tokens: int | None, room: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steelyard.checkpoint.manifest import kind_of
-from steelyard.errors import ConfigError, EngineUnavailableError, ModelNotFoundError
+from steelyard.errors import ConfigError, EngineUnavailableError
 from steelyard.infer.request import CacheKind, Ready
 from steelyard.serve.engine_client import Command, EngineClient, worker_command
 from steelyard.text.chat_template import ChatTemplate
@@ -35,6 +35,13 @@ class ServedModel:
     """None for a model that was not made to chat."""
     created: int
     """When its checkpoint was written, in Unix seconds."""
+    project: str | None = None
+    """Whose it is; None: everybody may ask it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its own and its base's: the first that has a price says what it costs."""
+        return (self.id,) if self.adapter is None else (self.id, self.engine.model)
 
     def ready(self) -> Ready:
         """What its engine says of itself.
@@ -48,21 +55,6 @@ class ServedModel:
 
 
 Models = Mapping[str, ServedModel]
-
-
-def find(models: Models, name: str) -> ServedModel:
-    """The model called `name`.
-
-    Raises:
-        ModelNotFoundError: there is none; those that exist are named.
-    """
-    if name not in models:
-        raise ModelNotFoundError(
-            f"the model '{name[:80]}' does not exist here: use one of {', '.join(models)}",
-            param="model",
-            code="model_not_found",
-        )
-    return models[name]
 
 
 def engines(models: Models) -> list[EngineClient]:

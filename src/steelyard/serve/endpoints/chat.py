@@ -13,8 +13,8 @@ from starlette.responses import Response
 from steelyard.errors import RequestError, TemplateError
 from steelyard.infer.request import Output
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
-from steelyard.serve.generation import Generation, Tally, finish, plan
-from steelyard.serve.models import Models, ServedModel, find
+from steelyard.serve.generation import Generation, finish, plan
+from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.chat import (
     ChatChoice,
     ChatChunk,
@@ -28,17 +28,18 @@ from steelyard.serve.protocol.chat import (
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
+from steelyard.serve.service import Service
 
 
-async def create(models: Models, request: Request) -> Response:
+async def create(service: Service, request: Request) -> Response:
     """Answer a conversation."""
     body = parse(ChatRequest, await request.body())
-    served = find(models, body.model)
-    served.ready()
+    served, payer = service.ask(request, body.model)
     prompt = await while_connected(request.receive, asyncio.to_thread(_prompt, served, body.messages))
     generation = plan(
         body,
         served,
+        payer,
         [prompt],
         prefix="chatcmpl-",
         param="messages",
@@ -48,7 +49,7 @@ async def create(models: Models, request: Request) -> Response:
     )
     if body.stream:
         return EventStream(_events(generation, body.include_usage), request.state.request_id)
-    choices, usage = await while_connected(request.receive, generation.gather())
+    choices = await while_connected(request.receive, generation.gather())
     answers = [
         ChatChoice(
             number,
@@ -58,7 +59,9 @@ async def create(models: Models, request: Request) -> Response:
         )
         for number, choice in enumerate(choices)
     ]
-    answer = ChatCompletion(generation.id, generation.created, served.id, generation.fingerprint, answers, usage)
+    answer = ChatCompletion(
+        generation.id, generation.created, served.id, generation.fingerprint, answers, generation.usage()
+    )
     if body.prompt_logprobs is not None:
         scored = prompt_logprobs(choices[0].prompt_logprobs, body.prompt_logprobs)
         answer = msgspec.structs.replace(answer, prompt_logprobs=scored)
@@ -79,7 +82,7 @@ def _prompt(served: ServedModel, messages: list[dict[str, str]]) -> list[int]:
 
 
 async def _events(generation: Generation, include_usage: bool) -> AsyncGenerator[bytes, None]:
-    tally, begun = Tally(generation), set[int]()
+    begun = set[int]()
     blank = ChatChunk(
         generation.id,
         generation.created,
@@ -90,13 +93,12 @@ async def _events(generation: Generation, include_usage: bool) -> AsyncGenerator
     )
     async with contextlib.aclosing(generation.outputs()) as outputs:
         async for number, output in outputs:
-            tally.add(number, output)
             parts = [] if number in begun else [ChatChunkChoice(number, Delta("assistant", ""))]
             begun.add(number)
             for part in parts + _parts(number, output, generation.served):
                 yield event(msgspec.structs.replace(blank, choices=[part]))
     if include_usage:
-        yield event(msgspec.structs.replace(blank, usage=tally.usage()))
+        yield event(msgspec.structs.replace(blank, usage=generation.usage()))
     yield DONE
 
 

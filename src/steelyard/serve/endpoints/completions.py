@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from steelyard.infer.request import Output, PromptLogprob
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
-from steelyard.serve.generation import Choice, Generation, Tally, finish, plan
-from steelyard.serve.models import Models, ServedModel, find
+from steelyard.serve.generation import Choice, Generation, finish, plan
+from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.completions import (
     Completion,
     CompletionChoice,
@@ -28,19 +28,20 @@ from steelyard.serve.protocol.completions import (
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
+from steelyard.serve.service import Service
 
 DEFAULT_MAX_TOKENS = 16
 
 
-async def create(models: Models, request: Request) -> Response:
+async def create(service: Service, request: Request) -> Response:
     """Continue prompts."""
     body = parse(CompletionRequest, await request.body())
-    served = find(models, body.model)
-    served.ready()
+    served, payer = service.ask(request, body.model)
     prompts = await while_connected(request.receive, asyncio.to_thread(_prompts, served, body.prompt))
     generation = plan(
         body,
         served,
+        payer,
         [prompt.ids for prompt in prompts],
         prefix="cmpl-",
         param="prompt",
@@ -51,13 +52,13 @@ async def create(models: Models, request: Request) -> Response:
     )
     if body.stream:
         return EventStream(_events(generation, body, prompts), request.state.request_id)
-    choices, usage = await while_connected(request.receive, generation.gather())
+    choices = await while_connected(request.receive, generation.gather())
     answers = [
         _answer(body, served, number, choice, choices[number - number % body.choices], prompts[number // body.choices])
         for number, choice in enumerate(choices)
     ]
     return json_response(
-        Completion(generation.id, generation.created, served.id, generation.fingerprint, answers, usage)
+        Completion(generation.id, generation.created, served.id, generation.fingerprint, answers, generation.usage())
     )
 
 
@@ -131,7 +132,7 @@ class Parts:
 async def _events(
     generation: Generation, body: CompletionRequest, prompts: list[EchoedPrompt]
 ) -> AsyncGenerator[bytes, None]:
-    tally, parts = Tally(generation), Parts(body, generation.served, prompts)
+    parts = Parts(body, generation.served, prompts)
     blank = Completion(
         generation.id,
         generation.created,
@@ -142,9 +143,8 @@ async def _events(
     )
     async with contextlib.aclosing(generation.outputs()) as outputs:
         async for number, output in outputs:
-            tally.add(number, output)
             for part in parts.of(number, output):
                 yield event(msgspec.structs.replace(blank, choices=[part]))
     if body.include_usage:
-        yield event(msgspec.structs.replace(blank, usage=tally.usage()))
+        yield event(msgspec.structs.replace(blank, usage=generation.usage()))
     yield DONE

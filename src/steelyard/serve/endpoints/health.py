@@ -7,8 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard import __version__
-from steelyard.serve.models import Models, engines
+from steelyard.serve.models import engines
 from steelyard.serve.protocol.errors import json_response
+from steelyard.serve.service import Service
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -31,19 +32,19 @@ class Version(msgspec.Struct, frozen=True):
     version: str
 
 
-async def ready(models: Models, request: Request) -> Response:
+async def ready(service: Service, request: Request) -> Response:
     """200 when every engine is ready, else 503."""
-    statuses = [engine.status for engine in engines(models)]
+    statuses = [engine.status for engine in engines(service.models)]
     waiting = [status for status in statuses if status != "ready"]
     health = Health(waiting[0] if waiting else "ready", len(statuses), len(statuses) - len(waiting))
     return json_response(health, 503 if waiting else 200, {"retry-after": "1"} if waiting else None)
 
 
-async def live(request: Request) -> Response:
+async def live(service: Service, request: Request) -> Response:
     """200 as long as the process answers."""
     return json_response(Live())
 
 
-async def version(request: Request) -> Response:
+async def version(service: Service, request: Request) -> Response:
     """Which version this is."""
     return json_response(Version(__version__))

@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard.infer.request import EngineStats
-from steelyard.serve.models import Models, engines
+from steelyard.serve.models import engines
+from steelyard.serve.service import Service
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -48,12 +49,12 @@ METRICS: dict[str, tuple[Literal["counter", "gauge"], str, Callable[[EngineStats
 """Kind, meaning and value, by the name that follows `steelyard:`."""
 
 
-async def read(models: Models, request: Request) -> Response:
+async def read(service: Service, request: Request) -> Response:
     """Every metric, one series for each engine."""
     lines: list[str] = []
     for name, (kind, meaning, value) in METRICS.items():
         lines += [f"# HELP steelyard:{name} {meaning}", f"# TYPE steelyard:{name} {kind}"]
-        for engine in engines(models):
+        for engine in engines(service.models):
             label = engine.model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
             lines.append(f'steelyard:{name}{{model_name="{label}"}} {value(engine.stats)}')
     return Response("\n".join(lines) + "\n", media_type=MEDIA_TYPE)

@@ -8,8 +8,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from steelyard.serve.models import Models, ServedModel, find
+from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.errors import json_response
+from steelyard.serve.service import Service
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -28,14 +29,15 @@ class ModelList(msgspec.Struct, frozen=True):
     object: Literal["list"] = "list"
 
 
-async def list_models(models: Models, request: Request) -> Response:
-    """Every model, base models before their adapters."""
+async def list_models(service: Service, request: Request) -> Response:
+    """Every model that this project may ask, base models before their adapters."""
+    models = service.visible(request.state.caller.project)
     return json_response(ModelList([_shape(served) for served in models.values()]))
 
 
-async def retrieve(models: Models, request: Request) -> Response:
+async def retrieve(service: Service, request: Request) -> Response:
     """One model."""
-    return json_response(_shape(find(models, request.path_params["model_id"])))
+    return json_response(_shape(service.find(request.path_params["model_id"], request.state.caller.project)))
 
 
 def _shape(served: ServedModel) -> Model:

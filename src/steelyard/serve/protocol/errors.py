@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from steelyard.errors import EngineUnavailableError, PathNotFoundError, SteelyardError, edge
+from steelyard.errors import (
+    EngineUnavailableError,
+    PathNotFoundError,
+    RateLimitError,
+    SteelyardError,
+    StorageError,
+    edge,
+)
 
 
 class ErrorObject(msgspec.Struct, frozen=True):
@@ -27,7 +36,8 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 def is_expected(error: BaseException) -> bool:
     """Whether the error is the client's to see; of any other only its id is."""
-    return isinstance(error, EngineUnavailableError) or (isinstance(error, SteelyardError) and edge(error).status < 500)
+    unavailable = isinstance(error, EngineUnavailableError | StorageError)
+    return unavailable or (isinstance(error, SteelyardError) and edge(error).status < 500)
 
 
 def error_body(error: BaseException, request_id: str) -> ErrorBody:
@@ -43,8 +53,8 @@ def error_body(error: BaseException, request_id: str) -> ErrorBody:
 def error_response(error: BaseException, request_id: str) -> Response:
     """The response for `error`."""
     headers: dict[str, str] = {}
-    if isinstance(error, EngineUnavailableError):
-        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, EngineUnavailableError | StorageError | RateLimitError):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     status = edge(error).status
     if status == 401:
         headers["www-authenticate"] = "Bearer"

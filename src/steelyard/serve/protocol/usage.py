@@ -22,3 +22,5 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    cost: float = 0.0
+    """Dollars, of the entry in the ledger; whole nano-dollars."""

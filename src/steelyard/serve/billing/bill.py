@@ -1,0 +1,66 @@
+"""On whose bill something goes: from who asks to a reservation, from a meter to what it cost."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from steelyard.serve.billing.ledger import Reservation
+from steelyard.serve.billing.metering import Meter, Metering
+from steelyard.serve.billing.prices import Counts, PriceList
+from steelyard.serve.models import ServedModel
+from steelyard.serve.rate_limits import Admission, RateLimits
+
+
+@dataclass(frozen=True)
+class Payer:
+    """A project that has been let in with a request."""
+
+    project: str
+    key_id: str
+    admission: Admission
+    metering: Metering
+    limits: RateLimits
+    prices: PriceList
+
+    def bill(self, id: str, served: ServedModel, most: Counts) -> Bill:
+        """A bill for what comes to `most` at most, at the prices of now."""
+        quote = self.prices.quote(*served.names)
+        reservation = Reservation(id, self.project, self.key_id, served.id, "completions", quote, quote.most(most))
+        return Bill(self, reservation, most)
+
+
+@dataclass
+class Bill:
+    """What is paid for one answer."""
+
+    payer: Payer
+    reservation: Reservation
+    most: Counts
+    counts: Counts = field(default_factory=Counts)
+    """What it has come to, once it is settled."""
+    cost: int = 0
+    """Nano-dollars, likewise."""
+
+    @contextlib.asynccontextmanager
+    async def metered(self, choices: dict[str, int]) -> AsyncIterator[Meter]:
+        """Reserve the most that it may cost, and count from here on.
+
+        Raises:
+            RateLimitError: too many tokens in a minute.
+            QuotaError: the budget does not cover it.
+            StorageError: nothing was reserved.
+        """
+        payer, tokens = self.payer, self.most.input_tokens + self.most.output_tokens
+        payer.limits.take(payer.admission, payer.project, self.reservation.model, tokens)
+        async with payer.metering.metered(self.reservation, choices) as meter:
+            try:
+                yield meter
+            finally:
+                payer.admission.unused -= meter.counts.input_tokens + meter.counts.output_tokens
+
+    async def settle(self, meter: Meter) -> None:
+        """Wait until what the meter counted is in the ledger. Raises as `Meter.settled` does."""
+        self.cost = await meter.settled()
+        self.counts = meter.counts

@@ -1,0 +1,171 @@
+"""What endpoints work with: models, the database, keys, money, limits. Opened once, handed to every route.
+
+Knows no route and no shape of a request.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+
+from steelyard.errors import ModelNotFoundError
+from steelyard.serve import rate_limits
+from steelyard.serve.auth import ADMIN_SCOPES, KEY_VARIABLE, PROJECT_SCOPES, Caller, KeyRing, fixed_keys
+from steelyard.serve.billing import prices
+from steelyard.serve.billing.bill import Payer
+from steelyard.serve.billing.ledger import Clock, Ledger
+from steelyard.serve.billing.metering import Metering
+from steelyard.serve.billing.prices import PriceList
+from steelyard.serve.models import ServedModel
+from steelyard.serve.organization import projects
+from steelyard.serve.organization.audit import Actor
+from steelyard.serve.organization.keys import create_key
+from steelyard.serve.rate_limits import RateLimits
+from steelyard.store.database import Database
+from steelyard.store.secrets import Secrets
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Service:
+    """Everything behind the routes."""
+
+    models: dict[str, ServedModel]
+    database: Database
+    secrets: Secrets
+    keys: KeyRing
+    metering: Metering
+    limits: RateLimits
+    prices: PriceList
+    clock: Clock
+    first_keys: dict[str, str] = field(default_factory=dict)
+    """Keys that were made at the first start, by what they are for: to be shown once."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where money is."""
+        return self.metering.ledger
+
+    def now(self) -> int:
+        """Unix seconds."""
+        return int(self.clock())
+
+    def visible(self, project: str | None) -> dict[str, ServedModel]:
+        """The models that a project may ask; all of them, for an administrator."""
+        return {
+            name: served for name, served in self.models.items() if project is None or served.project in (None, project)
+        }
+
+    def find(self, name: str, project: str) -> ServedModel:
+        """The model that a project calls by this name.
+
+        Raises:
+            ModelNotFoundError: there is none that it may ask; those that it may are named.
+        """
+        served = self.models.get(name)
+        if served is None or served.project not in (None, project):
+            raise ModelNotFoundError(
+                f"the model '{name[:80]}' does not exist here: use one of {', '.join(self.visible(project))}",
+                param="model",
+                code="model_not_found",
+            )
+        return served
+
+    def ask(self, request: Request, model: str) -> tuple[ServedModel, Payer]:
+        """Let a request to a model in, within the limits of its project, whose name the response's headers tell.
+
+        Raises:
+            ModelNotFoundError: the project has no such model.
+            EngineUnavailableError: its engine is not ready.
+            RateLimitError: too many requests in a minute, or at once.
+        """
+        caller: Caller = request.state.caller
+        served = self.find(model, caller.project)
+        served.ready()
+        try:
+            admission = self.limits.admit(caller.project, served.id)
+        finally:
+            request.state.headers = self.limits.headers(caller.project, served.id)
+        request.state.at_end = admission.close
+        return served, Payer(caller.project, caller.key_id, admission, self.metering, self.limits, self.prices)
+
+    def actor(self, request: Request) -> Actor:
+        """Who changes something, for the audit log."""
+        caller: Caller = request.state.caller
+        return Actor(caller.key_id, self.now(), self.secrets.chain)
+
+    async def change(self, operation: Callable[[Connection], Result]) -> Result:
+        """Change something that keys or limits depend on: it holds from now on. Raises what `operation` raises."""
+        result = await self.database.write(operation)
+        self.keys.forget()
+        await self.reload()
+        return result
+
+    async def reload(self) -> None:
+        """Take up limits and prices that were changed, here or by another process."""
+        self.limits.take_up(await self.database.read(rate_limits.read))
+        self.prices = await self.database.read(prices.newest)
+
+
+def open_service(
+    models: dict[str, ServedModel],
+    database: Database,
+    secrets: Secrets,
+    *,
+    environment: Mapping[str, str] = os.environ,
+    clock: Clock = time.time,
+) -> Service:
+    """The service on a database: makes the first project, settles what a server that died left open.
+
+    The first project gets a key, and administrators do, unless the environment names one.
+
+    Raises:
+        ConfigError: a key in the environment that cannot be one.
+        StorageError: the database cannot be used.
+    """
+    actor = Actor("server", int(clock()), secrets.chain)
+    first_keys: dict[str, str] = {}
+
+    def begin(connection: Connection) -> str:
+        project = projects.first(connection)
+        if project is None:
+            project = projects.create(connection, actor, projects.FIRST_PROJECT)
+            wanted = [("project", project["id"], PROJECT_SCOPES), ("admin", None, ADMIN_SCOPES)]
+            for use, owner, scopes in wanted if not environment.get(KEY_VARIABLE) else []:
+                first_keys[use] = create_key(
+                    connection, actor, secrets.pepper, "first key", scopes, project_id=owner
+                ).value
+        identity: str = project["id"]
+        return identity
+
+    first = database.write_now(begin)
+    ledger = Ledger(database, secrets.chain, clock)
+    ledger.settle_abandoned()
+    return Service(
+        models,
+        database,
+        secrets,
+        KeyRing(database, secrets.pepper, fixed_keys(secrets.pepper, first, environment)),
+        Metering(ledger),
+        RateLimits(database.read_now(rate_limits.read)),
+        database.read_now(prices.newest),
+        clock,
+        first_keys,
+    )
+
+
+def export_head(service: Service, folder: Path) -> None:
+    """Write the ledger's head beside the database, so that a ledger that was cut off is found out."""
+    head = service.ledger.head()
+    with (folder / "ledger-heads.jsonl").open("a") as file:
+        file.write(f'{{"sequence": {head.sequence}, "mac": "{head.mac.hex()}", "at": {service.now()}}}\n')
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""What a server remembers: tables, the database they are in, secrets that guard them. It knows no HTTP."""

@@ -1,0 +1,1 @@
+"""Alembic's: one file in `versions/` per change of the tables."""

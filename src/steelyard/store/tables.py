@@ -1,0 +1,172 @@
+"""The tables. Money is integer nano-dollars, moments are Unix seconds, ids are text with a prefix that says of what.
+
+Migrations (`migrations/`) make these tables; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+projects = Table(
+    "projects",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("archived_at", BigInteger),
+    Column("monthly_limit", BigInteger),  # nano-dollars; null: none
+)
+
+service_accounts = Table(
+    "service_accounts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Index("service_accounts_by_project", "project_id"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id")),  # null: an admin key
+    Column("service_account_id", Text, ForeignKey("service_accounts.id")),
+    Column("name", Text, nullable=False),
+    Column("mac", LargeBinary(32), nullable=False, unique=True),  # HMAC-SHA256 of the key under the server's pepper
+    Column("redacted", Text, nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    Column("last_used_at", BigInteger),
+    Index("api_keys_by_project", "project_id"),
+)
+
+rate_limits = Table(
+    "rate_limits",
+    metadata,
+    Column("project_id", Text, ForeignKey("projects.id"), primary_key=True),
+    Column("model", Text, primary_key=True),
+    Column("requests_per_minute", BigInteger, nullable=False),
+    Column("tokens_per_minute", BigInteger, nullable=False),
+    Column("concurrency", BigInteger, nullable=False),
+)
+
+spend_alerts = Table(
+    "spend_alerts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("threshold", BigInteger, nullable=False),  # nano-dollars a month
+    Column("recipients", JSON, nullable=False),
+    Column("subject_prefix", Text),
+    Column("sounded", Text),  # the last month in which it was
+    Index("spend_alerts_by_project", "project_id"),
+)
+
+prices = Table(  # a version is the whole list: never changed, only followed by the next
+    "prices",
+    metadata,
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("model", Text, primary_key=True),  # "*": every model that is not named
+    Column("input", BigInteger, nullable=False),  # nano-dollars a token
+    Column("cached_input", BigInteger, nullable=False),
+    Column("output", BigInteger, nullable=False),
+    Column("training", BigInteger, nullable=False),
+    Column("storage", BigInteger, nullable=False),  # nano-dollars a GB and day
+    Column("created_at", BigInteger, nullable=False),
+)
+
+reservations = Table(  # open ones; a settled one is deleted in the transaction that writes its entry
+    "reservations",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("holder", BigInteger, nullable=False),  # the server that settles it
+    Column("project_id", Text, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("service", Text, nullable=False),
+    Column("batch", Boolean, nullable=False),
+    Column("price_version", BigInteger, nullable=False),
+    Column("price", JSON, nullable=False),
+    Column("month", Text, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),  # counted so far, as last persisted
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("training_tokens", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Index("reservations_by_holder", "holder"),
+)
+
+ledger = Table(  # only ever added to; the sum of a project's amounts is what it has spent and holds reserved
+    "ledger",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),  # reserve, settle, training, storage, credit
+    Column("reference", Text, nullable=False),  # the reservation, the job, the day
+    Column("project_id", Text, nullable=False),
+    Column("key_id", Text),
+    Column("model", Text, nullable=False),
+    Column("service", Text, nullable=False),  # completions, embeddings, fine_tuning, ...
+    Column("batch", Boolean, nullable=False),
+    Column("month", Text, nullable=False),
+    Column("amount", BigInteger, nullable=False),  # nano-dollars
+    Column("cost", BigInteger, nullable=False),  # what is charged: 0 of a reserve
+    Column("price_version", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("training_tokens", BigInteger, nullable=False),
+    Column("note", Text, nullable=False),
+    Column("mac", LargeBinary(32), nullable=False),
+    UniqueConstraint("kind", "reference", name="ledger_once"),
+    Index("ledger_by_project", "project_id", "sequence"),
+    Index("ledger_by_time", "at"),
+)
+
+balances = Table(  # by month, kept in the transaction that adds to the ledger
+    "balances",
+    metadata,
+    Column("project_id", Text, primary_key=True),
+    Column("month", Text, primary_key=True),
+    Column("amount", BigInteger, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", BigInteger, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("actor", Text, nullable=False),  # a key's id, or `cli`
+    Column("project_id", Text),
+    Column("target", Text, nullable=False),
+    Column("detail", JSON, nullable=False),
+    Column("mac", LargeBinary(32), nullable=False),
+)
+
+chains = Table(  # the head of each hash chain; its row is what writers of several servers wait for
+    "chains",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+    Column("mac", LargeBinary(32), nullable=False),
+)
