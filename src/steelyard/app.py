@@ -34,6 +34,8 @@ from steelyard.serve.endpoints import (
     audit_logs,
     chat,
     completions,
+    files,
+    fine_tuning,
     health,
     ledger,
     metrics,
@@ -42,6 +44,7 @@ from steelyard.serve.endpoints import (
 )
 from steelyard.serve.endpoints import models as model_endpoints
 from steelyard.serve.engine_client import Command, worker_command
+from steelyard.serve.files import MOST_BYTES
 from steelyard.serve.limits import MAX_BODY_BYTES, BodyLimit, DeadlineProtocol
 from steelyard.serve.models import Models, engines, load_models
 from steelyard.serve.protocol.errors import refuse_path
@@ -54,6 +57,9 @@ DRAIN_SECONDS = 30
 SETTLE_SECONDS = 5
 """How long their settlements may take then."""
 KEEP_ALIVE_SECONDS = 75
+UPLOAD_BYTES = MOST_BYTES + (1 << 20)
+"""Of a file and the form around it."""
+UPLOAD_SECONDS = 900.0
 RELOAD_SECONDS = 2.0
 """How soon limits and prices that another process changed hold here."""
 HEAD_SECONDS = 60.0
@@ -72,6 +78,7 @@ class Endpoint:
 
 
 ORGANIZATION = "/v1/organization"
+JOBS = "/v1/fine_tuning/jobs"
 PROJECT = f"{ORGANIZATION}/projects/{{project_id}}"
 
 ENDPOINTS = (
@@ -79,6 +86,20 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/completions", completions.create, "inference"),
     Endpoint("GET", "/v1/models", model_endpoints.list_models, "inference"),
     Endpoint("GET", "/v1/models/{model_id:path}", model_endpoints.retrieve, "inference"),
+    Endpoint("DELETE", "/v1/models/{model_id:path}", model_endpoints.delete, "fine_tuning"),
+    Endpoint("POST", "/v1/files", files.create, "files"),
+    Endpoint("GET", "/v1/files", files.list_files, "files"),
+    Endpoint("GET", "/v1/files/{file_id}", files.retrieve, "files"),
+    Endpoint("GET", "/v1/files/{file_id}/content", files.content, "files"),
+    Endpoint("DELETE", "/v1/files/{file_id}", files.delete, "files"),
+    Endpoint("POST", JOBS, fine_tuning.create, "fine_tuning"),
+    Endpoint("GET", JOBS, fine_tuning.list_jobs, "fine_tuning"),
+    Endpoint("GET", f"{JOBS}/{{job_id}}", fine_tuning.retrieve, "fine_tuning"),
+    Endpoint("POST", f"{JOBS}/{{job_id}}/cancel", fine_tuning.change, "fine_tuning"),
+    Endpoint("POST", f"{JOBS}/{{job_id}}/pause", fine_tuning.change, "fine_tuning"),
+    Endpoint("POST", f"{JOBS}/{{job_id}}/resume", fine_tuning.change, "fine_tuning"),
+    Endpoint("GET", f"{JOBS}/{{job_id}}/events", fine_tuning.events, "fine_tuning"),
+    Endpoint("GET", f"{JOBS}/{{job_id}}/checkpoints", fine_tuning.checkpoints, "fine_tuning"),
     Endpoint("POST", f"{ORGANIZATION}/projects", projects.create, "admin.write"),
     Endpoint("GET", f"{ORGANIZATION}/projects", projects.list_projects, "admin.read"),
     Endpoint("GET", PROJECT, projects.retrieve, "admin.read"),
@@ -142,11 +163,14 @@ def create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         running = engines(models)
         chores = [asyncio.create_task(work) for work in _chores(service, heads)]
+        working = asyncio.create_task(service.jobs.work(), name="jobs")
         try:
             for engine in running:
                 await engine.start()
             yield
         finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)  # a run saves its state
             await asyncio.gather(*(engine.stop() for engine in running))
             await service.metering.drained(SETTLE_SECONDS)
             for chore in chores:
@@ -167,7 +191,7 @@ def create_app(
         middleware=[
             Middleware(AccessLog),
             Middleware(Authentication, keys=service.keys),
-            Middleware(BodyLimit, max_bytes=max_body_bytes),
+            Middleware(BodyLimit, max_bytes=max_body_bytes, larger={"/v1/files": (UPLOAD_BYTES, UPLOAD_SECONDS)}),
         ],
         exception_handlers={HTTPException: refuse_path},
         lifespan=lifespan,
@@ -190,6 +214,7 @@ def _chores(service: Service, heads: Path | None) -> list[Any]:
             await asyncio.sleep(RELOAD_SECONDS)
             with contextlib.suppress(StorageError):
                 await service.reload()
+                await service.tidy()
 
     async def write_heads(folder: Path) -> None:
         while True:
@@ -243,6 +268,8 @@ def run(
     adapter_folder: Path | None = None,
     kv_cache: CacheKind = "bfloat16",
     database: str | None = None,
+    artifacts: str | None = None,
+    job_threads: int | None = None,
     announce: Callable[[str, list[str]], None] = lambda url, models: None,
     command: Command = worker_command,
     environment: Mapping[str, str] = os.environ,
@@ -258,6 +285,8 @@ def run(
         adapter_folder: adapters inside it may be loaded and unloaded over HTTP; None: they may not.
         kv_cache: how engines keep keys and values.
         database: its URL; None: `steelyard.db` in the state folder.
+        artifacts: where files and models are kept; None: in the state folder.
+        job_threads: of a training run; None: half of the processor's.
         announce: told the base URL and the models' names once all are ready.
         command: makes the command line of an engine process.
         environment: where keys and the state folder are named.
@@ -273,7 +302,15 @@ def run(
     with _listen(host, port) as listener:
         secrets = open_secrets(environment)
         with opened(database or sqlite_url(state / "steelyard.db"), server=True) as store:
-            service = open_service(models, store, secrets, environment=environment)
+            service = open_service(
+                models,
+                store,
+                secrets,
+                state,
+                artifacts=artifacts,
+                job_threads=job_threads,
+                environment=environment,
+            )
             _show(service.first_keys)
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
             logging.getLogger("steelyard").setLevel(logging.INFO)

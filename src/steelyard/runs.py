@@ -19,7 +19,7 @@ from steelyard.errors import ConfigError
 
 CONFIG = "run.json"
 # All that a run puts into its folder. --fresh removes these and nothing else.
-ENTRIES = (CONFIG, ".lock", "log.txt", "metrics.jsonl", "report.html", "state", "best", "last")
+ENTRIES = (CONFIG, ".lock", "log.txt", "metrics.jsonl", "report.html", "state", "best", "last", "checkpoints")
 
 
 class Run:

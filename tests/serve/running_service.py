@@ -90,6 +90,7 @@ def serving(
     adapter_folder: Path | None = None,
     database: str | None = None,
     secrets: Secrets | None = None,
+    state: Path | None = None,
 ) -> Iterator[Service]:
     """A running service, ready within `seconds`."""
     models = load_models([checkpoint], adapters, command=command)
@@ -101,7 +102,9 @@ def serving(
             database = sqlite_url(Path(folder) / "steelyard.db")
         store = stack.enter_context(opened(database, server=True))
         environment = {KEY_VARIABLE: key, ADMIN_VARIABLE: admin_key}
-        behind = open_service(models, store, secrets or Secrets.make(), environment=environment)
+        if state is None:
+            state = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        behind = open_service(models, store, secrets or Secrets.make(), state, environment=environment)
         app = create_app(behind, adapters=changing)
         with running(app, models, seconds) as url:
             yield Service(url, key, checkpoint, models, app, admin_key, behind)

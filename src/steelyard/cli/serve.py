@@ -53,6 +53,13 @@ def command(
             metavar="URL", help="postgresql+psycopg://USER@HOST/NAME; default: a SQLite file in STEELYARD_HOME."
         ),
     ] = None,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Files and models, encrypted: a folder or s3://BUCKET/PREFIX."),
+    ] = None,
+    job_threads: Annotated[
+        int | None, typer.Option(help="Threads of a training run; default: half of the processor's.", min=1)
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8000,
     as_json: console.Json = False,
@@ -74,6 +81,8 @@ def command(
         adapter_folder=adapter_folder,
         kv_cache=kv_cache,
         database=database,
+        artifacts=artifacts,
+        job_threads=job_threads,
         announce=announce,
     )
 

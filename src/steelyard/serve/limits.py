@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -23,11 +24,20 @@ STALL_SECONDS = 30.0
 class BodyLimit:
     """ASGI middleware: a body of at most `max_bytes`, sent within `seconds`; refused while it comes, not after.
 
+    Paths in `larger` have limits of their own.
+
     It raises where the body is read, so that whoever reads it unwinds.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS) -> None:
-        self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_bytes: int = MAX_BODY_BYTES,
+        seconds: float = BODY_SECONDS,
+        larger: Mapping[str, tuple[int, float]] | None = None,
+    ) -> None:
+        self.app, self.max_bytes, self.seconds, self.larger = app, max_bytes, seconds, larger or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request whose body is being counted.
@@ -38,8 +48,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        self._check(next((_length(value) for name, value in scope["headers"] if name == b"content-length"), 0))
-        received, complete, deadline = 0, False, time.monotonic() + self.seconds
+        most, seconds = self.larger.get(scope["path"], (self.max_bytes, self.seconds))
+        _check(next((_length(value) for name, value in scope["headers"] if name == b"content-length"), 0), most)
+        received, complete, deadline = 0, False, time.monotonic() + seconds
 
         async def limited() -> Message:
             nonlocal received, complete
@@ -50,19 +61,20 @@ class BodyLimit:
                     message = await receive()
             except TimeoutError:
                 raise RequestError(
-                    f"the body was not sent within {self.seconds:g} s: send it again", code="request_timeout"
+                    f"the body was not sent within {seconds:g} s: send it again", code="request_timeout"
                 ) from None
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
-                self._check(received)
+                _check(received, most)
                 complete = not message.get("more_body", False)
             return message
 
         await self.app(scope, limited, send)
 
-    def _check(self, size: int) -> None:
-        if size > self.max_bytes:
-            raise PayloadTooLargeError(f"the body is over {self.max_bytes} bytes, the limit here: send less at once")
+
+def _check(size: int, most: int) -> None:
+    if size > most:
+        raise PayloadTooLargeError(f"the body is over {most} bytes, the limit here: send less at once")
 
 
 def _length(value: bytes) -> int:

@@ -146,15 +146,16 @@ def load_models(
     return models
 
 
-def adapter_model(name: str, path: Path, base: ServedModel) -> ServedModel:
-    """The adapter at `path` as a model of its own, beside its base.
+def adapter_model(name: str, path: Path, base: ServedModel, project: str | None = None) -> ServedModel:
+    """The adapter at `path` as a model of its own, beside its base; a project's, or everybody's.
 
     Raises:
         CheckpointError: its chat template is broken.
     """
     # An adapter may have been trained with a template of its own; its tokens are the base model's.
     own = ChatTemplate.load(path) or base.template
-    return ServedModel(name, base.engine, name, base.tokenizer, own, _written(path / "adapter_config.json"))
+    created = _written(path / "adapter_config.json")
+    return ServedModel(name, base.engine, name, base.tokenizer, own, created, project)
 
 
 def _written(file: Path) -> int:

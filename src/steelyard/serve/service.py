@@ -5,6 +5,7 @@ Knows no route and no shape of a request.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -23,11 +24,15 @@ from steelyard.serve.billing.bill import Payer
 from steelyard.serve.billing.ledger import Clock, Ledger
 from steelyard.serve.billing.metering import Metering
 from steelyard.serve.billing.prices import PriceList
+from steelyard.serve.files import Files
+from steelyard.serve.jobs.runner import JobRunner
 from steelyard.serve.models import ServedModel
 from steelyard.serve.organization import projects
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.keys import create_key
 from steelyard.serve.rate_limits import RateLimits
+from steelyard.serve.tuned import TunedModels
+from steelyard.store.artifacts import Artifacts
 from steelyard.store.database import Database
 from steelyard.store.secrets import Secrets
 
@@ -46,6 +51,9 @@ class Service:
     limits: RateLimits
     prices: PriceList
     clock: Clock
+    files: Files
+    tuned: TunedModels
+    jobs: JobRunner
     first_keys: dict[str, str] = field(default_factory=dict)
     """Keys that were made at the first start, by what they are for: to be shown once."""
 
@@ -114,18 +122,36 @@ class Service:
         self.limits.take_up(await self.database.read(rate_limits.read))
         self.prices = await self.database.read(prices.newest)
 
+    async def tidy(self) -> None:
+        """What is done now and then: serve what other servers made, remove what has expired."""
+        await self.tuned.serve_all()
+        await asyncio.to_thread(self.files.expire, self.now())
+
 
 def open_service(
     models: dict[str, ServedModel],
     database: Database,
     secrets: Secrets,
+    state: Path,
     *,
+    artifacts: str | None = None,
+    job_threads: int | None = None,
     environment: Mapping[str, str] = os.environ,
     clock: Clock = time.time,
 ) -> Service:
     """The service on a database: makes the first project, settles what a server that died left open.
 
     The first project gets a key, and administrators do, unless the environment names one.
+
+    Args:
+        models: what is served; gains and loses what jobs make.
+        database: this process is its server.
+        secrets: the server's own.
+        state: the folder for what is not in the database.
+        artifacts: URL of the stored contents; None: a folder in `state`.
+        job_threads: of a training run; None: half of the processor's.
+        environment: may name keys.
+        clock: Unix seconds.
 
     Raises:
         ConfigError: a key in the environment that cannot be one.
@@ -149,17 +175,27 @@ def open_service(
     first = database.write_now(begin)
     ledger = Ledger(database, secrets.chain, clock)
     ledger.settle_abandoned()
-    return Service(
+    metering, listed = Metering(ledger), database.read_now(prices.newest)
+    stored = Artifacts(artifacts or str(state / "artifacts"), secrets.root, database)
+    files = Files(database, stored, state / "clear")
+    tuned = TunedModels(database, stored, state / "models", models)
+    service: Service
+    jobs = JobRunner(files, tuned, lambda: (ledger, service.prices), state / "jobs", clock, job_threads)
+    service = Service(
         models,
         database,
         secrets,
         KeyRing(database, secrets.pepper, fixed_keys(secrets.pepper, first, environment)),
-        Metering(ledger),
+        metering,
         RateLimits(database.read_now(rate_limits.read)),
-        database.read_now(prices.newest),
+        listed,
         clock,
+        files,
+        tuned,
+        jobs,
         first_keys,
     )
+    return service
 
 
 def export_head(service: Service, folder: Path) -> None:

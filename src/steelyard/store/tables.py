@@ -80,6 +80,89 @@ spend_alerts = Table(
     Index("spend_alerts_by_project", "project_id"),
 )
 
+project_keys = Table(  # of artifacts; wrapped by the server's root key
+    "project_keys",
+    metadata,
+    Column("project_id", Text, primary_key=True),
+    Column("wrapped", LargeBinary(60), nullable=False),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False),
+    Column("artifact", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    Index("files_by_project", "project_id", "created_at"),
+    Index("files_by_artifact", "project_id", "artifact"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("kind", Text, nullable=False),  # fine_tuning, compression
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("training_file", Text),
+    Column("validation_file", Text),
+    Column("settings", JSON, nullable=False),  # hyperparameters and method, as asked
+    Column("resolved", JSON, nullable=False),  # what `auto` became
+    Column("seed", BigInteger, nullable=False),
+    Column("suffix", Text),
+    Column("metadata", JSON),
+    Column("status", Text, nullable=False),
+    Column("error", JSON),
+    Column("result_model", Text),
+    Column("result_files", JSON, nullable=False),
+    Column("tokens", BigInteger),  # that the whole run will take
+    Column("trained_tokens", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("started_at", BigInteger),
+    Column("finished_at", BigInteger),
+    Column("estimated_finish", BigInteger),
+    Column("holder", BigInteger),  # the server that works on it
+    Index("jobs_by_project", "project_id", "created_at"),
+    Index("jobs_by_status", "status", "created_at"),
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("job_id", Text, ForeignKey("jobs.id"), nullable=False),
+    Column("number", BigInteger, nullable=False),  # within the job
+    Column("created_at", BigInteger, nullable=False),
+    Column("level", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("data", JSON),
+    UniqueConstraint("job_id", "number", name="job_events_in_order"),
+)
+
+models = Table(  # what jobs made: adapters of models that are served
+    "models",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("base", Text, nullable=False),
+    Column("job_id", Text),
+    Column("step", BigInteger),  # null: the job's result; else a checkpoint's
+    Column("metrics", JSON, nullable=False),
+    Column("checkpoint", Text, nullable=False),  # its digest
+    Column("contents", JSON, nullable=False),  # artifacts by file name
+    Column("created_at", BigInteger, nullable=False),
+    Index("models_by_project", "project_id", "created_at"),
+    Index("models_by_job", "job_id"),
+)
+
 prices = Table(  # a version is the whole list: never changed, only followed by the next
     "prices",
     metadata,

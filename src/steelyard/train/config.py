@@ -59,6 +59,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Steps between evaluations; 0 means once an epoch."""
     checkpoint_every: int = 50
     """Steps between resumable states: the most that a kill can lose."""
+    keep_checkpoints: int = 0
+    """How many of the last evaluations' checkpoints are kept, in `checkpoints/`, besides best and last."""
     threads: int | None = None
     """CPU threads; unset takes all cores. Another number can round differently."""
     lora: LoraConfig = LoraConfig()
@@ -77,8 +79,9 @@ def check(config: TrainConfig) -> None:
     for key, least in (("epochs", 1), ("batch_size", 0), ("micro_batch_tokens", 1), ("checkpoint_every", 1)):
         if getattr(config, key) < least:
             raise ConfigError(f"{key} must be at least {least}, not {getattr(config, key)}")
-    if config.evaluate_every < 0:
-        raise ConfigError(f"evaluate_every must be at least 0, not {config.evaluate_every}")
+    for key in ("evaluate_every", "keep_checkpoints"):
+        if getattr(config, key) < 0:
+            raise ConfigError(f"{key} must be at least 0, not {getattr(config, key)}")
     if not 0 <= config.clip < math.inf:
         raise ConfigError(f"clip must be at least 0, not {config.clip}; 0 does not clip")
     if not 0 <= config.seed < 1 << 63:

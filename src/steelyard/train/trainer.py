@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     loss: float
     """Mean over the step's trained tokens, in nats."""
+    tokens: int
+    """Of the step's rows, trained or not."""
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float
@@ -188,14 +191,16 @@ class Trainer:
         seconds: float,
         report: Callable[[Progress], None],
     ) -> None:
+        tokens = sum(len(row.tokens) for row in batch)
         self._seconds += seconds
-        self._tokens += sum(len(row.tokens) for row in batch)
+        self._tokens += tokens
         done = self.step - self.first
         progress = Progress(
             step=self.step,
             steps=self.steps,
             epoch=self.loader.epoch,
             loss=loss,
+            tokens=tokens,
             learning_rate=rate,
             gradient_norm=norm,
             tokens_per_second=self._tokens / self._seconds,
@@ -211,6 +216,8 @@ class Trainer:
             self.run.measure(step=self.step, **found)
             self.run.log(f"step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
         self.write_checkpoint(self.run.folder / "last", found)
+        if self.config.keep_checkpoints:
+            self._keep_checkpoint(found)
         score = found.get(BEST_BY, -self.step)  # without validation the last one is the best
         if score <= self.best:
             self.best = score
@@ -224,6 +231,12 @@ class Trainer:
             found = dict(self.evaluator(self.decoder, self.adapter))
         self._training(True)
         return found
+
+    def _keep_checkpoint(self, metrics: Mapping[str, float]) -> None:
+        folder = self.run.folder / "checkpoints"
+        self.write_checkpoint(folder / f"step-{self.step:08d}", metrics)
+        for old in sorted(folder.glob("step-*"))[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old)
 
     def write_checkpoint(self, path: Path, metrics: Mapping[str, float]) -> None:
         """Write what was learnt so far, with its lineage: an adapter, or a whole model."""

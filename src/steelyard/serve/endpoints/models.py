@@ -22,6 +22,14 @@ class Model(msgspec.Struct, frozen=True):
     object: Literal["model"] = "model"
 
 
+class ModelDeleted(msgspec.Struct, frozen=True):
+    """A model is gone."""
+
+    id: str
+    deleted: bool = True
+    object: Literal["model"] = "model"
+
+
 class ModelList(msgspec.Struct, frozen=True):
     """Every model."""
 
@@ -40,5 +48,12 @@ async def retrieve(service: Service, request: Request) -> Response:
     return json_response(_shape(service.find(request.path_params["model_id"], request.state.caller.project)))
 
 
+async def delete(service: Service, request: Request) -> Response:
+    """Remove a model that a job of this project made."""
+    name = request.path_params["model_id"]
+    await service.tuned.remove(request.state.caller.project, name)
+    return json_response(ModelDeleted(name))
+
+
 def _shape(served: ServedModel) -> Model:
-    return Model(served.id, served.created)
+    return Model(served.id, served.created, "steelyard" if served.project is None else served.project)

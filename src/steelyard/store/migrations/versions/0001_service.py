@@ -76,6 +76,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("version", "model"),
     )
     op.create_table(
+        "project_keys",
+        sa.Column("project_id", sa.Text(), nullable=False),
+        sa.Column("wrapped", sa.LargeBinary(length=60), nullable=False),
+        sa.PrimaryKeyConstraint("project_id"),
+    )
+    op.create_table(
         "projects",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
@@ -105,6 +111,77 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("reservations_by_holder", "reservations", ["holder"], unique=False)
+    op.create_table(
+        "files",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("project_id", sa.Text(), nullable=False),
+        sa.Column("filename", sa.Text(), nullable=False),
+        sa.Column("purpose", sa.Text(), nullable=False),
+        sa.Column("bytes", sa.BigInteger(), nullable=False),
+        sa.Column("sha256", sa.Text(), nullable=False),
+        sa.Column("artifact", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("expires_at", sa.BigInteger(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["project_id"],
+            ["projects.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("files_by_artifact", "files", ["project_id", "artifact"], unique=False)
+    op.create_index("files_by_project", "files", ["project_id", "created_at"], unique=False)
+    op.create_table(
+        "jobs",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("project_id", sa.Text(), nullable=False),
+        sa.Column("key_id", sa.Text(), nullable=False),
+        sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("training_file", sa.Text(), nullable=True),
+        sa.Column("validation_file", sa.Text(), nullable=True),
+        sa.Column("settings", sa.JSON(), nullable=False),
+        sa.Column("resolved", sa.JSON(), nullable=False),
+        sa.Column("seed", sa.BigInteger(), nullable=False),
+        sa.Column("suffix", sa.Text(), nullable=True),
+        sa.Column("metadata", sa.JSON(), nullable=True),
+        sa.Column("status", sa.Text(), nullable=False),
+        sa.Column("error", sa.JSON(), nullable=True),
+        sa.Column("result_model", sa.Text(), nullable=True),
+        sa.Column("result_files", sa.JSON(), nullable=False),
+        sa.Column("tokens", sa.BigInteger(), nullable=True),
+        sa.Column("trained_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("started_at", sa.BigInteger(), nullable=True),
+        sa.Column("finished_at", sa.BigInteger(), nullable=True),
+        sa.Column("estimated_finish", sa.BigInteger(), nullable=True),
+        sa.Column("holder", sa.BigInteger(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["project_id"],
+            ["projects.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("jobs_by_project", "jobs", ["project_id", "created_at"], unique=False)
+    op.create_index("jobs_by_status", "jobs", ["status", "created_at"], unique=False)
+    op.create_table(
+        "models",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("project_id", sa.Text(), nullable=False),
+        sa.Column("base", sa.Text(), nullable=False),
+        sa.Column("job_id", sa.Text(), nullable=True),
+        sa.Column("step", sa.BigInteger(), nullable=True),
+        sa.Column("metrics", sa.JSON(), nullable=False),
+        sa.Column("checkpoint", sa.Text(), nullable=False),
+        sa.Column("contents", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["project_id"],
+            ["projects.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("models_by_job", "models", ["job_id"], unique=False)
+    op.create_index("models_by_project", "models", ["project_id", "created_at"], unique=False)
     op.create_table(
         "rate_limits",
         sa.Column("project_id", sa.Text(), nullable=False),
@@ -171,6 +248,23 @@ def upgrade() -> None:
         sa.UniqueConstraint("mac"),
     )
     op.create_index("api_keys_by_project", "api_keys", ["project_id"], unique=False)
+    op.create_table(
+        "job_events",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("job_id", sa.Text(), nullable=False),
+        sa.Column("number", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("level", sa.Text(), nullable=False),
+        sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("message", sa.Text(), nullable=False),
+        sa.Column("data", sa.JSON(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["job_id"],
+            ["jobs.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+        sa.UniqueConstraint("job_id", "number", name="job_events_in_order"),
+    )
 
     chains = sa.table("chains", sa.column("name"), sa.column("sequence"), sa.column("mac", sa.LargeBinary()))
     op.bulk_insert(chains, [{"name": name, "sequence": 0, "mac": bytes(32)} for name in ("ledger", "audit")])

@@ -1,0 +1,161 @@
+"""Jobs as rows: made, found, moved from status to status, and the events that tell of it.
+
+validating_files -> queued <-> paused
+queued -> running -> succeeded, paused
+any of these -> failed, cancelled
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from steelyard.errors import ConflictError, NotFoundError
+from steelyard.store import tables
+
+Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+OVER: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
+VERBS: dict[str, tuple[tuple[Status, ...], Status, str]] = {
+    "pause": (("queued", "running"), "paused", "The job is paused"),
+    "resume": (("paused",), "queued", "The job goes on"),
+    "cancel": (("validating_files", "queued", "running", "paused"), "cancelled", "The job was cancelled"),
+}
+"""What a customer may do: from which statuses, to which, and what the event says."""
+
+Row = dict[str, Any]
+columns = tables.jobs.c
+
+
+def create(connection: Connection, row: Row) -> Row:
+    """A new job, with its first events."""
+    connection.execute(insert(tables.jobs), row)
+    say(connection, row["id"], f"Created fine-tuning job: {row['id']}", row["created_at"])
+    say(connection, row["id"], f"Validating training file: {row['training_file']}", row["created_at"])
+    return row
+
+
+def new_id(kind: str) -> str:
+    """A job's id."""
+    return f"{'ftjob' if kind == 'fine_tuning' else 'cmpjob'}-{secrets.token_hex(12)}"
+
+
+def get(connection: Connection, project: str, job_id: str) -> Row:
+    """A project's job.
+
+    Raises:
+        NotFoundError: it has none of this id.
+    """
+    row = (
+        connection.execute(select(tables.jobs).where(columns.id == job_id, columns.project_id == project))
+        .mappings()
+        .first()
+    )
+    if row is None:
+        raise NotFoundError(f"no job '{job_id[:80]}' in this project", param="fine_tuning_job_id")
+    return dict(row)
+
+
+def apply_verb(connection: Connection, project: str, job_id: str, verb: str, now: int) -> Row:
+    """Pause, resume or cancel a job. Whoever works on it sees its new status and acts.
+
+    Raises:
+        NotFoundError: the project has no such job.
+        ConflictError: the job's status does not allow it.
+    """
+    row = get(connection, project, job_id)
+    allowed, status, message = VERBS[verb]
+    if row["status"] not in allowed:
+        raise ConflictError(
+            f"this job is {row['status']}: it can be {_participle(verb)} while it is {' or '.join(allowed)}",
+            param="status",
+            code="invalid_status",
+        )
+    changed: Row = {"status": status}
+    if status in OVER:
+        changed["finished_at"] = now
+    row |= changed
+    connection.execute(update(tables.jobs).where(columns.id == job_id).values(**changed))
+    say(connection, job_id, message, now)
+    return row
+
+
+def move(
+    connection: Connection, job_id: str, expected: tuple[Status, ...], now: int, message: str | None, **values: Any
+) -> bool:
+    """Change a job that still has one of the statuses expected; returns whether it had.
+
+    Args:
+        connection: within a transaction.
+        job_id: which.
+        expected: statuses from which it is moved; from another one nothing is changed.
+        now: of the event.
+        message: of an event, if there is something to say.
+        values: what changes.
+    """
+    result = connection.execute(
+        update(tables.jobs).where(columns.id == job_id, columns.status.in_(expected)).values(**values)
+    )
+    if result.rowcount == 0:
+        return False
+    if message is not None:
+        level = "error" if values.get("status") == "failed" else "info"
+        say(connection, job_id, message, now, level=level)
+    return True
+
+
+def say(
+    connection: Connection,
+    job_id: str,
+    message: str,
+    now: int,
+    *,
+    level: str = "info",
+    kind: str = "message",
+    data: Any = None,
+) -> None:
+    """Add an event."""
+    events = tables.job_events.c
+    last = connection.execute(select(func.max(events.number)).where(events.job_id == job_id)).scalar() or 0
+    connection.execute(
+        insert(tables.job_events),
+        {
+            "id": f"ftevent-{secrets.token_hex(12)}",
+            "job_id": job_id,
+            "number": last + 1,
+            "created_at": now,
+            "level": level,
+            "type": kind,
+            "message": message,
+            "data": data,
+        },
+    )
+
+
+def events(connection: Connection, job_id: str, *, before: int | None = None, limit: int = 20) -> list[Row]:
+    """Events, newest first, with one more than `limit` if there are more."""
+    found = tables.job_events.c
+    rules = [found.job_id == job_id]
+    if before is not None:
+        rules.append(found.number < before)
+    rows = connection.execute(
+        select(tables.job_events).where(*rules).order_by(found.number.desc()).limit(limit + 1)
+    ).mappings()
+    return [dict(row) for row in rows]
+
+
+def next_job(connection: Connection, status: Status) -> Row | None:
+    """The oldest job with this status."""
+    row = (
+        connection.execute(
+            select(tables.jobs).where(columns.status == status).order_by(columns.created_at, columns.id).limit(1)
+        )
+        .mappings()
+        .first()
+    )
+    return None if row is None else dict(row)
+
+
+def _participle(verb: str) -> str:
+    return {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}[verb]

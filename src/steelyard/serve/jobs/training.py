@@ -1,0 +1,163 @@
+"""A fine-tuning job as a training run: its rows, its configuration, what `auto` means, what its measurements say."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from steelyard.checkpoint import manifest
+from steelyard.data import chat
+from steelyard.data.chat import FormatConfig
+from steelyard.data.rows import Conversation, token_counts
+from steelyard.data.split import remove_duplicates
+from steelyard.data.tokenize import tokenize
+from steelyard.errors import CheckpointError, DataError
+from steelyard.text.chat_template import ChatTemplate
+from steelyard.text.tokenizer import Tokenizer
+
+MAX_LENGTH = 1024
+"""Most tokens of a row."""
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 3, 8, 4e-4
+CHECKPOINT_STEPS = 10
+"""Steps between states: the most that a killed run loses."""
+KEPT_CHECKPOINTS = 3
+
+Row = dict[str, Any]
+
+
+class Resolved(msgspec.Struct, frozen=True):
+    """What `auto` became."""
+
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """What a job's files hold."""
+
+    rows: int
+    tokens: int
+    """Of one epoch, trained on or not."""
+    resolved: Resolved
+
+
+def resolve(hyperparameters: Row, rows: int) -> Resolved:
+    """Numbers for what is `auto`."""
+    asked = {name: value for name, value in hyperparameters.items() if value not in (None, "auto")}
+    return Resolved(
+        n_epochs=asked.get("n_epochs", EPOCHS),
+        batch_size=asked.get("batch_size", max(1, min(BATCH_SIZE, rows // 8))),
+        learning_rate_multiplier=float(asked.get("learning_rate_multiplier", 1.0)),
+    )
+
+
+def check_files(base: Path, training: Path, validation: Path | None, hyperparameters: Row) -> Checked:
+    """Read a job's rows as the run will.
+
+    Raises:
+        DataError: a row is wrong, by the name and line that its owner knows.
+        CheckpointError: the model cannot chat.
+        TemplateError: its template fails on a row.
+    """
+    tokenizer, template = Tokenizer.load(base), ChatTemplate.load(base)
+    try:
+        learnt: Sequence[Conversation] = remove_duplicates(chat.read(training, FormatConfig(format="chat")))
+        rows = tokenize(learnt, tokenizer, template, MAX_LENGTH)
+        if validation is not None:
+            held = chat.read(validation, FormatConfig(format="chat"))
+            tokenize(held, tokenizer, template, MAX_LENGTH)
+            seen = {row.prompt_key for row in learnt}
+            for row in held:
+                if row.prompt_key in seen:
+                    raise DataError("the training file asks the same", file=validation, line=row.line)
+    except DataError as error:
+        name = None if error.file is None else Path(error.file).name
+        raise DataError(error.reason, file=name, line=error.line, field=error.field) from None
+    finally:
+        if template is not None:
+            template.close()
+    return Checked(len(rows), token_counts(rows)["tokens"], resolve(hyperparameters, len(rows)))
+
+
+def base_to_train(checkpoint: Path) -> Path:
+    """The dense model to learn on: a served one, or what an int8 one was made from.
+
+    Raises:
+        CheckpointError: a compressed model whose parent is not known here.
+    """
+    config = manifest.read_json(checkpoint / "config.json")
+    if "quantization_config" not in config:
+        return checkpoint
+    raise CheckpointError(
+        "this model is compressed: no gradient passes its rounding; serve the model that it was made from, and"
+        " fine-tune that"
+    )
+
+
+def write_configuration(
+    path: Path,
+    *,
+    base: Path,
+    run: Path,
+    training: Path,
+    validation: Path | None,
+    resolved: Resolved,
+    seed: int,
+    threads: int,
+) -> None:
+    """Write the run.toml of a job."""
+    top: Row = {
+        "model": str(base),
+        "output": str(run),
+        "seed": seed,
+        "epochs": resolved.n_epochs,
+        "batch_size": resolved.batch_size,
+        "checkpoint_every": CHECKPOINT_STEPS,
+        "keep_checkpoints": KEPT_CHECKPOINTS,
+        "threads": threads,
+    }
+    data: Row = {"train": str(training), "format": "chat", "max_length": MAX_LENGTH}
+    if validation is not None:
+        data["validation"] = str(validation)
+    optimizer = {"name": "adamw", "learning_rate": LEARNING_RATE * resolved.learning_rate_multiplier}
+    lines = [*_table(top), "", "[data]", *_table(data), "", "[optimizer]", *_table(optimizer)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def described(values: Row, steps: int) -> str:
+    """What an event says of a step."""
+    parts = [f"training loss={values['loss']:.4f}"] if "loss" in values else []
+    if "validation_loss" in values:
+        parts.append(f"validation loss={values['validation_loss']:.4f}")
+    return f"Step {values['step']}/{steps}: {', '.join(parts)}"
+
+
+def event_data(values: Row, steps: int) -> Row:
+    """The data of such an event, under OpenAI's names."""
+    names = {"loss": "train_loss", "validation_loss": "full_valid_loss"}
+    found = {new: values[old] for old, new in names.items() if old in values}
+    return {"step": values["step"], "total_steps": steps, **found}
+
+
+def metrics_csv(measured: Sequence[Row]) -> bytes:
+    """A run's measurements as OpenAI's result file has them."""
+    steps: dict[int, Row] = {}
+    for values in measured:
+        steps.setdefault(values["step"], {}).update(values)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["step", "train_loss", "valid_loss"])
+    for step, values in sorted(steps.items()):
+        writer.writerow([step, values.get("loss", ""), values.get("validation_loss", "")])
+    return text.getvalue().encode()
+
+
+def _table(values: Row) -> list[str]:
+    return [f"{name} = {json.dumps(value)}" for name, value in values.items()]  # such JSON is TOML

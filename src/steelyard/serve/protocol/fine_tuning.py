@@ -1,0 +1,201 @@
+"""The shapes of fine-tuning jobs. Fields of OpenAI's that are not had here are refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+import pydantic
+from pydantic import Field
+
+from steelyard.errors import RequestError
+from steelyard.serve.protocol.fields import Fields
+
+MOST_METADATA = 16
+Auto = Literal["auto"]
+
+Row = dict[str, Any]
+
+
+class Hyperparameters(Fields):
+    """How to train."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] | None = None
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] | None = None
+    learning_rate_multiplier: (
+        Auto | Annotated[float, Field(gt=0, le=100)] | Annotated[int, Field(ge=1, le=100)] | None
+    ) = None
+
+
+class Supervised(Fields):
+    """Learn the answers of the assistant."""
+
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(Fields):
+    """What is learnt, and how."""
+
+    type: Literal["supervised"]
+    supervised: Supervised | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind in ("dpo", "reinforcement"):
+            raise RequestError(
+                f"'method.type' {kind} is not supported here: use supervised",
+                param="method.type",
+                code="unsupported_parameter",
+            )
+        return value
+
+
+class JobRequest(Fields):
+    """Ask for a job."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    hyperparameters: Hyperparameters | None = None
+    method: Method | None = None
+    suffix: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 _-]+$")] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
+    integrations: list[Any] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> JobRequest:
+        if self.integrations:
+            raise RequestError(
+                "'integrations' is not supported here: remove it", param="integrations", code="unsupported_parameter"
+            )
+        if self.metadata is not None and len(self.metadata) > MOST_METADATA:
+            raise RequestError(f"'metadata' has more than {MOST_METADATA} pairs", param="metadata")
+        nested = self.method is not None and self.method.supervised is not None
+        if nested and self.method.supervised.hyperparameters and self.hyperparameters:  # type: ignore[union-attr]
+            raise RequestError(
+                "'hyperparameters' and 'method.supervised.hyperparameters' exclude each other: use the second",
+                param="hyperparameters",
+            )
+        return self
+
+    @property
+    def asked(self) -> Row:
+        """The hyperparameters, wherever they stand."""
+        nested = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
+        found = nested or self.hyperparameters or Hyperparameters()
+        return {name: "auto" if value is None else value for name, value in found.model_dump().items()}
+
+
+class JobError(msgspec.Struct, frozen=True):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class FineTuningJob(msgspec.Struct, frozen=True, kw_only=True):
+    """A job."""
+
+    id: str
+    created_at: int
+    error: JobError | None
+    fine_tuned_model: str | None
+    finished_at: int | None
+    hyperparameters: Row
+    model: str
+    organization_id: str
+    result_files: list[str]
+    seed: int
+    status: str
+    trained_tokens: int | None
+    training_file: str
+    validation_file: str | None
+    estimated_finish: int | None
+    integrations: list[Any]
+    metadata: dict[str, str] | None
+    method: Row
+    started_at: int | None
+    user_provided_suffix: str | None
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+
+    @classmethod
+    def of(cls, row: Row) -> FineTuningJob:
+        """Of a row of the table."""
+        hyperparameters = {**row["settings"]["hyperparameters"], **row["resolved"]}
+        over = row["status"] in ("succeeded", "failed", "cancelled")
+        return cls(
+            id=row["id"],
+            created_at=row["created_at"],
+            error=None if row["error"] is None else JobError(**row["error"]),
+            fine_tuned_model=row["result_model"],
+            finished_at=row["finished_at"],
+            hyperparameters=hyperparameters,
+            model=row["model"],
+            organization_id="org-steelyard",
+            result_files=row["result_files"],
+            seed=row["seed"],
+            status=row["status"],
+            trained_tokens=row["trained_tokens"] if over else None,
+            training_file=row["training_file"],
+            validation_file=row["validation_file"],
+            estimated_finish=None if over else row["estimated_finish"],
+            integrations=[],
+            metadata=row["metadata"],
+            method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            started_at=row["started_at"],
+            user_provided_suffix=row["suffix"],
+        )
+
+
+class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened."""
+
+    id: str
+    created_at: int
+    level: str
+    message: str
+    type: str
+    data: Any
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+
+    @classmethod
+    def of(cls, row: Row) -> JobEvent:
+        """Of a row of the table."""
+        return cls(**{name: row[name] for name in ("id", "created_at", "level", "message", "type", "data")})
+
+
+class CheckpointMetrics(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was measured of a checkpoint."""
+
+    step: int | None = None
+    full_valid_loss: float | None = None
+    validation_accuracy: float | None = None
+
+
+class JobCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as it was at a step, callable by its name."""
+
+    id: str
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: CheckpointMetrics
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+
+    @classmethod
+    def of(cls, row: Row) -> JobCheckpoint:
+        """Of a row of the models' table."""
+        found = row["metrics"]
+        return cls(
+            id=f"ftckpt_{row['job_id'].rpartition('-')[2]}_{row['step']}",
+            created_at=row["created_at"],
+            fine_tuned_model_checkpoint=row["id"],
+            fine_tuning_job_id=row["job_id"],
+            step_number=row["step"],
+            metrics=CheckpointMetrics(row["step"], found.get("validation_loss"), found.get("validation_accuracy")),
+        )
