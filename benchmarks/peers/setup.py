@@ -48,6 +48,11 @@ def openvino(model: Path) -> None:
         run(bin_ / "optimum-cli", "export", "openvino", "--model", model, *task, target)
 
 
+def litellm(model: Path) -> None:
+    """LiteLLM's proxy, a gateway."""
+    run(environment("litellm") / "pip", "install", "-q", "litellm[proxy]==1.106.2")
+
+
 def llama(model: Path) -> None:
     """llama-server of llama.cpp, native, and the package's own Q4_1 file as Q4_0 and Q8_0."""
     folder = FOLDER / "llama"
@@ -91,7 +96,7 @@ def vllm(model: Path) -> None:
     run(bin_ / "pip", "install", "-q", *wanted, "intel-openmp")
 
 
-PEERS = {"openvino": openvino, "llama": llama, "vllm": vllm}
+PEERS = {"openvino": openvino, "llama": llama, "vllm": vllm, "litellm": litellm}
 
 
 def main() -> None:

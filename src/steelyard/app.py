@@ -45,6 +45,7 @@ from steelyard.serve.endpoints import (
 from steelyard.serve.endpoints import models as model_endpoints
 from steelyard.serve.engine_client import Command, worker_command
 from steelyard.serve.files import MOST_BYTES
+from steelyard.serve.idempotency import Idempotency
 from steelyard.serve.limits import MAX_BODY_BYTES, BodyLimit, DeadlineProtocol
 from steelyard.serve.models import Models, engines, load_models
 from steelyard.serve.protocol.errors import refuse_path
@@ -192,6 +193,7 @@ def create_app(
             Middleware(AccessLog),
             Middleware(Authentication, keys=service.keys),
             Middleware(BodyLimit, max_bytes=max_body_bytes, larger={"/v1/files": (UPLOAD_BYTES, UPLOAD_SECONDS)}),
+            Middleware(Idempotency, database=service.database, root=service.secrets.root, now=service.now),
         ],
         exception_handlers={HTTPException: refuse_path},
         lifespan=lifespan,

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from starlette.requests import Request
 
 from steelyard.errors import ModelNotFoundError
-from steelyard.serve import rate_limits
+from steelyard.serve import idempotency, rate_limits
 from steelyard.serve.auth import ADMIN_SCOPES, KEY_VARIABLE, PROJECT_SCOPES, Caller, KeyRing, fixed_keys
 from steelyard.serve.billing import prices
 from steelyard.serve.billing.bill import Payer
@@ -125,6 +125,7 @@ class Service:
     async def tidy(self) -> None:
         """What is done now and then: serve what other servers made, remove what has expired."""
         await self.tuned.serve_all()
+        await self.database.write(lambda connection: idempotency.expire(connection, self.now()))
         await asyncio.to_thread(self.files.expire, self.now())
 
 

@@ -163,6 +163,18 @@ models = Table(  # what jobs made: adapters of models that are served
     Index("models_by_job", "job_id"),
 )
 
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("owner", Text, primary_key=True),  # a project, or `administration`
+    Column("key", Text, primary_key=True),
+    Column("fingerprint", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("holder", BigInteger, nullable=False),  # the server that does it
+    Column("answer", LargeBinary),  # sealed; null while it is being done
+    Index("idempotency_by_time", "created_at"),
+)
+
 prices = Table(  # a version is the whole list: never changed, only followed by the next
     "prices",
     metadata,

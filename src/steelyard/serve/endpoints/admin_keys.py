@@ -8,7 +8,7 @@ from starlette.responses import Response
 from steelyard.errors import ConflictError
 from steelyard.serve.auth import ADMIN_SCOPES
 from steelyard.serve.organization import keys
-from steelyard.serve.protocol.errors import json_response
+from steelyard.serve.protocol.errors import json_response, once
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.lists import allow, read_page, wanted
 from steelyard.serve.protocol.organization import AdminKey, Deleted, KeyRequest
@@ -27,7 +27,7 @@ async def create(service: Service, request: Request) -> Response:
             connection, actor, service.secrets.pepper, body.name, scopes, project_id=None, expires_at=expires
         )
     )
-    return json_response(AdminKey.of(key.row, key.value))
+    return once(request, AdminKey.of(key.row, key.value), AdminKey.of(key.row))
 
 
 async def list_keys(service: Service, request: Request) -> Response:

@@ -14,7 +14,7 @@ from steelyard.serve.auth import PROJECT_SCOPES
 from steelyard.serve.billing.prices import NANO
 from steelyard.serve.organization import keys, limits, projects
 from steelyard.serve.protocol import organization as shapes
-from steelyard.serve.protocol.errors import json_response
+from steelyard.serve.protocol.errors import json_response, once
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.lists import allow, boolean, page_of, read_page, wanted
 from steelyard.serve.rate_limits import RateLimit
@@ -79,7 +79,7 @@ async def create_service_account(service: Service, request: Request) -> Response
     )
     made = None if key is None else shapes.MadeKey.of(key)
     account = shapes.MadeServiceAccount(row["id"], row["name"], row["role"], row["created_at"], api_key=made)
-    return json_response(account)
+    return once(request, account, msgspec.structs.replace(account, api_key=None))
 
 
 async def list_service_accounts(service: Service, request: Request) -> Response:
@@ -128,7 +128,7 @@ async def create_key(service: Service, request: Request) -> Response:
         )
 
     key = await service.change(make)
-    return json_response(shapes.ProjectKey.of(key.row, value=key.value))
+    return once(request, shapes.ProjectKey.of(key.row, value=key.value), shapes.ProjectKey.of(key.row))
 
 
 async def list_keys(service: Service, request: Request) -> Response:

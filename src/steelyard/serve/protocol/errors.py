@@ -83,6 +83,12 @@ def json_response(body: msgspec.Struct, status: int = 200, headers: dict[str, st
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
+def once(request: Request, body: msgspec.Struct, again: msgspec.Struct) -> Response:
+    """A response with a secret: a replay of it (see `idempotency.py`) has the body `again`, without."""
+    request.state.replay = msgspec.json.encode(again)
+    return json_response(body)
+
+
 def _one_line(text: str) -> str:
     """What clients wrote may be part of a message; it must not look like several."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -1,0 +1,217 @@
+"""`Idempotency-Key`: a POST that is sent again is answered again, not done again.
+
+An answer is kept for 24 hours, sealed by the server's root key. The same key for something else is refused (409), as is
+one whose first request still runs. What a server began and did not end is done anew under the next one. Errors that a
+retry may change are not kept; a made API key is kept without its value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from sqlalchemy import Connection, delete, insert, select, update
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from steelyard.errors import ConflictError, RequestError
+from steelyard.serve.auth import Caller
+from steelyard.store import tables
+from steelyard.store.database import Database
+
+KEPT_SECONDS = 86400
+MOST_KEY = 255
+MOST_ANSWER = 1 << 20
+"""Bytes of an answer that is kept; a larger one is given, and the key is free again."""
+HEADER = b"idempotency-key"
+DROPPED = (b"x-request-id", b"openai-processing-ms", b"x-client-request-id", b"date")
+"""Headers of an answer that belong to its own request."""
+
+columns = tables.idempotency.c
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A response that is kept."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+@dataclass
+class Idempotency:
+    """ASGI middleware, behind authentication and the limits of bodies.
+
+    Args:
+        app: what it stands before.
+        database: where answers are kept.
+        root: the key that seals them.
+        now: Unix seconds.
+    """
+
+    app: ASGIApp
+    database: Database
+    root: bytes
+    now: Callable[[], int]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, once.
+
+        Raises:
+            RequestError: the key cannot be one.
+            ConflictError: the key was used for something else, or its first request still runs.
+        """
+        given = [value for name, value in scope.get("headers", []) if name == HEADER]
+        caller: Caller | None = scope.get("state", {}).get("caller")
+        if scope["type"] != "http" or scope["method"] != "POST" or not given or caller is None:
+            await self.app(scope, receive, send)
+            return
+        key = self._check(given)
+        body, receive = await _read(scope, receive)
+        owner = caller.project_id or "administration"
+        fingerprint = hashlib.sha256(b"\0".join((scope["raw_path"], scope["query_string"], body))).hexdigest()
+        kept = await self.database.write(lambda connection: self._begin(connection, owner, key, fingerprint))
+        if kept is not None:
+            await _send(self._open(kept, owner, key), send)
+            return
+        recorder = Recorder(send)
+        try:
+            await self.app(scope, receive, recorder)
+        except BaseException:
+            self.database.write_soon(lambda connection: self._forget(connection, owner, key))
+            raise
+        answer = recorder.answer(scope["state"].get("replay"))
+        if answer is None:
+            await self.database.write(lambda connection: self._forget(connection, owner, key))
+        else:
+            sealed = self._seal(answer, owner, key)
+            await self.database.write(lambda connection: self._keep(connection, owner, key, sealed))
+        await recorder.finish()
+
+    def _check(self, given: list[bytes]) -> str:
+        key = given[0].decode("latin-1")
+        if len(given) > 1 or not 0 < len(key) <= MOST_KEY or not (key.isascii() and key.isprintable()):
+            raise RequestError(
+                f"'Idempotency-Key' must be one header of 1 to {MOST_KEY} printable characters", param="Idempotency-Key"
+            )
+        return key
+
+    def _begin(self, connection: Connection, owner: str, key: str, fingerprint: str) -> bytes | None:
+        """Take the key; or the answer that is kept under it."""
+        now, mine = self.now(), (columns.owner == owner, columns.key == key)
+        row = connection.execute(select(tables.idempotency).where(*mine)).first()
+        if row is not None and row.created_at > now - KEPT_SECONDS:
+            if row.fingerprint != fingerprint:
+                raise ConflictError(
+                    "this Idempotency-Key was used for another request: use a new one",
+                    param="Idempotency-Key",
+                    code="idempotency_mismatch",
+                )
+            if row.answer is not None:
+                answer: bytes = row.answer
+                return answer
+            if self.database.is_held(connection, row.holder):
+                raise ConflictError(
+                    "the first request with this Idempotency-Key still runs: try again shortly",
+                    param="Idempotency-Key",
+                    code="idempotency_in_progress",
+                )
+        connection.execute(delete(tables.idempotency).where(*mine))
+        values = {"fingerprint": fingerprint, "created_at": now, "holder": self.database.holder, "answer": None}
+        connection.execute(insert(tables.idempotency), {"owner": owner, "key": key, **values})
+        return None
+
+    def _keep(self, connection: Connection, owner: str, key: str, sealed: bytes) -> None:
+        connection.execute(
+            update(tables.idempotency).where(columns.owner == owner, columns.key == key).values(answer=sealed)
+        )
+
+    def _forget(self, connection: Connection, owner: str, key: str) -> None:
+        connection.execute(delete(tables.idempotency).where(columns.owner == owner, columns.key == key))
+
+    def _seal(self, answer: Answer, owner: str, key: str) -> bytes:
+        nonce = secrets.token_bytes(12)
+        return nonce + AESGCM(self.root).encrypt(nonce, msgspec.msgpack.encode(answer), f"{owner} {key}".encode())
+
+    def _open(self, sealed: bytes, owner: str, key: str) -> Answer:
+        content = AESGCM(self.root).decrypt(sealed[:12], sealed[12:], f"{owner} {key}".encode())
+        return msgspec.msgpack.decode(content, type=Answer)
+
+
+@dataclass
+class Recorder:
+    """Passes a response on and keeps it; its end is held back until it is kept."""
+
+    send: Send
+    status: int = 0
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    body: bytearray = field(default_factory=bytearray)
+    last: Message | None = None
+
+    async def __call__(self, message: Message) -> None:
+        """Take a message of the response."""
+        if message["type"] == "http.response.start":
+            self.status, self.headers = message["status"], [(bytes(n), bytes(v)) for n, v in message["headers"]]
+        elif len(self.body) <= MOST_ANSWER:
+            self.body += message.get("body", b"")
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.last = message
+            return
+        await self.send(message)
+
+    def answer(self, instead: bytes | None) -> Answer | None:
+        """What to keep of it; `instead` is a body without secrets. None: nothing."""
+        whole = self.last is not None and len(self.body) <= MOST_ANSWER
+        if not whole or self.status == 429 or self.status >= 500:
+            return None
+        body = bytes(self.body) if instead is None else instead
+        headers = [(name, value) for name, value in self.headers if name not in (b"content-length", *DROPPED)]
+        return Answer(self.status, headers, body)
+
+    async def finish(self) -> None:
+        """Send the end."""
+        if self.last is not None:
+            await self.send(self.last)
+
+
+def expire(connection: Connection, now: int) -> None:
+    """Forget answers that are old."""
+    connection.execute(delete(tables.idempotency).where(columns.created_at <= now - KEPT_SECONDS))
+
+
+async def _read(scope: Scope, receive: Receive) -> tuple[bytes, Receive]:
+    """The whole body, and a `receive` that gives it again. Of a form only that it is one: its boundary is another each
+    time.
+    """
+    kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    if kind.startswith(b"multipart/"):
+        return b"multipart", receive
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            break
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            break
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+    return bytes(body), again
+
+
+async def _send(answer: Answer, send: Send) -> None:
+    headers: list[Any] = [*answer.headers, (b"content-length", str(len(answer.body)).encode())]
+    headers.append((b"idempotent-replayed", b"true"))
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body, "more_body": False})

@@ -1,0 +1,141 @@
+"""`Idempotency-Key`: what is sent again is answered again, and done and paid for once."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from running_service import Service, serving
+from sqlalchemy import select, update
+
+from steelyard.store import tables
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+CHAT: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def service(make_checkpoint: Callable[[str], Path]) -> Iterator[Service]:
+    with serving(make_checkpoint("tiny")) as service:
+        yield service
+
+
+def post(service: Service, key: str, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+    with service.http() as http:
+        return http.post(path, headers={"idempotency-key": key}, **options)
+
+
+def settlements(service: Service) -> int:
+    entries = tables.ledger.c
+    rows = service.behind.database.read_now(
+        lambda connection: connection.execute(select(entries.sequence).where(entries.kind == "settle")).all()
+    )
+    return len(rows)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_again_is_the_same_and_paid_once(service: Service, streamed: bool) -> None:
+    before = settlements(service)
+    key = f"once {streamed}"
+    first, again = (post(service, key, json={**CHAT, "stream": streamed}) for _ in range(2))
+    assert first.status_code == again.status_code == 200
+    assert first.content == again.content
+    assert first.headers["content-type"] == again.headers["content-type"]
+    assert again.headers["idempotent-replayed"] == "true"
+    assert "idempotent-replayed" not in first.headers
+    assert first.headers["x-request-id"] != again.headers["x-request-id"]
+    assert settlements(service) == before + 1
+
+
+def test_another_request_under_the_same_key_is_refused(service: Service) -> None:
+    post(service, "a", json=CHAT).raise_for_status()
+    other = post(service, "a", json={**CHAT, "max_tokens": 6})
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_mismatch")
+    elsewhere = post(service, "a", "/v1/completions", json={"model": "tiny", "prompt": "x"})
+    assert elsewhere.status_code == 409
+
+
+def test_at_the_same_time_one_is_done(service: Service) -> None:
+    before, answers = settlements(service), list[httpx.Response]()
+    slow = {**CHAT, "max_tokens": 20, "seed": 30}
+    threads = [threading.Thread(target=lambda: answers.append(post(service, "race", json=slow))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answer.status_code for answer in answers) == [200] + [409] * 7
+    assert {answer.json()["error"]["code"] for answer in answers if answer.status_code == 409} == {
+        "idempotency_in_progress"
+    }
+    assert settlements(service) == before + 1
+
+
+def test_errors_are_not_kept(service: Service) -> None:
+    wrong = post(service, "wrong", json={**CHAT, "model": "other"})
+    assert wrong.status_code == 404
+    assert post(service, "wrong", json=CHAT).status_code == 200
+
+
+def test_a_key_is_a_projects_own(service: Service) -> None:
+    with service.admin_http() as admin:
+        project = admin.post("/v1/organization/projects", json={"name": "other"}).json()["id"]
+        key = admin.post(f"/v1/organization/projects/{project}/api_keys", json={"name": "x"}).json()["value"]
+    mine = post(service, "shared", json=CHAT)
+    theirs = httpx.post(
+        f"{service.url}/v1/chat/completions",
+        headers={"idempotency-key": "shared", "authorization": f"Bearer {key}"},
+        json=CHAT,
+    )
+    assert mine.json()["id"] != theirs.json()["id"]
+
+
+def test_a_new_keys_value_is_not_said_twice(service: Service) -> None:
+    project = service.behind.keys.fixed and next(iter(service.behind.keys.fixed.values())).project
+    with service.admin_http() as admin:
+        for path, body in (
+            (f"projects/{project}/api_keys", {"name": "x"}),
+            (f"projects/{project}/service_accounts", {"name": "x"}),
+            ("admin_api_keys", {"name": "x"}),
+        ):
+            headers = {"idempotency-key": path}
+            first, again = (admin.post(f"/v1/organization/{path}", json=body, headers=headers) for _ in range(2))
+            assert first.json()["id"] == again.json()["id"]
+            value = first.json().get("value") or first.json()["api_key"]["value"]
+            assert value.startswith("sk-sy-")
+            assert value not in again.text
+    stored = service.behind.database.read_now(
+        lambda connection: b"".join(connection.execute(select(tables.idempotency.c.answer)).scalars())
+    )
+    assert b"sk-sy-" not in stored, "sealed, too"
+
+
+def test_uploads(service: Service) -> None:
+    first, again = (
+        post(service, "upload", "/v1/files", data={"purpose": "user_data"}, files={"file": ("x", io.BytesIO(b"abc"))})
+        for _ in range(2)
+    )
+    assert first.json() == again.json()
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256])
+def test_a_key_that_is_none_is_refused(service: Service, key: str) -> None:
+    assert post(service, key, json=CHAT).status_code == 400
+
+
+def test_after_a_day_and_after_a_crash_it_is_done_anew(service: Service) -> None:
+    first = post(service, "old", json=CHAT).json()["id"]
+    service.behind.database.write_now(
+        lambda connection: connection.execute(update(tables.idempotency).values(created_at=1))
+    )
+    assert post(service, "old", json=CHAT).json()["id"] != first
+    service.behind.database.write_now(
+        lambda connection: connection.execute(
+            update(tables.idempotency).where(tables.idempotency.c.key == "old").values(answer=None, holder=5)
+        )
+    )
+    assert post(service, "old", json=CHAT).status_code == 200, "its server is gone"
