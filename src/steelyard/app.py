@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +65,8 @@ UPLOAD_BYTES = MOST_BYTES + (1 << 20)
 UPLOAD_SECONDS = 900.0
 RELOAD_SECONDS = 2.0
 """How soon limits and prices that another process changed hold here."""
+SWITCH_SECONDS = 0.0005
+"""How long a thread computes while others wait: the writer and the templates' threads answer small things often."""
 HEAD_SECONDS = 60.0
 """How often the ledger's head is written down outside the database."""
 
@@ -317,6 +321,7 @@ def run(
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
             logging.getLogger("steelyard").setLevel(logging.INFO)
             app = create_app(service, adapters=changing, heads=state)
+            sys.setswitchinterval(SWITCH_SECONDS)
             asyncio.run(_serve(configure(app), listener, models, announce))
 
 
@@ -347,6 +352,8 @@ async def _serve(
     if waiting.done():
         try:
             await waiting
+            gc.collect()
+            gc.freeze()  # vocabularies, models, routes: what stays is not looked through again and again
             announce(f"{_address(listener)}/v1", list(models))
         except EngineUnavailableError as error:
             failure = error

@@ -38,7 +38,7 @@ def http(service: Service) -> Iterator[httpx.Client]:
         ("GET", "/v1/models/a%2Fb", 404, "model_not_found"),
         ("POST", "/v1/completions/", 404, "not_found"),
         ("GET", "/v1/completions", 405, "method_not_allowed"),
-        ("DELETE", "/v1/models/tiny", 405, "method_not_allowed"),
+        ("PUT", "/v1/models/tiny", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),
     ],
 )
@@ -176,7 +176,7 @@ def test_a_slow_body_is_refused() -> None:
         limited = BodyLimit(app, seconds=0.3)
         began = time.monotonic()
         with pytest.raises(Exception, match="not sent within") as caught:
-            await limited({"type": "http", "headers": []}, receive, None)  # type: ignore[arg-type]
+            await limited({"type": "http", "path": "/", "headers": []}, receive, None)  # type: ignore[arg-type]
         assert getattr(caught.value, "code", None) == "request_timeout"
         assert 0.25 < time.monotonic() - began < 2
 

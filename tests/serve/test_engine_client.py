@@ -51,7 +51,7 @@ def request(name: str = "r", tokens: int = 5, milliseconds: int = 0, **fields: o
 
 
 async def collect(client: EngineClient, *requests: Request) -> list[Output]:
-    return [output async for output in client.submit(*requests)]
+    return [output async for together in client.submit(*requests) for output in together]
 
 
 def aborts(folder: Path) -> list[str]:
@@ -114,7 +114,7 @@ def test_what_the_engine_cannot_finish_is_not(folder: Path) -> None:
 def test_leaving_early_aborts(folder: Path, how: str) -> None:
     async def use(client: EngineClient) -> None:
         outputs = client.submit(request(tokens=200, milliseconds=20))
-        assert (await anext(outputs)).completion_tokens == 1
+        assert (await anext(outputs))[0].completion_tokens == 1
         if how == "close":
             await outputs.aclose()
         elif how == "cancel":
@@ -124,7 +124,7 @@ def test_leaving_early_aborts(folder: Path, how: str) -> None:
             await asyncio.wait([waiting])
         else:
             client.abort("r")
-            assert [output async for output in outputs if output.completion_tokens > 3] == []
+            assert [one async for together in outputs for one in together if one.completion_tokens > 3] == []
         await eventually(lambda: len(aborts(folder)) == 1)
         assert client._inboxes == {}
 

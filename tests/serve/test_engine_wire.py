@@ -86,9 +86,9 @@ def read_all(content: bytes) -> list[FromEngine]:
         reader = asyncio.StreamReader()
         reader.feed_data(content)
         reader.feed_eof()
-        messages = []
-        while (message := await wire.receive(reader)) is not None:
-            messages.append(message)
+        frames, messages = wire.FrameReader(reader), list[FromEngine]()
+        while together := await frames.receive():
+            messages += together
         return messages
 
     return asyncio.run(read())

@@ -20,6 +20,7 @@ from steelyard.infer.request import FromEngine, ToEngine
 
 MAX_FRAME_BYTES = 64 << 20
 LENGTH_BYTES = 4
+READ_BYTES = 1 << 18
 
 Message = TypeVar("Message")
 
@@ -93,18 +94,51 @@ class EngineSocket:
         return bytes(content)
 
 
-async def receive(reader: asyncio.StreamReader) -> FromEngine | None:
-    """The engine's next message, on the HTTP side; None when the engine is gone.
+class FrameReader:
+    """The HTTP side's end: every message that has come, at once. A frame that the engine's end cuts off is dropped.
 
-    Raises:
-        ArtifactError: bytes that are no frame of ours.
+    Args:
+        reader: the socket.
     """
-    try:
-        length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
-        _check_length(length)
-        return _decode(_from_engine, await reader.readexactly(length))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader, self._rest = reader, bytearray()
+
+    async def receive(self) -> list[FromEngine]:
+        """At least one message; none when the engine is gone.
+
+        Raises:
+            ArtifactError: bytes that are no frame of ours.
+        """
+        messages: list[FromEngine] = []
+        while not messages:
+            try:
+                content = await self._reader.read(READ_BYTES)
+            except ConnectionError:
+                content = b""
+            if not content:
+                return []
+            self._rest += content
+            messages = self._take()
+        return messages
+
+    def _take(self) -> list[FromEngine]:
+        """The whole frames of what was read."""
+        messages: list[FromEngine] = []
+        at, view = 0, memoryview(self._rest)
+        try:
+            while len(view) - at >= LENGTH_BYTES:
+                length = int.from_bytes(view[at : at + LENGTH_BYTES], "little")
+                _check_length(length)
+                begin = at + LENGTH_BYTES
+                if len(view) - begin < length:
+                    break
+                messages.append(_decode(_from_engine, view[begin : begin + length]))
+                at = begin + length
+        finally:
+            view.release()
+            del self._rest[:at]
+        return messages
 
 
 def _check_length(length: int) -> None:
@@ -112,7 +146,7 @@ def _check_length(length: int) -> None:
         raise ArtifactError(f"a frame of {length} bytes between server and engine; {MAX_FRAME_BYTES} are the limit")
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Message], body: bytes) -> Message:
+def _decode(decoder: msgspec.msgpack.Decoder[Message], body: bytes | memoryview) -> Message:
     try:
         return decoder.decode(body)
     except (msgspec.MsgspecError, RecursionError) as error:

@@ -159,8 +159,8 @@ class EngineClient:
             self._process = None
         self._settle("stopped")
 
-    async def submit(self, *requests: Request, meter: Meter | None = None) -> AsyncGenerator[Output, None]:
-        """The outputs of requests, interleaved as they come, until every choice has finished.
+    async def submit(self, *requests: Request, meter: Meter | None = None) -> AsyncGenerator[list[Output], None]:
+        """The outputs of requests, as they come, those that came at once together, until every choice has finished.
 
         Args:
             requests: what is asked.
@@ -186,16 +186,22 @@ class EngineClient:
         try:
             self._write(*frames)
             while open_choices:
-                item = await inbox.get()
+                item, outputs = await inbox.get(), list[Output]()
+                while isinstance(item, Output):
+                    outputs.append(item)
+                    if item.finish_reason is not None:
+                        open_choices -= Counter([item.id])
+                        if item.id not in open_choices:
+                            del self._inboxes[item.id]
+                    if inbox.empty():
+                        break
+                    item = inbox.get_nowait()
+                if outputs:
+                    yield outputs
                 if item is None:  # aborted from outside
                     return
                 if isinstance(item, SteelyardError):
                     raise item
-                if item.finish_reason is not None:
-                    open_choices -= Counter([item.id])
-                    if item.id not in open_choices:
-                        del self._inboxes[item.id]
-                yield item
         finally:
             for request_id in open_choices:
                 self.abort(request_id)
@@ -319,8 +325,10 @@ class EngineClient:
             raise results[0]
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        while (message := await wire.receive(reader)) is not None:
-            self._take(message)
+        frames = wire.FrameReader(reader)
+        while messages := await frames.receive():
+            for message in messages:
+                self._take(message)
 
     def _take(self, message: FromEngine) -> None:
         match message:

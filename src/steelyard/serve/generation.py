@@ -42,7 +42,7 @@ class Generation:
     bill: Bill
     """Who pays, and what it has come to."""
 
-    async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
+    async def outputs(self) -> AsyncGenerator[list[tuple[int, Output]], None]:
         """What the engine answers, as it comes, each with the number of its choice within the whole answer.
 
         The budget is reserved before, and settled before the generator ends.
@@ -57,16 +57,17 @@ class Generation:
         first = {request.id: number * self.choices for number, request in enumerate(self.requests)}
         async with self.bill.metered({request.id: request.n for request in self.requests}) as meter:
             async with contextlib.aclosing(self.served.engine.submit(*self.requests, meter=meter)) as outputs:
-                async for output in outputs:
-                    yield first[output.id] + output.choice, output
+                async for together in outputs:
+                    yield [(first[output.id] + output.choice, output) for output in together]
             await self.bill.settle(meter)
 
     async def gather(self) -> list[Choice]:
         """Every choice, whole. Raises as `outputs` does."""
         choices = [Choice() for _ in range(len(self.requests) * self.choices)]
         async with contextlib.aclosing(self.outputs()) as outputs:
-            async for number, output in outputs:
-                choices[number].add(output)
+            async for together in outputs:
+                for number, output in together:
+                    choices[number].add(output)
         return choices
 
     def usage(self) -> Usage:

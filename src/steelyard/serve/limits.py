@@ -11,13 +11,14 @@ import time
 from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from steelyard.errors import PayloadTooLargeError, RequestError
 
 MAX_BODY_BYTES = 4 << 20
 BODY_SECONDS = 30.0
 HEADER_SECONDS = 10.0
+HEADER_BYTES = 1 << 16
 STALL_SECONDS = 30.0
 
 
@@ -81,17 +82,20 @@ def _length(value: bytes) -> int:
     return int(value) if value.isdigit() and len(value) < 20 else 0
 
 
-class DeadlineProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol with two deadlines that it lacks.
+class DeadlineProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol with two deadlines and a limit that it lacks.
 
     A request's header must be complete `HEADER_SECONDS` after the connection or the header's first byte; a reader
-    must make room for more within `STALL_SECONDS`. Past either the connection is closed at once.
+    must make room for more within `STALL_SECONDS`. A header has `HEADER_BYTES` at most. Past any of these the
+    connection is closed at once.
     """
 
     header_seconds = HEADER_SECONDS
     stall_seconds = STALL_SECONDS
     _header_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
+    _header_size: int | None = None
+    """Bytes of a header that has begun; None outside of one."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -101,10 +105,24 @@ class DeadlineProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """A client has sent something."""
         super().data_received(data)
+        if self._header_size is not None:
+            self._header_size += len(data)
+            if self._header_size > HEADER_BYTES:
+                self.transport.abort()
         if self.cycle is not None and not self.cycle.response_complete:
             self._header_timer = _cancel(self._header_timer)
         elif self._header_timer is None:
             self._header_timer = self.loop.call_later(self.header_seconds, self.transport.abort)
+
+    def on_message_begin(self) -> None:
+        """A header begins."""
+        self._header_size = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """It is complete."""
+        self._header_size = None
+        super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""

@@ -168,9 +168,10 @@ class Database:
         results: list[tuple[_Work, Any]] = []
         try:
             with self._writing.begin():
-                for apply, group in groupby(batch, key=lambda work: work.apply):
-                    works = list(group)
-                    results += zip(works, self._apply(apply, [work.item for work in works]), strict=True)
+                groups = [(apply, list(works)) for apply, works in groupby(batch, key=lambda work: work.apply)]
+                for apply, works in groups:
+                    items = [work.item for work in works]
+                    results += zip(works, self._apply(apply, items, alone=len(groups) == 1), strict=True)
         except Exception as error:  # nothing of it is there
             with contextlib.suppress(SQLAlchemyError):
                 self._writing.rollback()
@@ -183,9 +184,11 @@ class Database:
             else:
                 work.answer.set_result(result)
 
-    def _apply(self, apply: Apply, items: list[Any]) -> list[Any]:
+    def _apply(self, apply: Apply, items: list[Any], *, alone: bool) -> list[Any]:
         if apply is _one_by_one:
             return _one_by_one(self._writing, items)
+        if alone:  # the transaction is its own
+            return apply(self._writing, items)
         try:
             with self._writing.begin_nested():
                 return apply(self._writing, items)

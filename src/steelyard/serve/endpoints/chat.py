@@ -92,11 +92,15 @@ async def _events(generation: Generation, include_usage: bool) -> AsyncGenerator
         usage=None if include_usage else msgspec.UNSET,
     )
     async with contextlib.aclosing(generation.outputs()) as outputs:
-        async for number, output in outputs:
-            parts = [] if number in begun else [ChatChunkChoice(number, Delta("assistant", ""))]
-            begun.add(number)
-            for part in parts + _parts(number, output, generation.served):
-                yield event(msgspec.structs.replace(blank, choices=[part]))
+        async for together in outputs:
+            parts: list[ChatChunkChoice] = []
+            for number, output in together:
+                if number not in begun:
+                    begun.add(number)
+                    parts.append(ChatChunkChoice(number, Delta("assistant", "")))
+                parts += _parts(number, output, generation.served)
+            if parts:
+                yield b"".join(event(msgspec.structs.replace(blank, choices=[part])) for part in parts)
     if include_usage:
         yield event(msgspec.structs.replace(blank, usage=generation.usage()))
     yield DONE

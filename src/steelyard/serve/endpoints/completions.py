@@ -142,9 +142,10 @@ async def _events(
         usage=None if body.include_usage else msgspec.UNSET,
     )
     async with contextlib.aclosing(generation.outputs()) as outputs:
-        async for number, output in outputs:
-            for part in parts.of(number, output):
-                yield event(msgspec.structs.replace(blank, choices=[part]))
+        async for together in outputs:
+            made = [part for number, output in together for part in parts.of(number, output)]
+            if made:
+                yield b"".join(event(msgspec.structs.replace(blank, choices=[part])) for part in made)
     if body.include_usage:
         yield event(msgspec.structs.replace(blank, usage=generation.usage()))
     yield DONE

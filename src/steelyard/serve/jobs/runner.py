@@ -274,17 +274,21 @@ class JobRunner:
             raise
         finally:
             self.process = None
-        await self._tell(job, folder, told)
+        await self._tell(job, folder, told, ended=True)
         code = await ended
         return code, _complaint(await output) if code > 0 and code != INTERRUPTED else None
 
-    async def _tell(self, job: Row, folder: Path, told: int) -> int:
-        """Events for the steps that were measured since; returns the last step that was told."""
+    async def _tell(self, job: Row, folder: Path, told: int, *, ended: bool = False) -> int:
+        """Events for the steps that were measured since; returns the last step that was told.
+
+        The newest step may still be evaluated: it waits for the next one, or until the run has `ended`.
+        """
         measured = await asyncio.to_thread(read_metrics, folder / "run")
         steps: dict[int, Row] = {}
         for values in measured:
             steps.setdefault(values["step"], {}).update(values)
-        fresh = {step: values for step, values in steps.items() if step > told}
+        whole = max(steps, default=0) - (not ended)
+        fresh = {step: values for step, values in steps.items() if told < step <= whole}
         if not fresh:
             return told
         tokens = sum(values.get("tokens", 0) for values in steps.values())
