@@ -30,10 +30,12 @@ from steelyard.infer.request import CacheKind
 from steelyard.serve.access_log import AccessLog
 from steelyard.serve.adapters import AdapterFolder
 from steelyard.serve.auth import Authentication, Permission, allowed
+from steelyard.serve.batches.line import answer_line
 from steelyard.serve.endpoints import adapters as adapter_endpoints
 from steelyard.serve.endpoints import (
     admin_keys,
     audit_logs,
+    batches,
     chat,
     completions,
     files,
@@ -105,6 +107,10 @@ ENDPOINTS = (
     Endpoint("POST", f"{JOBS}/{{job_id}}/resume", fine_tuning.change, "fine_tuning"),
     Endpoint("GET", f"{JOBS}/{{job_id}}/events", fine_tuning.events, "fine_tuning"),
     Endpoint("GET", f"{JOBS}/{{job_id}}/checkpoints", fine_tuning.checkpoints, "fine_tuning"),
+    Endpoint("POST", "/v1/batches", batches.create, "inference"),
+    Endpoint("GET", "/v1/batches", batches.list_batches, "inference"),
+    Endpoint("GET", "/v1/batches/{batch_id}", batches.retrieve, "inference"),
+    Endpoint("POST", "/v1/batches/{batch_id}/cancel", batches.cancel, "inference"),
     Endpoint("POST", f"{ORGANIZATION}/projects", projects.create, "admin.write"),
     Endpoint("GET", f"{ORGANIZATION}/projects", projects.list_projects, "admin.read"),
     Endpoint("GET", PROJECT, projects.retrieve, "admin.read"),
@@ -168,14 +174,16 @@ def create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         running = engines(models)
         chores = [asyncio.create_task(work) for work in _chores(service, heads)]
-        working = asyncio.create_task(service.jobs.work(), name="jobs")
+        service.batches.answer = partial(answer_line, app.router)
+        working = [asyncio.create_task(work) for work in (service.jobs.work(), service.batches.work())]
         try:
             for engine in running:
                 await engine.start()
             yield
         finally:
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)  # a run saves its state
+            for work in working:
+                work.cancel()
+            await asyncio.gather(*working, return_exceptions=True)  # a run saves its state
             await asyncio.gather(*(engine.stop() for engine in running))
             await service.metering.drained(SETTLE_SECONDS)
             for chore in chores:

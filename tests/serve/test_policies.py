@@ -49,6 +49,11 @@ def project(service: Service, name: str) -> tuple[str, dict[str, str]]:
         content = io.BytesIO(json.dumps(row).encode())
         file = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("r.jsonl", content)}).json()
         job = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file["id"]}).json()
+        asked = {"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"model": "tiny", "prompt": "x"}}
+        lines = io.BytesIO(json.dumps(asked).encode())
+        listed = http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("b.jsonl", lines)}).json()
+        window = {"endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = http.post("/v1/batches", json={"input_file_id": listed["id"], **window}).json()
     return key, {
         "project_id": made["id"],
         "account_id": account["id"],
@@ -56,6 +61,7 @@ def project(service: Service, name: str) -> tuple[str, dict[str, str]]:
         "alert_id": alert["id"],
         "file_id": file["id"],
         "job_id": job["id"],
+        "batch_id": batch["id"],
         "limit_id": "rl-tiny",
         "model_id": "tiny",
         "kind": "completions",
@@ -126,7 +132,7 @@ def test_another_projects_things_are_not_there(
     two: Service, mine: tuple[str, dict[str, str]], theirs: tuple[str, dict[str, str]], endpoint: Endpoint
 ) -> None:
     """With my key and their ids: as if they did not exist, to the letter."""
-    things = {"file_id", "job_id"} & {match[1] for match in PARAMETER.finditer(endpoint.path)}
+    things = {"file_id", "job_id", "batch_id"} & {match[1] for match in PARAMETER.finditer(endpoint.path)}
     if not things or endpoint.permission in ADMIN_SCOPES:
         return
     key, names = mine
@@ -154,7 +160,11 @@ def test_lists_show_ones_own(
 ) -> None:
     for (key, own), (_, other) in ((mine, theirs), (theirs, mine)):
         with client(two, key) as http:
-            for path, name in (("/v1/files", "file_id"), ("/v1/fine_tuning/jobs", "job_id")):
+            for path, name in (
+                ("/v1/files", "file_id"),
+                ("/v1/fine_tuning/jobs", "job_id"),
+                ("/v1/batches", "batch_id"),
+            ):
                 ids = [item["id"] for item in http.get(path).json()["data"]]
                 assert own[name] in ids
                 assert other[name] not in ids

@@ -163,6 +163,7 @@ def plan(
             n=fields.choices,
             adapter=served.adapter,
             project=payer.project,
+            priority="interactive" if payer.line is None else "batch",
             speculate=fields.draft is not False,
         )
         for number, prompt in enumerate(prompts)

@@ -8,19 +8,17 @@ retry may change are not kept; a made API key is kept without its value.
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import Connection, delete, insert, select, update
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steelyard.errors import ConflictError, RequestError
 from steelyard.serve.auth import Caller
-from steelyard.store import tables
+from steelyard.store import encryption, tables
 from steelyard.store.database import Database
 
 KEPT_SECONDS = 86400
@@ -134,11 +132,10 @@ class Idempotency:
         connection.execute(delete(tables.idempotency).where(columns.owner == owner, columns.key == key))
 
     def _seal(self, answer: Answer, owner: str, key: str) -> bytes:
-        nonce = secrets.token_bytes(12)
-        return nonce + AESGCM(self.root).encrypt(nonce, msgspec.msgpack.encode(answer), f"{owner} {key}".encode())
+        return encryption.seal(self.root, msgspec.msgpack.encode(answer), f"{owner} {key}")
 
     def _open(self, sealed: bytes, owner: str, key: str) -> Answer:
-        content = AESGCM(self.root).decrypt(sealed[:12], sealed[12:], f"{owner} {key}".encode())
+        content = encryption.unseal_small(self.root, sealed, f"{owner} {key}")
         return msgspec.msgpack.decode(content, type=Answer)
 
 

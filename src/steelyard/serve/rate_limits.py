@@ -70,6 +70,11 @@ class Admission:
     """Tokens that were taken and not come to."""
     closed: bool = False
 
+    @classmethod
+    def free(cls) -> Admission:
+        """Of what no limit holds for."""
+        return cls(Account(Bucket(0, 0, 0), Bucket(0, 0, 0)))
+
     def close(self) -> None:
         """It is over: what it has not come to is given back."""
         if not self.closed:

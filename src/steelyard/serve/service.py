@@ -19,8 +19,9 @@ from starlette.requests import Request
 from steelyard.errors import ModelNotFoundError
 from steelyard.serve import idempotency, rate_limits
 from steelyard.serve.auth import ADMIN_SCOPES, KEY_VARIABLE, PROJECT_SCOPES, Caller, KeyRing, fixed_keys
+from steelyard.serve.batches.runner import BatchRunner
 from steelyard.serve.billing import prices
-from steelyard.serve.billing.bill import Payer
+from steelyard.serve.billing.bill import BatchLine, Payer
 from steelyard.serve.billing.ledger import Clock, Ledger
 from steelyard.serve.billing.metering import Metering
 from steelyard.serve.billing.prices import PriceList
@@ -30,7 +31,7 @@ from steelyard.serve.models import ServedModel
 from steelyard.serve.organization import projects
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.keys import create_key
-from steelyard.serve.rate_limits import RateLimits
+from steelyard.serve.rate_limits import Admission, RateLimits
 from steelyard.serve.tuned import TunedModels
 from steelyard.store.artifacts import Artifacts
 from steelyard.store.database import Database
@@ -54,6 +55,7 @@ class Service:
     files: Files
     tuned: TunedModels
     jobs: JobRunner
+    batches: BatchRunner
     first_keys: dict[str, str] = field(default_factory=dict)
     """Keys that were made at the first start, by what they are for: to be shown once."""
 
@@ -98,6 +100,10 @@ class Service:
         caller: Caller = request.state.caller
         served = self.find(model, caller.project)
         served.ready()
+        line: BatchLine | None = getattr(request.state, "line", None)
+        if line is not None:
+            money = (self.metering, self.limits, self.prices)
+            return served, Payer(caller.project, caller.key_id, Admission.free(), *money, line.id, line.paid)
         try:
             admission = self.limits.admit(caller.project, served.id)
         finally:
@@ -194,6 +200,7 @@ def open_service(
         files,
         tuned,
         jobs,
+        BatchRunner(files, clock),
         first_keys,
     )
     return service

@@ -116,6 +116,18 @@ class Artifacts:
         with self._failures(), contextlib.suppress(FileNotFoundError):
             self._files.rm_file(f"{self._folder}/{project}/{name}")
 
+    def seal(self, project: str, content: bytes) -> bytes:
+        """Something small, for a row of the database."""
+        return encryption.seal(self._key(project), content, _bound(project))
+
+    def unseal(self, project: str, sealed: bytes) -> bytes:
+        """What `seal` was given.
+
+        Raises:
+            StorageError: it was altered, or is another project's.
+        """
+        return encryption.unseal_small(self._key(project), sealed, _bound(project))
+
     def rotate(self, new_root: bytes) -> int:
         """Wrap every project's key by another root key; returns how many."""
 

@@ -30,8 +30,7 @@ def new_key() -> bytes:
 
 def wrap(outer: bytes, key: bytes, name: str) -> bytes:
     """A key that only `outer` opens, for what is called `name` alone; 60 bytes."""
-    nonce = secrets.token_bytes(NONCE)
-    return nonce + AESGCM(outer).encrypt(nonce, key, name.encode())
+    return seal(outer, key, name)
 
 
 def unwrap(outer: bytes, wrapped: bytes, name: str) -> bytes:
@@ -40,10 +39,27 @@ def unwrap(outer: bytes, wrapped: bytes, name: str) -> bytes:
     Raises:
         StorageError: another outer key, another name, or it was altered.
     """
+    return unseal_small(outer, wrapped, name)
+
+
+def seal(key: bytes, content: bytes, name: str) -> bytes:
+    """Something small, encrypted under a key, for what is called `name` alone."""
+    nonce = secrets.token_bytes(NONCE)
+    return nonce + AESGCM(key).encrypt(nonce, content, name.encode())
+
+
+def unseal_small(key: bytes, sealed: bytes, name: str) -> bytes:
+    """What `seal` was given.
+
+    Raises:
+        StorageError: another key, another name, or it was altered.
+    """
     try:
-        return AESGCM(outer).decrypt(wrapped[:NONCE], wrapped[NONCE:], name.encode())
+        return AESGCM(key).decrypt(sealed[:NONCE], sealed[NONCE:], name.encode())
     except (InvalidTag, ValueError):
-        raise StorageError(f"the key of '{name}' does not open: it was altered, or the secrets are others") from None
+        raise StorageError(
+            f"what is sealed of '{name}' does not open: it was altered, or the secrets are others"
+        ) from None
 
 
 class Sealer:

@@ -147,6 +147,39 @@ job_events = Table(
     UniqueConstraint("job_id", "number", name="job_events_in_order"),
 )
 
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("input_file_id", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("errors", JSON, nullable=False),
+    Column("output_file_id", Text),
+    Column("error_file_id", Text),
+    Column("model", Text),
+    Column("total", BigInteger, nullable=False),
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("metadata", JSON),
+    Column("moments", JSON, nullable=False),  # when it reached each status
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Index("batches_by_project", "project_id", "created_at"),
+    Index("batches_by_status", "status", "created_at"),
+)
+
+batch_lines = Table(  # answers of batches that are under way; sealed by the project's key
+    "batch_lines",
+    metadata,
+    Column("batch_id", Text, ForeignKey("batches.id"), primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("failed", Boolean, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+)
+
 models = Table(  # what jobs made: adapters of models that are served
     "models",
     metadata,

@@ -8,9 +8,19 @@ from dataclasses import dataclass, field
 
 from steelyard.serve.billing.ledger import Reservation
 from steelyard.serve.billing.metering import Meter, Metering
-from steelyard.serve.billing.prices import Counts, PriceList
+from steelyard.serve.billing.prices import Counts, Price, PriceList, Quote
 from steelyard.serve.models import ServedModel
 from steelyard.serve.rate_limits import Admission, RateLimits
+
+
+@dataclass(frozen=True)
+class BatchLine:
+    """A request that is a line of a batch."""
+
+    id: str
+    """Of its reservation."""
+    paid: bool = False
+    """It was paid before its answer was lost."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +33,15 @@ class Payer:
     metering: Metering
     limits: RateLimits
     prices: PriceList
+    line: str | None = None
+    """The reservation's id of a batch's line: half price, idle slots, no limits; None: a request of its own."""
+    free: bool = False
+    """A line that was paid before its answer was lost."""
 
     def bill(self, id: str, served: ServedModel, most: Counts) -> Bill:
         """A bill for what comes to `most` at most, at the prices of now."""
-        quote = self.prices.quote(*served.names)
+        quote = Quote(0, Price()) if self.free else self.prices.quote(*served.names, batch=self.line is not None)
+        id = self.line or id
         reservation = Reservation(id, self.project, self.key_id, served.id, "completions", quote, quote.most(most))
         return Bill(self, reservation, most)
 
@@ -53,8 +68,10 @@ class Bill:
             StorageError: nothing was reserved.
         """
         payer, tokens = self.payer, self.most.input_tokens + self.most.output_tokens
-        payer.limits.take(payer.admission, payer.project, self.reservation.model, tokens)
-        async with payer.metering.metered(self.reservation, choices) as meter:
+        if payer.line is None:
+            payer.limits.take(payer.admission, payer.project, self.reservation.model, tokens)
+        again = payer.line is not None
+        async with payer.metering.metered(self.reservation, choices, lost_is_free=again) as meter:
             try:
                 yield meter
             finally:

@@ -54,6 +54,8 @@ class Settle(msgspec.Struct, frozen=True):
     id: str
     counts: Counts | None
     note: str = ""
+    free: bool = False
+    """What it came to is counted, and costs nothing."""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -105,9 +107,11 @@ class Ledger:
             answer.add_done_callback(lambda done: self._release(done, reservation.id))
             raise
 
-    def settle(self, reservation_id: str, counts: Counts | None, note: str = "") -> Future[int | None]:
+    def settle(
+        self, reservation_id: str, counts: Counts | None, note: str = "", *, free: bool = False
+    ) -> Future[int | None]:
         """End a reservation: the future has the cost, or None if it had ended before."""
-        return self._database.apply(self._apply, Settle(reservation_id, counts, note))
+        return self._database.apply(self._apply, Settle(reservation_id, counts, note, free))
 
     def progress(self, reservation_id: str, counts: Counts) -> Future[None]:
         """Persist what a reservation has come to."""
@@ -279,7 +283,7 @@ class _Page:
         persisted = self.progress.pop(item.id, None) or {name: row[name] for name in Counts.__struct_fields__}
         counts = item.counts or Counts(**persisted)
         quote = Quote(row["price_version"], msgspec.convert(row["price"], Price), row["batch"])
-        cost = quote.cost(counts)
+        cost = 0 if item.free else quote.cost(counts)
         if cost > row["amount"]:
             log.error("reservation %s: %d nano-dollars were reserved and %d are due", item.id, row["amount"], cost)
         account = (row["project_id"], row["month"])

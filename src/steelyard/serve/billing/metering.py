@@ -26,13 +26,17 @@ class Meter:
         ledger: where it is settled.
         reservation: what was reserved for it.
         choices: how many of each request have to end, by the request's id.
+        lost_is_free: whether an answer that the engine broke off costs nothing, since it will be asked for again.
     """
 
-    def __init__(self, ledger: Ledger, reservation: Reservation, choices: dict[str, int]) -> None:
+    def __init__(
+        self, ledger: Ledger, reservation: Reservation, choices: dict[str, int], *, lost_is_free: bool = False
+    ) -> None:
         self.reservation = reservation
         self.began = False
         """Whether an engine has been asked."""
         self._ledger, self._open = ledger, dict(choices)
+        self._lost_is_free, self._lost = lost_is_free, False
         self._input: dict[str, tuple[int, int]] = {}
         self._output: dict[tuple[str, int], int] = {}
         self._settled: Future[int | None] | None = None
@@ -64,6 +68,7 @@ class Meter:
 
     def lose(self, request_id: str) -> None:
         """The engine failed or is gone: what is counted is all that there will be."""
+        self._lost = True
         self._end(request_id)
 
     @property
@@ -96,7 +101,9 @@ class Meter:
 
     def _settle(self) -> None:
         if self._settled is None:
-            self._settled = self._ledger.settle(self.reservation.id, self.counts)
+            free = self._lost and self._lost_is_free
+            note = "the engine broke it off" if self._lost else ""
+            self._settled = self._ledger.settle(self.reservation.id, self.counts, note, free=free)
             self._over.set_result(self._settled)
 
 
@@ -108,7 +115,9 @@ class Metering:
         self._open: dict[str, tuple[Meter, float, Counts]] = {}
 
     @contextlib.asynccontextmanager
-    async def metered(self, reservation: Reservation, choices: dict[str, int]) -> AsyncIterator[Meter]:
+    async def metered(
+        self, reservation: Reservation, choices: dict[str, int], *, lost_is_free: bool = False
+    ) -> AsyncIterator[Meter]:
         """A meter over a fresh reservation.
 
         Raises:
@@ -116,7 +125,7 @@ class Metering:
             StorageError: nothing was reserved.
         """
         await self.ledger.reserve(reservation)
-        meter = Meter(self.ledger, reservation, choices)
+        meter = Meter(self.ledger, reservation, choices, lost_is_free=lost_is_free)
         self._open[reservation.id] = meter, time.monotonic(), Counts()
         meter._over.add_done_callback(lambda _: self._open.pop(reservation.id, None))
         try:

@@ -123,6 +123,33 @@ def upgrade() -> None:
     )
     op.create_index("reservations_by_holder", "reservations", ["holder"], unique=False)
     op.create_table(
+        "batches",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("project_id", sa.Text(), nullable=False),
+        sa.Column("key_id", sa.Text(), nullable=False),
+        sa.Column("endpoint", sa.Text(), nullable=False),
+        sa.Column("input_file_id", sa.Text(), nullable=False),
+        sa.Column("status", sa.Text(), nullable=False),
+        sa.Column("errors", sa.JSON(), nullable=False),
+        sa.Column("output_file_id", sa.Text(), nullable=True),
+        sa.Column("error_file_id", sa.Text(), nullable=True),
+        sa.Column("model", sa.Text(), nullable=True),
+        sa.Column("total", sa.BigInteger(), nullable=False),
+        sa.Column("completed", sa.BigInteger(), nullable=False),
+        sa.Column("failed", sa.BigInteger(), nullable=False),
+        sa.Column("metadata", sa.JSON(), nullable=True),
+        sa.Column("moments", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("expires_at", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["project_id"],
+            ["projects.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("batches_by_project", "batches", ["project_id", "created_at"], unique=False)
+    op.create_index("batches_by_status", "batches", ["status", "created_at"], unique=False)
+    op.create_table(
         "files",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("project_id", sa.Text(), nullable=False),
@@ -259,6 +286,18 @@ def upgrade() -> None:
         sa.UniqueConstraint("mac"),
     )
     op.create_index("api_keys_by_project", "api_keys", ["project_id"], unique=False)
+    op.create_table(
+        "batch_lines",
+        sa.Column("batch_id", sa.Text(), nullable=False),
+        sa.Column("number", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("failed", sa.Boolean(), nullable=False),
+        sa.Column("content", sa.LargeBinary(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["batch_id"],
+            ["batches.id"],
+        ),
+        sa.PrimaryKeyConstraint("batch_id", "number"),
+    )
     op.create_table(
         "job_events",
         sa.Column("id", sa.Text(), nullable=False),

@@ -1,0 +1,190 @@
+"""Batches by the SDK: answers in the input's order, errors per line, half the price, and no line twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from running_service import Service, eventually, serving
+from sqlalchemy import select
+
+from steelyard.serve.billing.prices import Price, newest, publish
+from steelyard.store import tables
+from steelyard.store.database import opened, sqlite_url
+from steelyard.store.secrets import Secrets
+
+PRICE = Price(input=1001, output=2001)
+CHAT = "/v1/chat/completions"
+
+
+def line(number: int, url: str = CHAT, **body: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"Hello {number}"}]
+    asked = {"model": "tiny", "messages": messages, "max_tokens": 4, **body}
+    return {"custom_id": f"line-{number}", "method": "POST", "url": url, "body": asked}
+
+
+def upload(client: openai.OpenAI, lines: list[Any]) -> str:
+    content = "".join(json.dumps(one) + "\n" for one in lines).encode()
+    return client.files.create(file=("batch.jsonl", io.BytesIO(content)), purpose="batch").id
+
+
+def run(client: openai.OpenAI, lines: list[Any], endpoint: Any = CHAT, **options: Any) -> Any:
+    return client.batches.create(
+        input_file_id=upload(client, lines), endpoint=endpoint, completion_window="24h", **options
+    )
+
+
+def ended(client: openai.OpenAI, batch: Any, seconds: float = 20) -> Any:
+    def over() -> Any:
+        now = client.batches.retrieve(batch.id)
+        return now if now.status in ("completed", "failed", "cancelled", "expired") else None
+
+    return eventually(over, seconds)
+
+
+def rows(client: openai.OpenAI, file: str | None) -> list[Any]:
+    return [] if file is None else [json.loads(one) for one in client.files.content(file).text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def service(make_checkpoint: Callable[[str], Path]) -> Iterator[Service]:
+    with serving(make_checkpoint("tiny")) as service:
+        service.behind.database.write_now(lambda connection: publish(connection, {"*": PRICE}, 1))
+        service.behind.prices = service.behind.database.read_now(newest)
+        yield service
+
+
+@pytest.fixture
+def client(service: Service) -> openai.OpenAI:
+    return service.sdk(_strict_response_validation=True)
+
+
+def entries(service: Service, batch: str) -> list[Any]:
+    found = tables.ledger.c
+    rows = service.behind.database.read_now(
+        lambda connection: connection.execute(
+            select(tables.ledger).where(found.reference.like(f"{batch}%"), found.kind == "settle")
+        ).all()
+    )
+    return list(rows)
+
+
+def test_every_line_is_answered(service: Service, client: openai.OpenAI) -> None:
+    lines = [line(number) for number in range(1, 31)]
+    lines[6] = line(7, temperature=9)
+    lines[11] = line(12, model="none")
+    lines[12] = line(13, stream=True)
+    batch = run(client, lines, metadata={"run": "a"})
+    assert batch.status == "validating"
+    done = ended(client, batch)
+    assert done.status == "completed"
+    assert (done.request_counts.total, done.request_counts.completed, done.request_counts.failed) == (30, 27, 3)
+    assert done.completed_at >= done.finalizing_at >= done.in_progress_at >= done.created_at
+    assert done.metadata == {"run": "a"}
+    answers, errors = rows(client, done.output_file_id), rows(client, done.error_file_id)
+    assert [one["custom_id"] for one in answers] == [
+        f"line-{number}" for number in range(1, 31) if number not in (7, 12, 13)
+    ]
+    assert [one["custom_id"] for one in errors] == ["line-7", "line-12", "line-13"]
+    assert [one["response"]["status_code"] for one in errors] == [400, 404, 400]
+    assert [one["response"]["body"]["error"]["param"] for one in errors] == ["temperature", "model", "stream"]
+    cost = 0
+    for one in answers:
+        body = one["response"]["body"]
+        assert body["object"] == "chat.completion"
+        usage = body["usage"]
+        cost += (usage["prompt_tokens"] * 1001 + usage["completion_tokens"] * 2001 + 1) // 2
+    paid = entries(service, batch.id)
+    assert len(paid) == 27
+    assert all(entry.batch for entry in paid)
+    assert sum(entry.cost for entry in paid) == cost
+    received = [message for message in service.received() if message["type"] == "request"]
+    assert {message["priority"] for message in received} == {"batch"}
+    assert client.files.retrieve(done.output_file_id).purpose == "batch_output"
+    assert batch.id in [one.id for one in client.batches.list(limit=5)]
+
+
+def test_completions_too(client: openai.OpenAI) -> None:
+    lines = [{"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"model": "tiny", "prompt": "a"}}]
+    done = ended(client, run(client, lines, "/v1/completions"))
+    assert rows(client, done.output_file_id)[0]["response"]["body"]["object"] == "text_completion"
+
+
+def test_what_is_wrong_with_the_file_is_said_by_line(client: openai.OpenAI) -> None:
+    wrong = [line(1), line(1), {**line(2), "method": "GET"}, {**line(3), "url": "/v1/files"}, {**line(4), "body": 1}]
+    wrong += [{**line(5), "custom_id": ""}, {**line(6), "extra": 1}]
+    failed = ended(client, run(client, wrong))
+    assert failed.status == "failed"
+    assert [(error.line, error.code) for error in failed.errors.data] == [
+        (2, "duplicate_custom_id"),
+        (3, "invalid_method"),
+        (4, "mismatched_url"),
+        (5, "invalid_body"),
+        (6, "invalid_custom_id"),
+        (7, "unknown_field"),
+    ]
+    file = client.files.create(file=("x", io.BytesIO(b"{}")), purpose="user_data").id
+    with pytest.raises(openai.BadRequestError, match="purpose"):
+        client.batches.create(input_file_id=file, endpoint=CHAT, completion_window="24h")
+    with pytest.raises(openai.BadRequestError):
+        client.batches.create(input_file_id="file-none", endpoint=CHAT, completion_window="24h")
+    for broken in (b"{", b"[]\n", b"\xff\n"):
+        file = client.files.create(file=("b.jsonl", io.BytesIO(broken)), purpose="batch").id
+        batch = client.batches.create(input_file_id=file, endpoint=CHAT, completion_window="24h")
+        assert ended(client, batch).errors.data[0].line == 1
+
+
+def test_cancelled_it_keeps_what_was_done(client: openai.OpenAI) -> None:
+    batch = run(client, [line(number, max_tokens=20, seed=25) for number in range(1, 60)])
+    eventually(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0)
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    done = ended(client, batch)
+    assert done.status == "cancelled"
+    assert 0 < done.request_counts.completed < 59
+    assert len(rows(client, done.output_file_id)) == done.request_counts.completed
+    with pytest.raises(openai.ConflictError):
+        client.batches.cancel(batch.id)
+
+
+def test_the_next_server_goes_on_and_nothing_is_paid_twice(
+    make_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint, secrets = make_checkpoint("tiny"), Secrets.make()
+    options: Any = {"secrets": secrets, "state": tmp_path, "database": sqlite_url(tmp_path / "db")}
+    lines = [line(number, max_tokens=10, seed=30) for number in range(1, 81)]
+    with serving(checkpoint, **options) as first:
+        first.behind.database.write_now(lambda connection: publish(connection, {"*": PRICE}, 1))
+        first.behind.prices = first.behind.database.read_now(newest)
+        batch = run(first.sdk(), lines)
+        eventually(lambda: first.sdk().batches.retrieve(batch.id).request_counts.completed > 10)
+        first.engine._process.kill()  # its lines are asked again
+        time.sleep(1)
+    with opened(options["database"]) as database:  # an answer that is lost after its settlement
+        gone = database.write_now(
+            lambda connection: connection.execute(tables.batch_lines.delete().where(tables.batch_lines.c.number == 1))
+        )
+        assert gone.rowcount == 1
+        database.write_now(
+            lambda connection: connection.execute(
+                tables.batches.update().values(completed=tables.batches.c.completed - 1)
+            )
+        )
+    with serving(checkpoint, **options) as second:
+        client = second.sdk()
+        done = ended(client, batch, 60)
+        assert done.status == "completed"
+        answers = rows(client, done.output_file_id)
+        assert [one["custom_id"] for one in answers] == [f"line-{number}" for number in range(1, 81)]
+        paid = [entry for entry in entries(second, batch.id) if entry.cost]
+        names = [entry.reference.partition(".")[0] for entry in paid]
+        assert sorted(names) == sorted(f"{batch.id}_{number}" for number in range(1, 81)), "each line is paid once"
+        assert done.request_counts.completed == 80
+        stored = b"".join(file.read_bytes() for file in (tmp_path / "artifacts").rglob("*") if file.is_file())
+        assert b"Hello 7" not in stored
+        assert b"Hello 7" not in (tmp_path / "db").read_bytes()
