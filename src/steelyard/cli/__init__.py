@@ -17,7 +17,9 @@ from steelyard.errors import BUG, ConfigError, SteelyardError, edge
 
 MAX_MESSAGE = 2000  # characters
 
-VERBS = ("pull", "data", "train", "compress", "evaluate", "predict", "generate", "serve", "demo")
+LIFECYCLE = ("pull", "data", "train", "compress", "evaluate", "predict", "generate", "serve", "demo")
+ADMINISTRATION = ("projects", "keys", "budgets", "prices", "usage", "ledger")
+VERBS = LIFECYCLE + ADMINISTRATION
 
 
 def build(verbs: Sequence[str] = VERBS) -> typer.Typer:

@@ -70,6 +70,13 @@ def active(connection: Connection, project_id: str) -> Row:
     return row
 
 
+def everyone(connection: Connection) -> list[Row]:
+    """Every project, the oldest first."""
+    columns = tables.projects.c
+    rows = connection.execute(select(tables.projects).order_by(columns.created_at, columns.id))
+    return [dict(row) for row in rows.mappings()]
+
+
 def first(connection: Connection) -> Row | None:
     """The oldest project that is not archived."""
     columns = tables.projects.c
