@@ -63,7 +63,8 @@ class Service:
 
     def received(self) -> list[dict[str, Any]]:
         file = self.checkpoint / "received"
-        return [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+        messages = [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+        return [message for message in messages if not message.get("id", "").startswith("canary-")]
 
     def aborted(self, request: Mapping[str, Any]) -> bool:
         return any(message["type"] == "abort" and message["id"] == request["id"] for message in self.received())

@@ -15,6 +15,8 @@ import openai
 import pytest
 from running_service import Service, eventually
 
+from steelyard.serve import engine_client
+
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -154,3 +156,21 @@ def test_a_request_that_kills_the_engine(fragile: Service) -> None:
     with pytest.raises(openai.InternalServerError):
         fragile.sdk().completions.create(model="fragile", prompt=[8, 8, 8])
     assert fragile.engine.ready
+
+
+def test_an_engine_that_stalls_is_not_ready(fragile: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped, not dead: its process is there and says nothing."""
+    monkeypatch.setattr(engine_client, "CANARY_SECONDS", 0.1)
+    monkeypatch.setattr(engine_client, "STALL_SECONDS", 0.4)
+    time.sleep(2.1)  # the watch has taken the shorter times up
+    assert httpx.get(f"{fragile.url}/ready").status_code == 200
+    os.kill(fragile.engine.pid, signal.SIGSTOP)
+    answer = eventually(lambda: refused(httpx.get(f"{fragile.url}/ready")))
+    assert answer.json()["status"] == "stalled"
+    assert httpx.get(f"{fragile.url}/live").status_code == 200
+    os.kill(fragile.engine.pid, signal.SIGCONT)
+    eventually(lambda: httpx.get(f"{fragile.url}/ready").status_code == 200)
+
+
+def refused(answer: httpx.Response) -> httpx.Response | None:
+    return answer if answer.status_code == 503 else None

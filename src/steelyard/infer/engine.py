@@ -385,7 +385,7 @@ class Engine:
             self.speculation.forget(sequence)
 
     def _count(self, work: Scheduled, taken: list[sampling.Drawn]) -> None:
-        self._generated += len(taken)
+        self._generated += len(taken) if work.sequence.request.counted else 0
         if work.draft and self.speculation is not None:
             right = sum(guess == token.token for guess, token in zip(work.draft, taken, strict=False))
             self._drafted, self._accepted = self._drafted + len(work.draft), self._accepted + right

@@ -64,6 +64,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """Whose request it is: service is shared between projects, cached blocks never are."""
     priority: Priority = "interactive"
     """`batch` runs where `interactive` leaves room."""
+    counted: bool = True
+    """Whether the engine's figures count it; a canary is nobody's work."""
     speculate: bool = True
     """Whether tokens may be guessed and confirmed several at once. They are the same either way."""
 

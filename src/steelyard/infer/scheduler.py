@@ -248,7 +248,8 @@ class Scheduler:
         sequence.computed, sequence.kept = computed, len(found)
         if sequence.fresh:  # what a preempted one finds again it had computed itself
             sequence.reused, sequence.fresh = computed, False
-            self.prompt_tokens += len(sequence.request.prompt) if sequence.choice == 0 else 0
+            counted = sequence.choice == 0 and sequence.request.counted
+            self.prompt_tokens += len(sequence.request.prompt) if counted else 0
             if self.pool.reuse:
                 self.looked_up, self.found = self.looked_up + len(sequence.tokens), self.found + computed
         self.waiting.remove(sequence)

@@ -36,6 +36,7 @@ from steelyard.infer.request import (
     Output,
     Ready,
     Request,
+    Sampling,
 )
 
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0
@@ -44,6 +45,10 @@ STEADY = 10.0
 """An engine that was ready for this many seconds restarts after the first delay again."""
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
+CANARY_SECONDS = 2.0
+"""How often a ready engine is asked for one token of nobody's."""
+STALL_SECONDS = 5.0
+"""An engine that is asked and says nothing at all for so long is stalled."""
 LAST_WORDS = 0.5
 """Seconds to read on after the process has ended."""
 
@@ -111,6 +116,9 @@ class EngineClient:
         self.status: Status = "starting"
         self.ready: Ready | None = None
         """What the engine serves; None while it is not ready."""
+        self.stalled = False
+        """Whether it is ready and says nothing."""
+        self._heard = 0.0
         self._command = command
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -122,6 +130,7 @@ class EngineClient:
         self._fatal: str | None = None
         self._settled = asyncio.Event()  # set while the status is ready or failed
         self._supervisor: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._stopping = False
 
     @property
@@ -133,6 +142,7 @@ class EngineClient:
         """Start the engine process and keep it running. Returns at once; see `wait_ready`."""
         assert self._supervisor is None, "an engine client is started once"
         self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.model}")
+        self._watcher = asyncio.create_task(self._watch(), name=f"canary {self.model}")
 
     async def wait_ready(self) -> Ready:
         """Wait until the engine is ready.
@@ -151,9 +161,10 @@ class EngineClient:
     async def stop(self) -> None:
         """End the engine process: SIGTERM, then SIGKILL after `GRACE`. Open requests get an error."""
         self._stopping = True  # a cancellation can be lost in asyncio.wait_for, where the engine has just died
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+        for task in (self._watcher, self._supervisor):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         if self._process is not None:  # the supervisor was cancelled while it ended a process
             await _end(self._process)
             self._process = None
@@ -260,7 +271,7 @@ class EngineClient:
         self._begin(ready)
 
     def _begin(self, ready: Ready) -> None:
-        self.ready, self._was_ready = ready, True
+        self.ready, self._was_ready, self.stalled = ready, True, False
         self._settle("ready")
 
     async def _supervise(self) -> None:
@@ -312,6 +323,28 @@ class EngineClient:
                 self._process = None
         return steady
 
+    async def _watch(self) -> None:
+        """Ask for a canary token now and then: whether the engine still computes, not only whether it runs."""
+        while True:
+            await asyncio.sleep(CANARY_SECONDS)
+            if self.ready is None:
+                continue
+            asked = time.monotonic()
+            request = Request(
+                id=f"canary-{secrets.token_hex(8)}",
+                prompt=[0],
+                sampling=Sampling(max_tokens=1, temperature=0),
+                counted=False,
+            )
+            with contextlib.suppress(TimeoutError, SteelyardError):
+                async with asyncio.timeout(STALL_SECONDS):
+                    async for _ in self.submit(request):
+                        pass
+            stalled = self._heard < asked
+            if stalled != self.stalled:
+                log.warning("the engine of '%s' %s", self.model, "says nothing" if stalled else "answers again")
+            self.stalled = stalled
+
     async def _until_ended(self, process: asyncio.subprocess.Process, reading: asyncio.Task[None]) -> None:
         ended = asyncio.create_task(process.wait())
         try:
@@ -327,6 +360,7 @@ class EngineClient:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         frames = wire.FrameReader(reader)
         while messages := await frames.receive():
+            self._heard = time.monotonic()
             for message in messages:
                 self._take(message)
 
