@@ -104,7 +104,17 @@ class Meter:
             free = self._lost and self._lost_is_free
             note = "the engine broke it off" if self._lost else ""
             self._settled = self._ledger.settle(self.reservation.id, self.counts, note, free=free)
-            self._over.set_result(self._settled)
+            if not self._over.done():
+                self._over.set_result(self._settled)
+
+    def retry(self) -> bool:
+        """Settle again if that failed, as on a full disk; returns whether it is settled now."""
+        assert self._settled is not None
+        if self._settled.done() and self._settled.exception() is not None:
+            self._settled = None
+            self._settle()
+            return False
+        return self._settled.done()
 
 
 class Metering:
@@ -113,6 +123,8 @@ class Metering:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._open: dict[str, tuple[Meter, float, Counts]] = {}
+        self._ending: set[Meter] = set()
+        """Over, and not known to be in the ledger yet."""
 
     @contextlib.asynccontextmanager
     async def metered(
@@ -127,7 +139,7 @@ class Metering:
         await self.ledger.reserve(reservation)
         meter = Meter(self.ledger, reservation, choices, lost_is_free=lost_is_free)
         self._open[reservation.id] = meter, time.monotonic(), Counts()
-        meter._over.add_done_callback(lambda _: self._open.pop(reservation.id, None))
+        meter._over.add_done_callback(lambda _: self._end(meter))
         try:
             yield meter
         finally:
@@ -143,6 +155,7 @@ class Metering:
         """Write down what the open reservations have come to, every `PERSIST_SECONDS`, for ever."""
         while True:
             await asyncio.sleep(PERSIST_SECONDS)
+            self._ending = {meter for meter in self._ending if not meter.retry()}
             for answer in list(self._changed()):
                 with contextlib.suppress(Exception):  # the settlement will say
                     await asyncio.wrap_future(answer)
@@ -154,6 +167,10 @@ class Metering:
                 for meter, _, _ in list(self._open.values()):
                     with contextlib.suppress(Exception):
                         await meter.settled()
+
+    def _end(self, meter: Meter) -> None:
+        del self._open[meter.reservation.id]
+        self._ending.add(meter)
 
     def _changed(self) -> Iterable[Future[None]]:
         now = time.monotonic()
