@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import openai
+from prometheus_client.parser import text_string_to_metric_families
 from running_service import Service, eventually
 
 from steelyard.serve.endpoints.metrics import METRICS
-
-SAMPLE = re.compile(r'(steelyard:[a-z_]+)\{model_name="((?:[^"\\]|\\.)*)"\} ([0-9.e+-]+)')
 
 
 def scrape(service: Service) -> dict[str, float]:
@@ -19,19 +16,13 @@ def scrape(service: Service) -> dict[str, float]:
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert response.text.endswith("\n")
     found: dict[str, float] = {}
-    described: set[str] = set()
-    for line in response.text.splitlines():
-        if line.startswith("# "):
-            _, what, name, rest = line.split(" ", 3)
-            assert what in ("HELP", "TYPE")
-            assert what == "HELP" or rest in ("counter", "gauge")
-            described.add(name)
-            continue
-        match = SAMPLE.fullmatch(line)
-        assert match, line
-        assert match[1] in described
-        assert match[2] == "tiny"
-        found[match[1]] = float(match[3])
+    for family in text_string_to_metric_families(response.text):
+        assert family.documentation
+        for sample in family.samples:
+            assert sample.name.startswith("steelyard:")
+            assert sample.labels["model_name"] == "tiny"
+            rest = [value for name, value in sample.labels.items() if name != "model_name"]
+            found[" ".join([sample.name, *rest])] = sample.value
     return found
 
 
@@ -44,10 +35,30 @@ def test_it_needs_an_admin_key(service: Service) -> None:
 
 def test_what_the_engines_did(service: Service, client: openai.OpenAI) -> None:
     before = scrape(service)
-    assert set(before) == {f"steelyard:{name}" for name in METRICS}
+    shown = {name.removesuffix("_total") for name in before}
+    assert shown >= {f"steelyard:{name.removesuffix('_total')}" for name in METRICS}
     client.completions.create(model="tiny", prompt="Hello", max_tokens=5)
     grown = eventually(lambda: (now := scrape(service)) != before and now)
     assert eventually(lambda: scrape(service)["steelyard:num_requests_running"] == 0)
     name = "steelyard:generation_tokens_total"
     assert eventually(lambda: scrape(service)[name] - before[name] == 5)
     assert grown["steelyard:kv_cache_usage_perc"] == 0.25
+
+
+def test_what_requests_were_like(service: Service, client: openai.OpenAI) -> None:
+    before = scrape(service)
+    for streamed in (False, True):
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=5, n=2, stream=streamed
+        )
+        if streamed:
+            list(answer)
+
+    def more(name: str) -> float:
+        return scrape(service)[name] - before.get(name, 0)
+
+    assert eventually(lambda: more("steelyard:e2e_request_latency_seconds_count") == 2)
+    assert more("steelyard:request_success_total length") == 4
+    assert more("steelyard:time_to_first_token_seconds_count") == 2
+    assert more("steelyard:inter_token_latency_seconds_count") > 0
+    assert scrape(service).get("steelyard:requests_without_usage_total", 0) == 0

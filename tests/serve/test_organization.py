@@ -302,3 +302,15 @@ def test_a_receipt_can_be_looked_up(priced: Service, admin: openai.OpenAI) -> No
     assert entries[0]["output_tokens"] == answer.usage.completion_tokens
     assert entries[0]["cost"] == pytest.approx(answer.usage.cost * 1e9)
     assert entries[0]["amount"] + entries[1]["amount"] == entries[0]["cost"]
+
+
+def test_an_alert_sounds_once_a_month(priced: Service, admin: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
+    project, value = new_project(admin, "alarmed")
+    channel: Any = {"type": "email", "recipients": ["boss@example.org"]}
+    admin.admin.organization.projects.spend_alerts.create(
+        project, threshold_amount=0, currency="USD", interval="month", notification_channel=channel
+    )
+    ask(priced, value)
+    eventually(lambda: "boss@example.org" in caplog.text, 10)
+    time.sleep(2.5)
+    assert caplog.text.count("'alarmed'") == 1

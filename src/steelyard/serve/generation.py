@@ -55,11 +55,15 @@ class Generation:
             StorageError: nothing could be reserved, or the settlement not be written yet.
         """
         first = {request.id: number * self.choices for number, request in enumerate(self.requests)}
+        timing = self.bill.payer.meters.timing(self.served.id)
         async with self.bill.metered({request.id: request.n for request in self.requests}) as meter:
             async with contextlib.aclosing(self.served.engine.submit(*self.requests, meter=meter)) as outputs:
                 async for together in outputs:
-                    yield [(first[output.id] + output.choice, output) for output in together]
+                    numbered = [(first[output.id] + output.choice, output) for output in together]
+                    timing.take(numbered)
+                    yield numbered
             await self.bill.settle(meter)
+        timing.end(self.bill.cost / NANO, self.bill.counts.input_tokens)
 
     async def gather(self) -> list[Choice]:
         """Every choice, whole. Raises as `outputs` does."""

@@ -27,8 +27,9 @@ from steelyard.serve.billing.metering import Metering
 from steelyard.serve.billing.prices import PriceList
 from steelyard.serve.files import Files
 from steelyard.serve.jobs.runner import JobRunner
+from steelyard.serve.meters import RequestMeters
 from steelyard.serve.models import ServedModel
-from steelyard.serve.organization import projects
+from steelyard.serve.organization import limits, projects
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.keys import create_key
 from steelyard.serve.rate_limits import Admission, RateLimits
@@ -56,6 +57,7 @@ class Service:
     tuned: TunedModels
     jobs: JobRunner
     batches: BatchRunner
+    meters: RequestMeters = field(default_factory=RequestMeters)
     first_keys: dict[str, str] = field(default_factory=dict)
     """Keys that were made at the first start, by what they are for: to be shown once."""
 
@@ -101,15 +103,15 @@ class Service:
         served = self.find(model, caller.project)
         served.ready()
         line: BatchLine | None = getattr(request.state, "line", None)
+        money = (self.metering, self.limits, self.prices, self.meters)
         if line is not None:
-            money = (self.metering, self.limits, self.prices)
             return served, Payer(caller.project, caller.key_id, Admission.free(), *money, line.id, line.paid)
         try:
             admission = self.limits.admit(caller.project, served.id)
         finally:
             request.state.headers = self.limits.headers(caller.project, served.id)
         request.state.at_end = admission.close
-        return served, Payer(caller.project, caller.key_id, admission, self.metering, self.limits, self.prices)
+        return served, Payer(caller.project, caller.key_id, admission, *money)
 
     def actor(self, request: Request) -> Actor:
         """Who changes something, for the audit log."""
@@ -131,6 +133,7 @@ class Service:
     async def tidy(self) -> None:
         """What is done now and then: serve what other servers made, remove what has expired."""
         await self.tuned.serve_all()
+        await self.database.write(lambda connection: limits.sound(connection, self.ledger.month()))
         await self.database.write(lambda connection: idempotency.expire(connection, self.now()))
         await asyncio.to_thread(self.files.expire, self.now())
 
@@ -201,7 +204,7 @@ def open_service(
         tuned,
         jobs,
         BatchRunner(files, clock),
-        first_keys,
+        first_keys=first_keys,
     )
     return service
 

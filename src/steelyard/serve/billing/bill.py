@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from steelyard.serve.billing.ledger import Reservation
 from steelyard.serve.billing.metering import Meter, Metering
 from steelyard.serve.billing.prices import Counts, Price, PriceList, Quote
+from steelyard.serve.meters import RequestMeters
 from steelyard.serve.models import ServedModel
 from steelyard.serve.rate_limits import Admission, RateLimits
 
@@ -33,6 +34,7 @@ class Payer:
     metering: Metering
     limits: RateLimits
     prices: PriceList
+    meters: RequestMeters
     line: str | None = None
     """The reservation's id of a batch's line: half price, idle slots, no limits; None: a request of its own."""
     free: bool = False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Literal
 
+from prometheus_client import generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,6 +15,8 @@ from steelyard.serve.models import engines
 from steelyard.serve.service import Service
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+OURS = re.compile(r"(?m)^(# (?:HELP|TYPE) )?steelyard_")
 
 METRICS: dict[str, tuple[Literal["counter", "gauge"], str, Callable[[EngineStats], float]]] = {
     "num_requests_running": ("gauge", "Requests that run.", lambda stats: stats.running),
@@ -50,11 +54,12 @@ METRICS: dict[str, tuple[Literal["counter", "gauge"], str, Callable[[EngineStats
 
 
 async def read(service: Service, request: Request) -> Response:
-    """Every metric, one series for each engine."""
+    """Every metric: of each engine, as it last said, and of the requests that this process has served."""
     lines: list[str] = []
     for name, (kind, meaning, value) in METRICS.items():
         lines += [f"# HELP steelyard:{name} {meaning}", f"# TYPE steelyard:{name} {kind}"]
         for engine in engines(service.models):
             label = engine.model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
             lines.append(f'steelyard:{name}{{model_name="{label}"}} {value(engine.stats)}')
-    return Response("\n".join(lines) + "\n", media_type=MEDIA_TYPE)
+    own = OURS.sub(r"\1steelyard:", generate_latest(service.meters.registry).decode())
+    return Response("\n".join(lines) + "\n" + own, media_type=MEDIA_TYPE)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, or_, select, update
 
 from steelyard.errors import NotFoundError, RequestError
+from steelyard.serve.billing.prices import NANO
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.projects import active, get
 from steelyard.serve.rate_limits import RateLimit
 from steelyard.store import tables
+
+log = logging.getLogger("steelyard.alerts")
 
 MOST_RATE = 1 << 40
 MOST_DOLLARS = 1 << 30
@@ -115,6 +119,33 @@ def delete_alert(connection: Connection, actor: Actor, project_id: str, alert_id
     alert(connection, project_id, alert_id)
     connection.execute(delete(tables.spend_alerts).where(tables.spend_alerts.c.id == alert_id))
     actor.log(connection, "project.updated", alert_id, project_id, alert=None)
+
+
+def sound(connection: Connection, month: str) -> None:
+    """Sound the alerts whose project has reached them this month, each once: in the log, for whoever sends mail."""
+    alerts, balances, names = tables.spend_alerts.c, tables.balances.c, tables.projects.c
+    reached = connection.execute(
+        select(tables.spend_alerts, balances.amount, names.name)
+        .join(tables.balances, balances.project_id == alerts.project_id)
+        .join(tables.projects, names.id == alerts.project_id)
+        .where(
+            balances.month == month,
+            balances.amount >= alerts.threshold,
+            or_(alerts.sounded.is_(None), alerts.sounded != month),
+        )
+    ).all()
+    for row in reached:
+        connection.execute(update(tables.spend_alerts).where(alerts.id == row.id).values(sounded=month))
+        log.warning(
+            "%sthe project '%s' (%s) has spent $%.2f of %s, an alert stands at $%.2f; to: %s",
+            f"{row.subject_prefix} " if row.subject_prefix else "",
+            row.name,
+            row.project_id,
+            row.amount / NANO,
+            month,
+            row.threshold / NANO,
+            ", ".join(row.recipients),
+        )
 
 
 def spent(connection: Connection, project_id: str, month: str) -> int:

@@ -1,0 +1,96 @@
+"""What the server measures of requests, for Prometheus: how many, how fast, what they cost. Knows no route.
+
+Names follow vLLM's under our prefix. What engines count comes from them (`endpoints/metrics.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from steelyard.infer.request import Output
+
+FIRST_TOKEN = (0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240)
+"""Upper bounds in seconds."""
+
+
+class RequestMeters:
+    """The server's own series, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        model, common = ["model_name"], {"namespace": "steelyard", "registry": self.registry}
+        self.ended = Counter(
+            "request_success",
+            "Choices that ended, by why.",
+            [*model, "finished_reason"],
+            **common,  # type: ignore[arg-type]
+        )
+        self.first_token = Histogram(
+            "time_to_first_token_seconds",
+            "From a request's admission to its first token.",
+            model,
+            buckets=FIRST_TOKEN,
+            **common,  # type: ignore[arg-type]
+        )
+        self.between_tokens = Histogram(
+            "inter_token_latency_seconds",
+            "From one output of a choice to its next.",
+            model,
+            buckets=BETWEEN_TOKENS,
+            **common,  # type: ignore[arg-type]
+        )
+        self.whole = Histogram(
+            "e2e_request_latency_seconds",
+            "From a request's admission to its settlement.",
+            model,
+            buckets=WHOLE,
+            **common,  # type: ignore[arg-type]
+        )
+        self.cost = Counter("cost_usd", "What answers cost, in dollars.", model, **common)  # type: ignore[arg-type]
+        self.without_usage = Counter(
+            "requests_without_usage",
+            "Requests that ended without the engine's count of their tokens: must stay 0.",
+            model,
+            **common,  # type: ignore[arg-type]
+        )
+
+    def timing(self, model: str) -> Timing:
+        """A clock for one request."""
+        return Timing(self, model)
+
+
+@dataclass
+class Timing:
+    """The moments of one request."""
+
+    meters: RequestMeters
+    model: str
+    began: float = field(default_factory=time.perf_counter)
+    last: dict[int, float] = field(default_factory=dict)
+    """By choice, when its latest output came."""
+
+    def take(self, outputs: Iterable[tuple[int, Output]]) -> None:
+        """Outputs have come, each with the number of its choice."""
+        now, meters = time.perf_counter(), self.meters
+        for number, output in outputs:
+            if output.tokens:
+                if not self.last:
+                    meters.first_token.labels(self.model).observe(now - self.began)
+                elif number in self.last:
+                    meters.between_tokens.labels(self.model).observe(now - self.last[number])
+                self.last[number] = now
+            if output.finish_reason is not None:
+                meters.ended.labels(self.model, output.finish_reason).inc()
+
+    def end(self, dollars: float, prompt_tokens: int) -> None:
+        """It is settled."""
+        self.meters.whole.labels(self.model).observe(time.perf_counter() - self.began)
+        self.meters.cost.labels(self.model).inc(dollars)
+        if not prompt_tokens:
+            self.meters.without_usage.labels(self.model).inc()
