@@ -44,6 +44,7 @@ from steelyard.serve.endpoints import (
     ledger,
     metrics,
     projects,
+    stored_completions,
     usage,
 )
 from steelyard.serve.endpoints import models as model_endpoints
@@ -85,11 +86,18 @@ class Endpoint:
 
 
 ORGANIZATION = "/v1/organization"
+CHAT = "/v1/chat/completions"
 JOBS = "/v1/fine_tuning/jobs"
 PROJECT = f"{ORGANIZATION}/projects/{{project_id}}"
 
 ENDPOINTS = (
-    Endpoint("POST", "/v1/chat/completions", chat.create, "inference"),
+    Endpoint("POST", CHAT, chat.create, "inference"),
+    Endpoint("GET", CHAT, stored_completions.list_completions, "inference"),
+    Endpoint("POST", f"{CHAT}/export", stored_completions.export, "inference"),
+    Endpoint("GET", f"{CHAT}/{{completion_id}}", stored_completions.retrieve, "inference"),
+    Endpoint("POST", f"{CHAT}/{{completion_id}}", stored_completions.change, "inference"),
+    Endpoint("DELETE", f"{CHAT}/{{completion_id}}", stored_completions.delete, "inference"),
+    Endpoint("GET", f"{CHAT}/{{completion_id}}/messages", stored_completions.messages, "inference"),
     Endpoint("POST", "/v1/completions", completions.create, "inference"),
     Endpoint("GET", "/v1/models", model_endpoints.list_models, "inference"),
     Endpoint("GET", "/v1/models/{model_id:path}", model_endpoints.retrieve, "inference"),

@@ -49,6 +49,8 @@ def project(service: Service, name: str) -> tuple[str, dict[str, str]]:
         content = io.BytesIO(json.dumps(row).encode())
         file = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("r.jsonl", content)}).json()
         job = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file["id"]}).json()
+        stored = {"model": "tiny", "messages": row["messages"][:1], "max_tokens": 2, "store": True}
+        completion = http.post("/v1/chat/completions", json=stored).json()
         asked = {"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"model": "tiny", "prompt": "x"}}
         lines = io.BytesIO(json.dumps(asked).encode())
         listed = http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("b.jsonl", lines)}).json()
@@ -62,6 +64,7 @@ def project(service: Service, name: str) -> tuple[str, dict[str, str]]:
         "file_id": file["id"],
         "job_id": job["id"],
         "batch_id": batch["id"],
+        "completion_id": completion["id"],
         "limit_id": "rl-tiny",
         "model_id": "tiny",
         "kind": "completions",
@@ -132,14 +135,17 @@ def test_another_projects_things_are_not_there(
     two: Service, mine: tuple[str, dict[str, str]], theirs: tuple[str, dict[str, str]], endpoint: Endpoint
 ) -> None:
     """With my key and their ids: as if they did not exist, to the letter."""
-    things = {"file_id", "job_id", "batch_id"} & {match[1] for match in PARAMETER.finditer(endpoint.path)}
+    things = {"file_id", "job_id", "batch_id", "completion_id"} & {
+        match[1] for match in PARAMETER.finditer(endpoint.path)
+    }
     if not things or endpoint.permission in ADMIN_SCOPES:
         return
     key, names = mine
     foreign = {**names, **{name: theirs[1][name] for name in things}}
     nothing = {**names, **{name: theirs[1][name][:-4] + "0000" for name in things}}
+    body = {"metadata": {}} if endpoint.path.endswith("{completion_id}") else None
     with client(two, key) as http:
-        answers = [send(http, endpoint, filled(endpoint, ids)) for ids in (foreign, nothing)]
+        answers = [send(http, endpoint, filled(endpoint, ids), json=body) for ids in (foreign, nothing)]
     for answer, ids in zip(answers, (foreign, nothing), strict=True):
         assert answer.status_code == 404, answer.text
         for name in things:
@@ -164,6 +170,7 @@ def test_lists_show_ones_own(
                 ("/v1/files", "file_id"),
                 ("/v1/fine_tuning/jobs", "job_id"),
                 ("/v1/batches", "batch_id"),
+                ("/v1/chat/completions", "completion_id"),
             ):
                 ids = [item["id"] for item in http.get(path).json()["data"]]
                 assert own[name] in ids

@@ -33,6 +33,7 @@ from steelyard.serve.organization import limits, projects
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.keys import create_key
 from steelyard.serve.rate_limits import Admission, RateLimits
+from steelyard.serve.stored import StoredCompletions
 from steelyard.serve.tuned import TunedModels
 from steelyard.store.artifacts import Artifacts
 from steelyard.store.database import Database
@@ -57,6 +58,7 @@ class Service:
     tuned: TunedModels
     jobs: JobRunner
     batches: BatchRunner
+    stored: StoredCompletions
     meters: RequestMeters = field(default_factory=RequestMeters)
     first_keys: dict[str, str] = field(default_factory=dict)
     """Keys that were made at the first start, by what they are for: to be shown once."""
@@ -204,6 +206,7 @@ def open_service(
         tuned,
         jobs,
         BatchRunner(files, clock),
+        StoredCompletions(files),
         first_keys=first_keys,
     )
     return service

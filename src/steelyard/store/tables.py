@@ -180,6 +180,18 @@ batch_lines = Table(  # answers of batches that are under way; sealed by the pro
     Column("content", LargeBinary, nullable=False),
 )
 
+stored_completions = Table(
+    "stored_completions",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("metadata", JSON),
+    Column("content", LargeBinary, nullable=False),  # sealed by the project's key
+    Index("stored_by_project", "project_id", "created_at"),
+)
+
 models = Table(  # what jobs made: adapters of models that are served
     "models",
     metadata,

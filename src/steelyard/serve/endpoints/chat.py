@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 
 import msgspec
 from starlette.requests import Request
@@ -13,7 +14,7 @@ from starlette.responses import Response
 from steelyard.errors import RequestError, TemplateError
 from steelyard.infer.request import Output
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
-from steelyard.serve.generation import Generation, finish, plan
+from steelyard.serve.generation import Choice, Generation, finish, plan
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.chat import (
     ChatChoice,
@@ -29,6 +30,9 @@ from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
 from steelyard.serve.service import Service
+from steelyard.serve.stored import Kept
+
+Keep = Callable[[list[Choice]], Awaitable[None]]
 
 
 async def create(service: Service, request: Request) -> Response:
@@ -47,9 +51,18 @@ async def create(service: Service, request: Request) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
     )
+    keep = partial(_keep, service, body, generation) if body.store else None
     if body.stream:
-        return EventStream(_events(generation, body.include_usage), request.state.request_id)
+        return EventStream(_events(generation, body.include_usage, keep), request.state.request_id)
     choices = await while_connected(request.receive, generation.gather())
+    answer = _answer(body, generation, choices)
+    if keep is not None:
+        await keep(choices)
+    return json_response(answer)
+
+
+def _answer(body: ChatRequest, generation: Generation, choices: list[Choice]) -> ChatCompletion:
+    served = generation.served
     answers = [
         ChatChoice(
             number,
@@ -65,7 +78,13 @@ async def create(service: Service, request: Request) -> Response:
     if body.prompt_logprobs is not None:
         scored = prompt_logprobs(choices[0].prompt_logprobs, body.prompt_logprobs)
         answer = msgspec.structs.replace(answer, prompt_logprobs=scored)
-    return json_response(answer)
+    return answer
+
+
+async def _keep(service: Service, body: ChatRequest, generation: Generation, choices: list[Choice]) -> None:
+    """Store the answer before its end is sent."""
+    answer = msgspec.to_builtins(_answer(body, generation, choices))
+    await service.stored.keep(generation.bill.payer.project, Kept(body.messages, answer), body.metadata)
 
 
 def _prompt(served: ServedModel, messages: list[dict[str, str]]) -> list[int]:
@@ -81,8 +100,9 @@ def _prompt(served: ServedModel, messages: list[dict[str, str]]) -> list[int]:
     return served.tokenizer.encode_rendered(text)
 
 
-async def _events(generation: Generation, include_usage: bool) -> AsyncGenerator[bytes, None]:
+async def _events(generation: Generation, include_usage: bool, keep: Keep | None) -> AsyncGenerator[bytes, None]:
     begun = set[int]()
+    choices = [Choice() for _ in range(generation.choices)]
     blank = ChatChunk(
         generation.id,
         generation.created,
@@ -95,12 +115,15 @@ async def _events(generation: Generation, include_usage: bool) -> AsyncGenerator
         async for together in outputs:
             parts: list[ChatChunkChoice] = []
             for number, output in together:
+                choices[number].add(output)
                 if number not in begun:
                     begun.add(number)
                     parts.append(ChatChunkChoice(number, Delta("assistant", "")))
                 parts += _parts(number, output, generation.served)
             if parts:
                 yield b"".join(event(msgspec.structs.replace(blank, choices=[part])) for part in parts)
+    if keep is not None:
+        await keep(choices)
     if include_usage:
         yield event(msgspec.structs.replace(blank, usage=generation.usage()))
     yield DONE

@@ -31,8 +31,18 @@ MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of a message that are accepted at these values, such as an answer of ours that is sent back has them."""
 
 
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+"""Pairs that something is found by."""
+
+
 class ChatRequest(SamplingFields):
     """A conversation to continue."""
+
+    store: bool | None = None
+    """Keep the answer, to be listed, deleted, or made a training file of."""
+    metadata: Metadata | None = None
 
     messages: list[dict[str, str]]
     """Each with `role` (system, user or assistant) and `content`; the text parts of one are joined by newlines."""
@@ -53,6 +63,8 @@ class ChatRequest(SamplingFields):
             raise RequestError("'max_tokens' and 'max_completion_tokens' differ: send one of them", param="max_tokens")
         if self.top_logprobs and not self.logprobs:
             raise RequestError("'top_logprobs' is only for requests with 'logprobs': true", param="top_logprobs")
+        if self.metadata and not self.store:
+            raise RequestError("'metadata' is only for requests with 'store': true", param="metadata")
         return self
 
 

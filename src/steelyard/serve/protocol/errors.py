@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -78,8 +79,8 @@ async def refuse_path(request: Request, error: Exception) -> Response:
     return json_response(body, error.status_code, dict(error.headers or {}))
 
 
-def json_response(body: msgspec.Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A response of our own shapes."""
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response of one of our structs, or of plain values."""
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 

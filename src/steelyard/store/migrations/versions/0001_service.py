@@ -263,6 +263,21 @@ def upgrade() -> None:
     )
     op.create_index("spend_alerts_by_project", "spend_alerts", ["project_id"], unique=False)
     op.create_table(
+        "stored_completions",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("project_id", sa.Text(), nullable=False),
+        sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("metadata", sa.JSON(), nullable=True),
+        sa.Column("content", sa.LargeBinary(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["project_id"],
+            ["projects.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("stored_by_project", "stored_completions", ["project_id", "created_at"], unique=False)
+    op.create_table(
         "api_keys",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("project_id", sa.Text(), nullable=True),
