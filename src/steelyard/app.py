@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from steelyard.errors import ConfigError, EngineUnavailableError, StorageError
 from steelyard.infer.request import CacheKind
-from steelyard.serve.access_log import AccessLog
+from steelyard.serve.access_log import AccessLog, JsonLines
 from steelyard.serve.adapters import AdapterFolder
 from steelyard.serve.auth import Authentication, Permission, allowed
 from steelyard.serve.batches.line import answer_line
@@ -292,6 +292,7 @@ def run(
     database: str | None = None,
     artifacts: str | None = None,
     job_threads: int | None = None,
+    json_log: bool = False,
     announce: Callable[[str, list[str]], None] = lambda url, models: None,
     command: Command = worker_command,
     environment: Mapping[str, str] = os.environ,
@@ -309,6 +310,7 @@ def run(
         database: its URL; None: `steelyard.db` in the state folder.
         artifacts: where files and models are kept; None: in the state folder.
         job_threads: of a training run; None: half of the processor's.
+        json_log: whether the log is JSON, an object a line.
         announce: told the base URL and the models' names once all are ready.
         command: makes the command line of an engine process.
         environment: where keys and the state folder are named.
@@ -334,7 +336,10 @@ def run(
                 environment=environment,
             )
             _show(service.first_keys)
-            logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+            handler = logging.StreamHandler()
+            plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+            handler.setFormatter(JsonLines() if json_log else plain)
+            logging.basicConfig(handlers=[handler])
             logging.getLogger("steelyard").setLevel(logging.INFO)
             app = create_app(service, adapters=changing, heads=state)
             sys.setswitchinterval(SWITCH_SECONDS)

@@ -15,7 +15,7 @@ import openai
 import pytest
 from running_service import Service, eventually
 
-from steelyard.serve import engine_client
+from steelyard.serve import engine_client, generation
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -174,3 +174,31 @@ def test_an_engine_that_stalls_is_not_ready(fragile: Service, monkeypatch: pytes
 
 def refused(answer: httpx.Response) -> httpx.Response | None:
     return answer if answer.status_code == 503 else None
+
+
+def test_an_answer_that_does_not_come_in_time(fragile: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "FIRST_TOKEN_SECONDS", 0.3)
+    monkeypatch.setattr(generation, "TOTAL_SECONDS", 1.0)
+    client = fragile.sdk()
+    assert client.completions.create(model="fragile", prompt="a", max_tokens=3).usage.completion_tokens == 3
+    began = time.monotonic()
+    with pytest.raises(openai.InternalServerError, match="the end did not come in time"):
+        client.completions.create(model="fragile", prompt="a", max_tokens=200, seed=20)
+    assert 0.9 < time.monotonic() - began < 2
+    os.kill(fragile.engine.pid, signal.SIGSTOP)
+    with pytest.raises(openai.InternalServerError, match="the first token did not come in time"):
+        client.completions.create(model="fragile", prompt="a", max_tokens=200, seed=20)
+    os.kill(fragile.engine.pid, signal.SIGCONT)
+    eventually(lambda: all(map(fragile.aborted, fragile.received()[1:2])))
+    eventually(lambda: fragile.behind.metering.open == 0)
+
+
+def test_a_full_engine_says_so(fragile: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "MOST_OPEN", 2)
+    client = fragile.sdk()
+    with client.completions.create(model="fragile", prompt="a", max_tokens=99, seed=30, stream=True) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.InternalServerError, match="is full") as error:
+            client.completions.create(model="fragile", prompt=["a", "b"], max_tokens=3)
+    assert error.value.status_code == 503
+    assert error.value.response.headers["retry-after"] == "1"

@@ -17,6 +17,7 @@ import pytest
 from running_service import Service, eventually, serving
 from starlette.routing import Route
 
+from steelyard.serve.access_log import JsonLines
 from steelyard.serve.limits import BodyLimit, DeadlineProtocol
 
 BODY = {"model": "tiny", "prompt": "Hello", "max_tokens": 2}
@@ -216,3 +217,13 @@ def test_a_stalled_reader_is_cut_and_its_request_aborted(
         connection.sendall(head(service, len(content)) + content)
         request = eventually(lambda: [m for m in service.received() if m["type"] == "request"])[0]
         eventually(lambda: service.aborted(request), 10)
+
+
+def test_the_log_as_json(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "steelyard.access"), service.http() as http:
+        request_id = http.get("/v1/models", params={"secret": "s3cret"}).headers["x-request-id"]
+    record = next(record for record in caplog.records if request_id in record.getMessage())
+    line = json.loads(JsonLines().format(record))
+    assert (line["method"], line["path"], line["status"], line["request_id"]) == ("GET", "/v1/models", 200, request_id)
+    assert line["project"].startswith("proj_")
+    assert "s3cret" not in json.dumps(line)

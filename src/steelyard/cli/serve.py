@@ -60,6 +60,7 @@ def command(
     job_threads: Annotated[
         int | None, typer.Option(help="Threads of a training run; default: half of the processor's.", min=1)
     ] = None,
+    json_log: Annotated[bool, typer.Option("--json-log", help="Log one JSON object a line.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free one.", min=0, max=65535)] = 8000,
     as_json: console.Json = False,
@@ -83,6 +84,7 @@ def command(
         database=database,
         artifacts=artifacts,
         job_threads=job_threads,
+        json_log=json_log,
         announce=announce,
     )
 

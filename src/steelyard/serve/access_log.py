@@ -5,6 +5,7 @@ It logs the method, the path, the status and the time; never a header, a query o
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import time
@@ -67,7 +68,34 @@ class AccessLog:
         finally:
             state.get("at_end", _nothing)()
             path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
-            log.info("%s %s %d %d ms %s", scope["method"], path, status, _milliseconds(began), request_id)
+            took, caller = _milliseconds(began), state.get("caller")
+            fields = {
+                "request_id": request_id,
+                "method": scope["method"],
+                "path": path,
+                "status": status,
+                "milliseconds": took,
+                "project": None if caller is None else caller.project_id,
+                "key": None if caller is None else caller.key_id,
+            }
+            log.info("%s %s %d %d ms %s", scope["method"], path, status, took, request_id, extra={"fields": fields})
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: the moment, the level, who says it, what, and the fields of a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        values = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            values["exception"] = self.formatException(record.exc_info)
+        return json.dumps(values, ensure_ascii=False)
 
 
 def _nothing() -> None:

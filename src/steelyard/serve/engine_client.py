@@ -45,6 +45,8 @@ STEADY = 10.0
 """An engine that was ready for this many seconds restarts after the first delay again."""
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
+MOST_OPEN = 4096
+"""Requests of an engine that wait or run; more are told to come again."""
 CANARY_SECONDS = 2.0
 """How often a ready engine is asked for one token of nobody's."""
 STALL_SECONDS = 5.0
@@ -181,10 +183,12 @@ class EngineClient:
 
         Raises:
             RequestError: the engine refuses a request; `param` is named.
-            EngineUnavailableError: the engine is not ready, could not finish a request, or died meanwhile.
+            EngineUnavailableError: the engine is not ready or full, could not finish a request, or died meanwhile.
         """
         if self.ready is None:
             raise self._unavailable()
+        if len(self._inboxes) + len(requests) > MOST_OPEN:
+            raise self._unavailable(f"is full: {MOST_OPEN} requests wait or run")
         open_choices = Counter({request.id: request.n for request in requests})
         assert len(open_choices) == len(requests), "request ids are unique"
         assert self._inboxes.keys().isdisjoint(open_choices), "request ids are unique"

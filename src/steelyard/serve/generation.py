@@ -5,13 +5,14 @@ What the two endpoints for text share. Knows tokens, choices and usage; nothing 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from steelyard.errors import RequestError
+from steelyard.errors import EngineUnavailableError, RequestError
 from steelyard.infer.request import Output, PromptLogprob, Request, Sampling, TokenLogprob
 from steelyard.serve.billing.bill import Bill, Payer
 from steelyard.serve.billing.prices import NANO, Counts
@@ -20,6 +21,8 @@ from steelyard.serve.protocol.fields import SamplingFields
 from steelyard.serve.protocol.usage import Finish, PromptTokensDetails, Usage
 
 SMALLEST_TOP_P = 1e-9  # OpenAI's 0 means the most likely token alone
+FIRST_TOKEN_SECONDS, TOTAL_SECONDS = 300.0, 3600.0
+"""How long an answer may wait for its first token, and may take in all."""
 MOST_OF_PROMPTS = 1 << 18
 """Most tokens and log-probabilities of prompts in an answer: some 20 MB of JSON."""
 
@@ -58,7 +61,7 @@ class Generation:
         timing = self.bill.payer.meters.timing(self.served.id)
         async with self.bill.metered({request.id: request.n for request in self.requests}) as meter:
             async with contextlib.aclosing(self.served.engine.submit(*self.requests, meter=meter)) as outputs:
-                async for together in outputs:
+                async for together in _in_time(outputs):
                     numbered = [(first[output.id] + output.choice, output) for output in together]
                     timing.take(numbered)
                     yield numbered
@@ -84,6 +87,27 @@ class Generation:
             PromptTokensDetails(counts.cached_tokens),
             self.bill.cost / NANO,
         )
+
+
+async def _in_time(outputs: AsyncGenerator[list[Output], None]) -> AsyncGenerator[list[Output], None]:
+    """The same, as long as they come in time.
+
+    Raises:
+        EngineUnavailableError: the first, or the last, did not.
+    """
+    now = asyncio.get_running_loop().time()
+    what, deadline, last = "first token", now + FIRST_TOKEN_SECONDS, now + TOTAL_SECONDS
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):  # wait_for can lose a cancellation
+                together = await anext(outputs)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise EngineUnavailableError(f"the {what} did not come in time: try again later") from None
+        if any(output.tokens for output in together):
+            what, deadline = "end", last
+        yield together
 
 
 @dataclass
