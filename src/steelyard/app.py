@@ -34,6 +34,7 @@ from steelyard.serve.batches.line import answer_line
 from steelyard.serve.endpoints import adapters as adapter_endpoints
 from steelyard.serve.endpoints import (
     admin_keys,
+    aliases,
     audit_logs,
     batches,
     chat,
@@ -88,6 +89,7 @@ class Endpoint:
 ORGANIZATION = "/v1/organization"
 CHAT = "/v1/chat/completions"
 JOBS = "/v1/fine_tuning/jobs"
+ALIASES = f"{ORGANIZATION}/model_aliases"
 PROJECT = f"{ORGANIZATION}/projects/{{project_id}}"
 
 ENDPOINTS = (
@@ -151,6 +153,14 @@ ENDPOINTS = (
     Endpoint("GET", f"{ORGANIZATION}/ledger", ledger.entries, "admin.read"),
     Endpoint("GET", f"{ORGANIZATION}/prices", ledger.retrieve_prices, "admin.read"),
     Endpoint("POST", f"{ORGANIZATION}/prices", ledger.publish_prices, "admin.write"),
+    Endpoint("POST", ALIASES, aliases.put, "admin.write"),
+    Endpoint("GET", ALIASES, aliases.list_aliases, "admin.read"),
+    Endpoint("POST", f"{ALIASES}/{{alias}}/canary", aliases.canary, "admin.write"),
+    Endpoint("POST", f"{ALIASES}/{{alias}}/promote", aliases.promote, "admin.write"),
+    Endpoint("POST", f"{ALIASES}/{{alias}}/roll_back", aliases.roll_back, "admin.write"),
+    Endpoint("GET", f"{ALIASES}/{{alias}}", aliases.retrieve, "admin.read"),
+    Endpoint("DELETE", f"{ALIASES}/{{alias}}", aliases.delete, "admin.write"),
+    Endpoint("POST", f"{ORGANIZATION}/models/{{model_id}}/shutdown", aliases.shut_down, "admin.write"),
     Endpoint("GET", f"{ORGANIZATION}/audit_logs", audit_logs.list_logs, "admin.read"),
     Endpoint("GET", "/metrics", metrics.read, "admin.read"),
     Endpoint("GET", "/health", health.ready, None),

@@ -66,6 +66,7 @@ def project(service: Service, name: str) -> tuple[str, dict[str, str]]:
         "batch_id": batch["id"],
         "completion_id": completion["id"],
         "limit_id": "rl-tiny",
+        "alias": "latest",
         "model_id": "tiny",
         "kind": "completions",
     }
@@ -203,7 +204,7 @@ def test_what_is_not_known_is_refused_by_name(
     """An unknown field of a body, an unknown parameter of a query."""
     key = two.admin_key if endpoint.permission in ADMIN_SCOPES else mine[0]
     path = filled(endpoint, mine[1])
-    bodiless = ("/archive", "/cancel", "/pause", "/resume")
+    bodiless = ("/archive", "/cancel", "/pause", "/resume", "/promote", "/roll_back")
     with client(two, key) as http:
         if endpoint.path == "/v1/files" and endpoint.method == "POST":
             form = {"purpose": "user_data", "nonsense_field": "1"}

@@ -17,7 +17,8 @@ from sqlalchemy import Connection
 from starlette.requests import Request
 
 from steelyard.errors import ModelNotFoundError
-from steelyard.serve import idempotency, rate_limits
+from steelyard.serve import aliases, idempotency, rate_limits
+from steelyard.serve.aliases import Names
 from steelyard.serve.auth import ADMIN_SCOPES, KEY_VARIABLE, PROJECT_SCOPES, Caller, KeyRing, fixed_keys
 from steelyard.serve.batches.runner import BatchRunner
 from steelyard.serve.billing import prices
@@ -59,6 +60,7 @@ class Service:
     jobs: JobRunner
     batches: BatchRunner
     stored: StoredCompletions
+    names: Names
     meters: RequestMeters = field(default_factory=RequestMeters)
     first_keys: dict[str, str] = field(default_factory=dict)
     """Keys that were made at the first start, by what they are for: to be shown once."""
@@ -78,13 +80,15 @@ class Service:
             name: served for name, served in self.models.items() if project is None or served.project in (None, project)
         }
 
-    def find(self, name: str, project: str) -> ServedModel:
-        """The model that a project calls by this name.
+    def find(self, name: str, project: str, who: str = "") -> ServedModel:
+        """The model that a project calls by this name; an alias that is tried out gives `who` asks one or the other.
 
         Raises:
             ModelNotFoundError: there is none that it may ask; those that it may are named.
         """
-        served = self.models.get(name)
+        model = self.names.resolve(name, who)
+        self.names.check_open(model, self.now())
+        served = self.models.get(model)
         if served is None or served.project not in (None, project):
             raise ModelNotFoundError(
                 f"the model '{name[:80]}' does not exist here: use one of {', '.join(self.visible(project))}",
@@ -93,8 +97,8 @@ class Service:
             )
         return served
 
-    def ask(self, request: Request, model: str) -> tuple[ServedModel, Payer]:
-        """Let a request to a model in, within the limits of its project, whose name the response's headers tell.
+    def ask(self, request: Request, model: str, user: str | None = None) -> tuple[ServedModel, Payer]:
+        """Let a request to a model in, within the limits of its project; the response's headers tell of those.
 
         Raises:
             ModelNotFoundError: the project has no such model.
@@ -102,7 +106,7 @@ class Service:
             RateLimitError: too many requests in a minute, or at once.
         """
         caller: Caller = request.state.caller
-        served = self.find(model, caller.project)
+        served = self.find(model, caller.project, user or caller.key_id)
         served.ready()
         line: BatchLine | None = getattr(request.state, "line", None)
         money = (self.metering, self.limits, self.prices, self.meters)
@@ -131,6 +135,7 @@ class Service:
         """Take up limits and prices that were changed, here or by another process."""
         self.limits.take_up(await self.database.read(rate_limits.read))
         self.prices = await self.database.read(prices.newest)
+        self.names = await self.database.read(aliases.read)
 
     async def tidy(self) -> None:
         """What is done now and then: serve what other servers made, remove what has expired."""
@@ -207,6 +212,7 @@ def open_service(
         jobs,
         BatchRunner(files, clock),
         StoredCompletions(files),
+        database.read_now(aliases.read),
         first_keys=first_keys,
     )
     return service

@@ -180,6 +180,24 @@ batch_lines = Table(  # answers of batches that are under way; sealed by the pro
     Column("content", LargeBinary, nullable=False),
 )
 
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("canary", Text),
+    Column("percent", BigInteger, nullable=False),  # of those who ask, who get the canary
+    Column("history", JSON, nullable=False),  # what it stood for before, the latest last
+    Column("created_at", BigInteger, nullable=False),
+)
+
+shutdowns = Table(
+    "shutdowns",
+    metadata,
+    Column("model", Text, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+)
+
 stored_completions = Table(
     "stored_completions",
     metadata,

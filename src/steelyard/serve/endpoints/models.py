@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import asyncio
+import contextlib
+from typing import Any, Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from steelyard.checkpoint import manifest
+from steelyard.errors import CheckpointError
+from steelyard.serve import aliases
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.service import Service
@@ -19,6 +24,11 @@ class Model(msgspec.Struct, frozen=True):
     id: str
     created: int
     owned_by: str = "steelyard"
+    shutdown_date: int | None = None
+    lineage: Any = msgspec.UNSET
+    certificate: Any = msgspec.UNSET
+    price: Any = msgspec.UNSET
+    """Of one model alone: nano-dollars a token, by kind."""
     object: Literal["model"] = "model"
 
 
@@ -40,12 +50,20 @@ class ModelList(msgspec.Struct, frozen=True):
 async def list_models(service: Service, request: Request) -> Response:
     """Every model that this project may ask, base models before their adapters."""
     models = service.visible(request.state.caller.project)
-    return json_response(ModelList([_shape(served) for served in models.values()]))
+    named = [
+        msgspec.structs.replace(_shape(service, models[row["model"]]), id=name)
+        for name, row in sorted(service.names.aliases.items())
+        if row["model"] in models
+    ]
+    return json_response(ModelList([_shape(service, served) for served in models.values()] + named))
 
 
 async def retrieve(service: Service, request: Request) -> Response:
     """One model."""
-    return json_response(_shape(service.find(request.path_params["model_id"], request.state.caller.project)))
+    caller = request.state.caller
+    served = service.find(request.path_params["model_id"], caller.project, caller.key_id)
+    shape = await asyncio.to_thread(_whole, service, served)
+    return json_response(shape)
 
 
 async def delete(service: Service, request: Request) -> Response:
@@ -55,5 +73,20 @@ async def delete(service: Service, request: Request) -> Response:
     return json_response(ModelDeleted(name))
 
 
-def _shape(served: ServedModel) -> Model:
-    return Model(served.id, served.created, "steelyard" if served.project is None else served.project)
+def _shape(service: Service, served: ServedModel) -> Model:
+    owner = "steelyard" if served.project is None else served.project
+    return Model(served.id, served.created, owner, shutdown_date=service.names.shutdowns.get(served.id))
+
+
+def _whole(service: Service, served: ServedModel) -> Model:
+    """With what its owner may know: where it comes from, what its compression cost, its price."""
+    lineage: dict[str, Any] | None = None
+    with contextlib.suppress(CheckpointError):
+        found = manifest.read(served.engine.checkpoint)
+        lineage = {"checkpoint": found.id, "parent": found.parent, "source": found.source, "metrics": found.metrics}
+    return msgspec.structs.replace(
+        _shape(service, served),
+        lineage=lineage,
+        certificate=aliases.certificate(served),
+        price=msgspec.to_builtins(service.prices.quote(*served.names).price),
+    )

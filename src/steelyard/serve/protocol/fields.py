@@ -36,13 +36,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_cache_retention": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),  # of no tools
     "tools": ([],),
-    "user": (),
     "verbosity": (),
     "web_search_options": (),
     # vLLM's.
@@ -92,6 +90,9 @@ class SamplingFields(Fields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     ignore_eos: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
+    """Who asks; either: he gets the same model of an alias every time."""
     draft: bool | None = None
     """False: tokens are not guessed ahead. Absent or true: they are where it pays. The answer is the same."""
 

@@ -12,6 +12,16 @@ down_revision: str | None = None
 def upgrade() -> None:
     """Make the tables, and the beginnings of the two chains."""
     op.create_table(
+        "aliases",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("canary", sa.Text(), nullable=True),
+        sa.Column("percent", sa.BigInteger(), nullable=False),
+        sa.Column("history", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("name"),
+    )
+    op.create_table(
         "audit",
         sa.Column("sequence", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
@@ -122,6 +132,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("reservations_by_holder", "reservations", ["holder"], unique=False)
+    op.create_table(
+        "shutdowns",
+        sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("model"),
+    )
     op.create_table(
         "batches",
         sa.Column("id", sa.Text(), nullable=False),
