@@ -123,6 +123,7 @@ def test_a_job_from_upload_to_answer(service: Service, client: openai.OpenAI) ->
     result = client.files.content(done.result_files[0]).read()
     assert result.splitlines()[0] == b"step,train_loss,valid_loss"
     assert len(result.splitlines()) == 17
+    assert b"\r" not in result
     assert client.files.retrieve(done.result_files[0]).purpose == "fine-tune-results"
     entry = settlement(service, job.id)
     assert entry["training_tokens"] == done.trained_tokens > 0

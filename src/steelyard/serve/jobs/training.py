@@ -152,7 +152,7 @@ def metrics_csv(measured: Sequence[Row]) -> bytes:
     for values in measured:
         steps.setdefault(values["step"], {}).update(values)
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["step", "train_loss", "valid_loss"])
     for step, values in sorted(steps.items()):
         writer.writerow([step, values.get("loss", ""), values.get("validation_loss", "")])
