@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ sys.path.append(str(Path(__file__).parent.parent / "serve"))
 from running_service import Service, serving
 
 BASE = "gpt-4o-mini-2024-07-18"
+GUIDE = Path(__file__).parent.parent.parent / "docs" / "migrate-from-openai.md"
 MAPPING = ("--model", f"{BASE}=tiny")
 
 
@@ -119,6 +122,23 @@ def test_an_export_is_made_again_once(command: Command, server: Service, export:
     assert [one["id"] for one in again.object["jobs"]] == [first.id, second.id]
     assert len(there(server)) == 2
     assert len(list(server.sdk().files.list())) == 2
+
+
+def test_the_guides_export_can_be_imported(
+    command: Command, server: Service, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("import", "openai-jobs", export, *MAPPING).code == 0
+    monkeypatch.setenv("OPENAI_API_KEY", server.key)
+    snippet = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)[0]
+    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, timeout=60)
+    made = tmp_path / "export"
+    assert sorted(path.name for path in made.iterdir()) == sorted(
+        ["jobs.jsonl", "files.jsonl", *(f"{file.id}.jsonl" for file in server.sdk().files.list())]
+    )
+    (made / "jobs.jsonl").write_text((made / "jobs.jsonl").read_text().replace('"failed"', '"succeeded"'))
+    done = command("import", "openai-jobs", made / "jobs.jsonl", "--json")
+    assert done.code == 0, done.err
+    assert done.object["created"] == 2
 
 
 def test_a_later_export_uses_the_files_that_are_there(command: Command, server: Service, export: Path) -> None:

@@ -14,7 +14,7 @@ from steelyard.cli import console
 from steelyard.errors import ConfigError, DataError, RequestError, edge
 from steelyard.migrate import export, openai_jobs
 from steelyard.migrate.export import Folder
-from steelyard.migrate.openai_jobs import Outcome
+from steelyard.migrate.openai_jobs import Outcome, Plan
 from steelyard.migrate.remote import Server
 
 app = typer.Typer(no_args_is_help=True, help="Make again on a running server what was made elsewhere.")
@@ -69,10 +69,7 @@ def import_openai_jobs(
         if not dry_run:
             outcomes = openai_jobs.carry_out(plan, server, lambda text: console.note(escape(text)))
     counts = Counter(outcome.state for outcome in outcomes)
-    lines = [
-        [outcome.job.id, plan.models.get(outcome.job.model, outcome.job.model), outcome.state, _detail(outcome)]
-        for outcome in outcomes
-    ]
+    lines = [f"{one.job.id}  {one.state}  {one.id or one.reason or _target(one, plan)}".rstrip() for one in outcomes]
     values = {
         "dry_run": dry_run,
         "more": found.more,
@@ -81,7 +78,7 @@ def import_openai_jobs(
         "refused": counts["refused"],
         "jobs": [_plain(outcome, plan.models) for outcome in outcomes],
     }
-    console.result(values, as_json, table=console.table(["OpenAI's job", "model", "", "job here, or why not"], lines))
+    console.result(values, as_json, table=escape("\n".join(lines)))
     if counts["refused"]:
         raise typer.Exit(edge(RequestError("")).exit_code)
 
@@ -93,8 +90,8 @@ def _pair(text: str) -> tuple[str, str]:
     return base, model
 
 
-def _detail(outcome: Outcome) -> str:
-    return outcome.id or outcome.reason or ""
+def _target(outcome: Outcome, plan: Plan) -> str:
+    return f"{outcome.job.model} as {plan.models[outcome.job.model]}"
 
 
 def _plain(outcome: Outcome, models: Mapping[str, str]) -> dict[str, object]:
