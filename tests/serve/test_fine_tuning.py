@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -123,6 +124,7 @@ def test_a_job_from_upload_to_answer(service: Service, client: openai.OpenAI) ->
     result = client.files.content(done.result_files[0]).read()
     assert result.splitlines()[0] == b"step,train_loss,valid_loss"
     assert len(result.splitlines()) == 17
+    assert b"\r" not in result
     assert client.files.retrieve(done.result_files[0]).purpose == "fine-tune-results"
     entry = settlement(service, job.id)
     assert entry["training_tokens"] == done.trained_tokens > 0
@@ -260,6 +262,26 @@ def test_what_is_wrong_is_named(client: openai.OpenAI, wrong: dict[str, Any], pa
         client.post("/fine_tuning/jobs", cast_to=object, body={"model": "tiny", "training_file": training, **wrong})
     assert error.value.status_code in (400, 404)
     assert str(error.value.param).startswith(param)
+
+
+def test_a_row_that_does_not_fit_is_named(service: Service, client: openai.OpenAI) -> None:
+    message = [{"role": "user", "content": "x " * 2000}, {"role": "assistant", "content": "a"}]
+    long = upload(client, rows(2) + json.dumps({"messages": message}).encode(), name="long.jsonl")
+    fine = upload(client, rows(4), name="fine.jsonl")
+    for files, reason in (
+        ({"training_file": long}, r"long\.jsonl:3: \d+ tokens, at most 1024 fit: shorten it$"),
+        ({"training_file": fine, "validation_file": fine}, r"fine\.jsonl:1: the training file asks the same$"),
+    ):
+        job = client.fine_tuning.jobs.create(model="tiny", **files)
+        failed = eventually(lambda job=job: _failed(client, job.id), 20)
+        param = list(files)[-1]
+        assert (failed.error.code, failed.error.param) == (f"invalid_{param}", param)
+        assert re.search(reason, failed.error.message)
+
+
+def _failed(client: openai.OpenAI, job_id: str) -> Any:
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    return job if job.status == "failed" else None
 
 
 def test_a_bad_row_is_refused_when_it_is_uploaded(client: openai.OpenAI, service: Service) -> None:

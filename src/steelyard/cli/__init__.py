@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import keyword
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ MAX_MESSAGE = 2000  # characters
 
 LIFECYCLE = ("pull", "data", "train", "compress", "evaluate", "predict", "generate", "serve", "demo")
 ADMINISTRATION = ("projects", "keys", "budgets", "prices", "usage", "ledger")
-VERBS = LIFECYCLE + ADMINISTRATION
+MIGRATION = ("import",)
+VERBS = LIFECYCLE + ADMINISTRATION + MIGRATION
 
 
 def build(verbs: Sequence[str] = VERBS) -> typer.Typer:
@@ -34,7 +36,7 @@ def build(verbs: Sequence[str] = VERBS) -> typer.Typer:
     )
     app.callback()(_options)
     for name in verbs:
-        verb = importlib.import_module(f"steelyard.cli.{name}")
+        verb = importlib.import_module(f"steelyard.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
         if isinstance(getattr(verb, "app", None), typer.Typer):
             app.add_typer(verb.app, name=name)
         else:

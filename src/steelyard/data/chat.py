@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from steelyard.data.readers import FORMATS, detect, json_kind, json_rows, lines, table_rows
+from steelyard.data.readers import FORMATS, detect, json_kind, json_row, json_rows, lines, table_rows
 from steelyard.data.rows import ROLES, Conversation, Message
 from steelyard.errors import ConfigError, DataError
 
@@ -58,12 +58,38 @@ def read(path: Path, config: FormatConfig | None = None) -> list[Conversation]:
 def chat(path: Path, config: FormatConfig) -> Iterator[Conversation]:
     """OpenAI's fine-tuning format: `{"messages": [{"role", "content", "weight"?}, ...]}`."""
     for line, row in json_rows(path):
-        _only(row, {"messages"}, path, line)
-        messages = turns(row, path, line)
-        if not any(turn.role == "assistant" and turn.trained for turn in messages):
-            reason = "no message of the assistant to learn from"
-            raise DataError(reason, file=path, line=line, field="messages")
-        yield Conversation(messages=messages, file=path, line=line)
+        yield _conversation(row, path, line)
+
+
+def problems(path: Path, most: int = 100) -> list[DataError]:
+    """What is wrong with the first lines of a chat file that are, one thing a line; empty: all is well."""
+    found: list[DataError] = []
+    rows = 0
+    try:
+        for line, content in lines(path):
+            if not content.strip():
+                continue
+            rows += 1
+            try:
+                _conversation(json_row(content, path, line), path, line)
+            except DataError as error:
+                found.append(error)
+                if len(found) == most:
+                    break
+        if not rows:
+            raise DataError("the file has no rows", file=path)
+    except DataError as error:
+        found.append(error)
+    return found
+
+
+def _conversation(row: dict[str, Any], path: Path, line: int) -> Conversation:
+    _only(row, {"messages"}, path, line)
+    messages = turns(row, path, line)
+    if not any(turn.role == "assistant" and turn.trained for turn in messages):
+        reason = "no message of the assistant to learn from"
+        raise DataError(reason, file=path, line=line, field="messages")
+    return Conversation(messages=messages, file=path, line=line)
 
 
 def turns(row: dict[str, Any], path: Path, line: int) -> tuple[Message, ...]:

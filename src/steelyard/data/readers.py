@@ -62,29 +62,37 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered JSON objects, one a line; blank lines are skipped.
 
     Raises:
+        DataError: a line that is none: see `json_row`.
+    """
+    for number, text in lines(path):
+        if text.strip():
+            yield number, json_row(text, path, number)
+
+
+def json_row(text: str, path: Path, number: int) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
         DataError: a line that is not one JSON object, has a key twice, or holds what JSON cannot (NaN, half a
             surrogate pair).
     """
-    for number, text in lines(path):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
-            if not isinstance(row, dict):
-                raise DataError(f"a JSON object is needed, not {json_kind(row)}")
-            if "\\u" in text:
-                _check_unicode(row)
-        except DataError as error:
-            raise DataError(error.reason, file=path, line=number, field=error.field) from None
-        except json.JSONDecodeError as error:
-            what = error.msg.removesuffix(" at")
-            reason = f"not JSON: {what} at column {error.colno}; each line must be one whole JSON object"
-            raise DataError(reason, file=path, line=number) from None
-        except ValueError:
-            raise DataError("not JSON: a number has too many digits", file=path, line=number) from None
-        except RecursionError:
-            raise DataError("nested too deeply", file=path, line=number) from None
-        yield number, row
+    try:
+        row = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+        if not isinstance(row, dict):
+            raise DataError(f"a JSON object is needed, not {json_kind(row)}")
+        if "\\u" in text:
+            _check_unicode(row)
+    except DataError as error:
+        raise DataError(error.reason, file=path, line=number, field=error.field) from None
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")
+        reason = f"not JSON: {what} at column {error.colno}; each line must be one whole JSON object"
+        raise DataError(reason, file=path, line=number) from None
+    except ValueError:
+        raise DataError("not JSON: a number has too many digits", file=path, line=number) from None
+    except RecursionError:
+        raise DataError("nested too deeply", file=path, line=number) from None
+    return row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from steelyard.text.prompt import Messages, prompt_tokens, segment_tokens
 from steelyard.text.tokenizer import Tokenizer
 
 TOO_LONG = ("error", "truncate", "drop")
+ADVICE = ", or for training raise data.max_length or set data.too_long"
+"""For whoever writes a run.toml."""
 T = TypeVar("T")
 
 
@@ -63,10 +65,7 @@ def tokenize(
             tokens += ids
             trained += [counts] * len(ids)
         if len(tokens) > max_length and too_long == "error":
-            reason = (
-                f"{len(tokens)} tokens, at most {max_length} fit: shorten it, or for training raise data.max_length or "
-                "set data.too_long"
-            )
+            reason = f"{len(tokens)} tokens, at most {max_length} fit: shorten it{ADVICE}"
             raise DataError(reason, file=chat.file, line=chat.line)
         if len(tokens) > max_length and too_long == "drop":
             continue

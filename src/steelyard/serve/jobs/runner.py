@@ -25,7 +25,14 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, select, update
 
-from steelyard.errors import EngineUnavailableError, QuotaError, SteelyardError, StorageError
+from steelyard.errors import (
+    DataError,
+    EngineUnavailableError,
+    QuotaError,
+    RequestError,
+    SteelyardError,
+    StorageError,
+)
 from steelyard.runs import read_metrics
 from steelyard.serve.billing.ledger import Reservation
 from steelyard.serve.billing.prices import Counts, PriceList
@@ -120,7 +127,7 @@ class JobRunner:
             checked = await asyncio.to_thread(self._check, job)
             await self._reserve(job, checked)
         except SteelyardError as error:
-            await self._fail(job, error, param="training_file")
+            await self._fail(job, error, param=getattr(error, "param", None) or "training_file")
             return True
         values = {
             "status": "queued",
@@ -145,7 +152,18 @@ class JobRunner:
                 for kind, file in (("training", job["training_file"]), ("validation", job["validation_file"]))
             ]
             assert paths[0] is not None
-            return training.check_files(base, paths[0], paths[1], job["settings"]["hyperparameters"])
+            try:
+                return training.check_files(base, paths[0], paths[1], job["settings"]["hyperparameters"])
+            except DataError as error:
+                raise self._named(job, error) from None
+
+    def _named(self, job: Row, error: DataError) -> RequestError:
+        """What is wrong with a file, under the name that its owner knows."""
+        kind = "validation" if error.file == "validation.jsonl" else "training"
+        find = partial(get_file, project=job["project_id"], file_id=job[f"{kind}_file"])
+        shown = self.database.read_now(find)["filename"]
+        message = str(DataError(error.reason, file=shown, line=error.line, field=error.field))
+        return RequestError(message, param=f"{kind}_file", code=f"invalid_{kind}_file")
 
     def _clear(self, project: str, file_id: str, name: str) -> Any:
         row = self.database.read_now(partial(get_file, project=project, file_id=file_id))

@@ -16,7 +16,7 @@ from steelyard.data import chat
 from steelyard.data.chat import FormatConfig
 from steelyard.data.rows import Conversation, token_counts
 from steelyard.data.split import remove_duplicates
-from steelyard.data.tokenize import tokenize
+from steelyard.data.tokenize import ADVICE, tokenize
 from steelyard.errors import CheckpointError, DataError
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def check_files(base: Path, training: Path, validation: Path | None, hyperparame
     """Read a job's rows as the run will.
 
     Raises:
-        DataError: a row is wrong, by the name and line that its owner knows.
+        DataError: a row is wrong, by the name of its file, without the folder, and its line.
         CheckpointError: the model cannot chat.
         TemplateError: its template fails on a row.
     """
@@ -79,7 +79,8 @@ def check_files(base: Path, training: Path, validation: Path | None, hyperparame
                     raise DataError("the training file asks the same", file=validation, line=row.line)
     except DataError as error:
         name = None if error.file is None else Path(error.file).name
-        raise DataError(error.reason, file=name, line=error.line, field=error.field) from None
+        reason = error.reason.removesuffix(ADVICE)  # there is no run.toml to change
+        raise DataError(reason, file=name, line=error.line, field=error.field) from None
     finally:
         if template is not None:
             template.close()
@@ -152,7 +153,7 @@ def metrics_csv(measured: Sequence[Row]) -> bytes:
     for values in measured:
         steps.setdefault(values["step"], {}).update(values)
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["step", "train_loss", "valid_loss"])
     for step, values in sorted(steps.items()):
         writer.writerow([step, values.get("loss", ""), values.get("validation_loss", "")])
