@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from sqlalchemy import Connection, delete, func, insert, select
 from steelyard.data import chat
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import DataError, NotFoundError, RequestError
+from steelyard.serve.ids import fresh
 from steelyard.serve.references import unused
 from steelyard.store import tables
 from steelyard.store.artifacts import Artifacts, Stored
@@ -82,7 +82,7 @@ class Files:
             self._drop(project, stored.name)
             raise
         row: Row = {
-            "id": f"file-{secrets.token_hex(12)}",
+            "id": fresh("file-"),
             "project_id": project,
             "filename": filename,
             "purpose": purpose,

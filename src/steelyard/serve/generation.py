@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from steelyard.errors import EngineUnavailableError, RequestError
 from steelyard.infer.request import Output, PromptLogprob, Request, Sampling, TokenLogprob
 from steelyard.serve.billing.bill import Bill, Payer
 from steelyard.serve.billing.prices import NANO, Counts
+from steelyard.serve.ids import fresh
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.fields import SamplingFields
 from steelyard.serve.protocol.usage import Finish, PromptTokensDetails, Usage
@@ -182,7 +182,7 @@ def plan(
         raise RequestError(f"'logit_bias' has a token id that is not below {ready.vocabulary}", param="logit_bias")
     if echo or prompt_logprobs is not None:
         _bound(prompts, fields.choices if echo else 1, prompt_logprobs, "echo" if echo else "prompt_logprobs")
-    answer_id = prefix + secrets.token_hex(16)
+    answer_id = fresh(prefix)
     requests = [
         Request(
             id=f"{answer_id}-{number}",

@@ -39,7 +39,7 @@ def slug(text: str) -> str:
 
 def model_name(base: str, project: str, suffix: str | None, job_id: str) -> str:
     """`ft:BASE:PROJECT:SUFFIX:ID`, as OpenAI calls what a job made."""
-    return f"ft:{base}:{slug(project) or 'project'}:{slug(suffix or '')}:{job_id.rpartition('-')[2][:10]}"
+    return f"ft:{base}:{slug(project) or 'project'}:{slug(suffix or '')}:{job_id[-10:]}"
 
 
 class TunedModels:

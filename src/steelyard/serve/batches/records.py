@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from steelyard.data.readers import json_rows
 from steelyard.errors import ConflictError, DataError, NotFoundError
+from steelyard.serve.ids import fresh
 from steelyard.store import tables
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
@@ -42,7 +42,7 @@ def create(connection: Connection, row: Row) -> Row:
 def new_row(project: str, key_id: str, endpoint: str, input_file: str, metadata: Row | None, now: int) -> Row:
     """What a new batch is."""
     return {
-        "id": f"batch_{secrets.token_hex(12)}",
+        "id": fresh("batch_"),
         "project_id": project,
         "key_id": key_id,
         "endpoint": endpoint,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, func, insert, select, update
 
 from steelyard.errors import ConflictError, NotFoundError
+from steelyard.serve.ids import fresh
 from steelyard.store import tables
 
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -38,7 +39,7 @@ def create(connection: Connection, row: Row) -> Row:
 
 def new_id(kind: str) -> str:
     """A job's id."""
-    return f"{'ftjob' if kind == 'fine_tuning' else 'cmpjob'}-{secrets.token_hex(12)}"
+    return fresh("ftjob-" if kind == "fine_tuning" else "cmpjob-")
 
 
 def get(connection: Connection, project: str, job_id: str) -> Row:
