@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from sqlalchemy import Connection, delete, insert, select
 
 from steelyard.errors import NotFoundError, RequestError
 from steelyard.serve.auth import ADMIN_SCOPES, PROJECT_SCOPES
+from steelyard.serve.ids import fresh
 from steelyard.serve.keys import mac, new_key, redacted
 from steelyard.serve.organization.audit import Actor
 from steelyard.store import tables
@@ -51,7 +51,7 @@ def create_key(
         raise RequestError(f"'name' must be 1 to {MOST_NAME} printable characters", param="name")
     value = new_key()
     row: Row = {
-        "id": f"key_{secrets.token_hex(12)}",
+        "id": fresh("key_"),
         "project_id": project_id,
         "service_account_id": service_account_id,
         "name": name,

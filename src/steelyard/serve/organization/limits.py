@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from typing import Any
 
 import msgspec
@@ -11,6 +10,7 @@ from sqlalchemy import Connection, delete, insert, or_, select, update
 
 from steelyard.errors import NotFoundError, RequestError
 from steelyard.serve.billing.prices import NANO
+from steelyard.serve.ids import fresh
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.projects import active, get
 from steelyard.serve.rate_limits import RateLimit
@@ -84,7 +84,7 @@ def put_alert(
     """
     active(connection, project_id)
     row: Row = {
-        "id": alert_id or f"alert_{secrets.token_hex(12)}",
+        "id": alert_id or fresh("alert_"),
         "project_id": project_id,
         "threshold": threshold,
         "recipients": recipients,

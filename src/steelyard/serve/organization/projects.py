@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
 
 from steelyard.errors import ConflictError, NotFoundError, RequestError
 from steelyard.serve.auth import PROJECT_SCOPES
+from steelyard.serve.ids import fresh
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.keys import NewKey, create_key
 from steelyard.store import tables
@@ -34,7 +34,7 @@ def check_name(name: str) -> str:
 def create(connection: Connection, actor: Actor, name: str) -> Row:
     """A new project."""
     row: Row = {
-        "id": f"proj_{secrets.token_hex(12)}",
+        "id": fresh("proj_"),
         "name": check_name(name),
         "created_at": actor.now,
         "archived_at": None,
@@ -114,7 +114,7 @@ def create_service_account(
     """A service account of a project, and its key, which is shown this once."""
     active(connection, project_id)
     row: Row = {
-        "id": f"svc_acct_{secrets.token_hex(12)}",
+        "id": fresh("svc_acct_"),
         "project_id": project_id,
         "name": check_name(name),
         "role": "member",
