@@ -314,3 +314,22 @@ def test_an_alert_sounds_once_a_month(priced: Service, admin: openai.OpenAI, cap
     eventually(lambda: "boss@example.org" in caplog.text, 10)
     time.sleep(2.5)
     assert caplog.text.count("'alarmed'") == 1
+
+
+def test_what_is_stored_is_charged_once_a_day(priced: Service, admin: openai.OpenAI) -> None:
+    project, value = new_project(admin, "storing")
+    size = 200_000
+    with priced.admin_http() as http:
+        dear = {**PRICES, "*": {**PRICES["*"], "storage": 1_000_000}}
+        http.post("/v1/organization/prices", json={"prices": dear}).raise_for_status()
+        priced.sdk(api_key=value).files.create(file=("x", b"x" * size), purpose="user_data")
+        expected = size * 1_000_000 // 1_000_000_000
+        eventually(lambda: balance(priced, project) == (expected, expected), 10)
+        time.sleep(2.5)
+        assert balance(priced, project) == (expected, expected)
+        http.post("/v1/organization/prices", json={"prices": PRICES}).raise_for_status()
+    costs = admin.admin.organization.usage.costs(
+        start_time=int(time.time()) // 86400 * 86400, project_ids=[project], group_by=["line_item"]
+    )
+    lines: list[Any] = [result.line_item for bucket in costs.data for result in bucket.results]
+    assert lines == ["storage"]

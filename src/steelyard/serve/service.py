@@ -21,7 +21,7 @@ from steelyard.serve import aliases, idempotency, rate_limits
 from steelyard.serve.aliases import Names
 from steelyard.serve.auth import ADMIN_SCOPES, KEY_VARIABLE, PROJECT_SCOPES, Caller, KeyRing, fixed_keys
 from steelyard.serve.batches.runner import BatchRunner
-from steelyard.serve.billing import prices
+from steelyard.serve.billing import prices, storage
 from steelyard.serve.billing.bill import BatchLine, Payer
 from steelyard.serve.billing.ledger import Clock, Ledger
 from steelyard.serve.billing.metering import Metering
@@ -143,6 +143,8 @@ class Service:
         await self.database.write(lambda connection: limits.sound(connection, self.ledger.month()))
         await self.database.write(lambda connection: idempotency.expire(connection, self.now()))
         await asyncio.to_thread(self.files.expire, self.now())
+        for charge in await self.database.read(lambda connection: storage.due(connection, self.prices, self.now())):
+            await asyncio.wrap_future(self.ledger.charge(charge))
 
 
 def open_service(
