@@ -76,8 +76,8 @@ def verify(connection: Connection, key: bytes, table: Table, heads: Iterable[Hea
     names = columns(table)
     expected = {head.sequence: head.mac for head in heads if head.sequence}
     before, last = ORIGIN, 0
-    rows = connection.execution_options(yield_per=1000).execute(select(table).order_by(table.c.sequence))
-    for row in rows.mappings():
+    every = select(table).order_by(table.c.sequence).execution_options(yield_per=1000)
+    for row in connection.execute(every).mappings():
         sequence = row["sequence"]
         if sequence != last + 1:
             wrong.append(f"{table.name}: rows {last + 1} to {sequence - 1} are missing")
