@@ -20,11 +20,25 @@ from steelyard.serve.jobs import records, training
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.fine_tuning import FineTuningJob, JobCheckpoint, JobEvent, JobRequest
-from steelyard.serve.protocol.lists import Page, allow, boolean, integer, page_of, read_page, wanted
+from steelyard.serve.protocol.lists import (
+    Page,
+    allow,
+    boolean,
+    integer,
+    limit_and_after,
+    page_of,
+    paged,
+    read_page,
+    wanted,
+)
+from steelyard.serve.protocol.parameters import BOOLEAN, TEXT, Parameter
 from steelyard.serve.service import Service
 from steelyard.store import tables
 
 POLL_SECONDS = 0.5
+
+LISTED = (*paged(), Parameter("metadata", {"type": "object", "additionalProperties": TEXT}, style="deepObject"))
+EVENTS = (*limit_and_after(), Parameter("stream", BOOLEAN))
 
 
 async def create(service: Service, request: Request) -> Response:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from steelyard.errors import RequestError
 
@@ -58,6 +58,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields that are accepted at these values, where nothing is to be done for them, and refused by name at any other."""
 
+STOP_STRING = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+STOP = STOP_STRING | Annotated[list[STOP_STRING], Field(max_length=MAX_STOP_STRINGS)] | None
+LOGIT_BIAS = {
+    "type": ["object", "null"],
+    "maxProperties": MAX_LOGIT_BIASES,
+    "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+"""These two are described as they are written; what becomes of them is another type."""
+
 Body = TypeVar("Body", bound="Fields")
 
 
@@ -73,8 +83,19 @@ class StreamOptions(Fields):
     include_usage: bool | None = None
 
 
+def neutral_properties(neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """How fields are described that are accepted at some values only."""
+    return {name: {"enum": [None, *values]} for name, values in neutral.items()}
+
+
+def _describe_neutral(schema: dict[str, Any], kind: type[pydantic.BaseModel]) -> None:
+    schema["properties"] = {**neutral_properties(NEUTRAL), **schema["properties"]}
+
+
 class SamplingFields(Fields):
     """What both ways of asking for text have in common."""
+
+    model_config = pydantic.ConfigDict(json_schema_extra=_describe_neutral)
 
     model: str
     stream: bool | None = None
@@ -87,7 +108,7 @@ class SamplingFields(Fields):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    logit_bias: dict[int, float] = {}
+    logit_bias: Annotated[dict[int, float], WithJsonSchema(LOGIT_BIAS)] = {}
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     ignore_eos: bool | None = None
@@ -95,7 +116,7 @@ class SamplingFields(Fields):
     draft: bool | None = None
     """False: tokens are not guessed ahead. Absent or true: they are where it pays. The answer is the same."""
 
-    @pydantic.field_validator("stop", mode="before")
+    @pydantic.field_validator("stop", mode="before", json_schema_input_type=STOP)
     @classmethod
     def _stop(cls, value: object) -> tuple[str, ...]:
         strings = [] if value is None else value if isinstance(value, list) else [value]
