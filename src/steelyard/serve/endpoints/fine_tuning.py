@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
@@ -37,7 +38,15 @@ from steelyard.store import tables
 
 POLL_SECONDS = 0.5
 
-LISTED = (*paged(), Parameter("metadata", {"type": "object", "additionalProperties": TEXT}, style="deepObject"))
+METADATA = re.compile(r"metadata\[.+\]", re.DOTALL)
+LISTED = (
+    *paged(),
+    Parameter(
+        "metadata",
+        {"type": "object", "propertyNames": {"minLength": 1}, "additionalProperties": TEXT},
+        style="deepObject",
+    ),
+)
 EVENTS = (*limit_and_after(), Parameter("stream", BOOLEAN))
 
 
@@ -91,7 +100,7 @@ async def create(service: Service, request: Request) -> Response:
 
 async def list_jobs(service: Service, request: Request) -> Response:
     """The project's jobs, newest first; `metadata[key]=value` picks some."""
-    keys = [name for name in request.query_params if name.startswith("metadata[") and name.endswith("]")]
+    keys = [name for name in request.query_params if METADATA.fullmatch(name)]
     asked = wanted(request, *keys)
     rules = [tables.jobs.c.project_id == request.state.caller.project, tables.jobs.c.kind == "fine_tuning"]
     rules += [tables.jobs.c.metadata[key[9:-1]].as_string() == request.query_params[key] for key in keys]
