@@ -23,9 +23,9 @@ from steelyard.serve.protocol.fields import NEUTRAL
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from fuzz import fuzz
+from fuzz import fuzz, make_adapter
 
-CASES, VISIT = 200, 2
+CASES, VISIT = 150, 2
 DOCUMENT = document(ENDPOINTS)
 SCHEMAS = DOCUMENT["components"]["schemas"]
 NAMES = {"project_id": "proj_x", "alert_id": "alert_x", "limit_id": "rl-tiny"}
@@ -165,6 +165,7 @@ def test_a_form_is_refused_by_the_field_that_is_wrong(service: Service) -> None:
 def test_made_up_requests_get_answers_that_the_document_has(
     make_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    make_adapter(tmp_path)
     with serving(make_checkpoint("tiny"), adapter_folder=tmp_path) as service:
         found = fuzz(service.url, service.key, service.admin_key, CASES, VISIT)
     assert [wrong for one in found.values() for wrong in one.wrong] == []

@@ -68,7 +68,7 @@ def _operation(one: Endpoint, requests: dict[type[Fields], Schema], responses: d
     handler = one.handler.func if isinstance(one.handler, partial) else one.handler
     content = {one.answer: {"schema": TEXT}} if isinstance(one.answer, str) else _json(responses[one.answer])
     if one.events is not None:
-        content[STREAM] = {"schema": {**TEXT, "x-event": responses[one.events]}}
+        content[STREAM] = {"schema": _event(responses[one.events], responses[ErrorBody])}
     answer = {"description": "The answer.", "content": content}
     operation: dict[str, Any] = {
         "operationId": "_".join(re.findall(r"\w+", f"{one.method.lower()} {one.path}".replace(":path", ""))),
@@ -86,6 +86,13 @@ def _operation(one: Endpoint, requests: dict[type[Fields], Schema], responses: d
     elif isinstance(one.takes, type):
         operation["requestBody"] = {"required": True, "content": _json(requests[one.takes])}
     return operation
+
+
+def _event(event: Schema, error: Schema) -> Schema:
+    """A server-sent event: what its `data` holds."""
+    content = {**TEXT, "contentMediaType": "application/json", "contentSchema": {"anyOf": [event, error]}}
+    data = {"anyOf": [{"const": "[DONE]"}, content]}
+    return {"description": "Of each event.", "type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _parameters(one: Endpoint) -> list[Parameter]:

@@ -35,6 +35,8 @@ KINDS: dict[str, tuple[Sequence[Kind], Callable[[dict[str, Any]], Any] | None]] 
 }
 """What is reported; of what is not served here, that nothing was used."""
 FILTERS = {"project_ids": "project_id", "api_key_ids": "api_key_id", "models": "model"}
+SINGLE = {"start_time", "end_time", "bucket_width", "limit", "page", "batch"}
+"""Parameters of one value; the others may be there several times."""
 USAGE_GROUPS = ("project_id", "api_key_id", "model", "batch")
 COST_GROUPS = ("project_id", "api_key_id", "line_item")
 
@@ -117,7 +119,9 @@ def _query(
     groups: Sequence[str],
     limits: dict[Width, tuple[int, int]],
 ) -> tuple[Query, int]:
-    single = {name: values[0] for name, values in given.items() if len(values) == 1}
+    single = {name: values[0] for name, values in given.items() if name in SINGLE}
+    if twice := next((name for name in single if len(given[name]) > 1), None):
+        raise RequestError(f"'{twice}' is given twice", param=twice)
     if "start_time" not in single:
         raise RequestError("'start_time' is missing: Unix seconds", param="start_time")
     width = single.get("bucket_width", "1d")
