@@ -40,10 +40,11 @@ from schemathesis.core.parameters import ParameterLocation
 from schemathesis.core.result import Ok
 from tokenizers import decoders, models, pre_tokenizers
 
-from gateway import free_port, process, wait_ready
+from gateway import free_port, postgres, process, wait_ready
 from steelyard.app import run
 from steelyard.serve.auth import ADMIN_SCOPES, ADMIN_VARIABLE, KEY_VARIABLE
 from steelyard.serve.keys import new_key
+from steelyard.store.database import sqlite_url
 
 ENGINE = Path(__file__).parent.parent / "tests" / "serve" / "stand_in_engine.py"
 MODEL = "tiny"
@@ -129,9 +130,8 @@ class Known:
             self.things[place] = [thing for thing in self.things.get(place, []) if thing != own]
         elif case.method.upper() == "POST" and isinstance(body.get("id"), str):
             for path in case.operation.schema.raw_schema["paths"]:
-                if path.startswith(f"{template}/{{") and path.endswith("}"):
-                    name = PARAMETER.findall(path)[-1]
-                    self.things.setdefault(path, []).append({**own, name: body["id"]})
+                if item := re.fullmatch(re.escape(template) + r"/\{(\w+)\}", path):
+                    self.things.setdefault(path, []).append({**own, item[1]: body["id"]})
 
     def settle(self, case: Case[Any]) -> None:
         """Let a case meet things that exist, and end soon. What was made wrong on purpose stays wrong."""
@@ -183,9 +183,9 @@ def fuzz(url: str, key: str, admin_key: str, cases: int, visit: int = VISIT) -> 
     # Without `security`, since every case has its key: a missing one is not what is made wrong here.
     schema = schemathesis.openapi.from_dict(document)
     operations = [result.ok() for result in schema.get_all_operations() if isinstance(result, Ok)]
-    # What makes things first, what removes them last.
+    # What makes things comes first, then what removes them; projects go last.
     operations.sort(
-        key=lambda one: (one.method.upper() == "DELETE" or one.path.endswith("/archive"), one.method != "post")
+        key=lambda one: (one.path.endswith("/archive"), ["post", "get", "delete"].index(one.method.lower()))
     )
     found = {operation.label: Found() for operation in operations}
     known = Known(url, headers, random.Random(0))
@@ -278,11 +278,11 @@ def make_adapter(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def server(folder: Path) -> Iterator[tuple[str, str, str]]:
+def server(folder: Path, database: str) -> Iterator[tuple[str, str, str]]:
     """A server of its own: its URL, a project's key, an administrators' key."""
     key, admin_key, port = new_key(), new_key(), free_port()
     environment = {KEY_VARIABLE: key, ADMIN_VARIABLE: admin_key, "STEELYARD_HOME": str(folder / "home")}
-    command = [sys.executable, __file__, "--serve", make_checkpoint(folder / MODEL), port]
+    command = [sys.executable, __file__, "--serve", make_checkpoint(folder / MODEL), port, database]
     with process(command, port, folder / "server.log", **environment) as url:
         wait_ready(url)
         yield url.removesuffix("/v1"), key, admin_key
@@ -291,21 +291,30 @@ def server(folder: Path) -> Iterator[tuple[str, str, str]]:
 def main() -> None:
     """Fuzz, print, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--serve", nargs=2, metavar=("CHECKPOINT", "PORT"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=3, metavar=("CHECKPOINT", "PORT", "DATABASE"), help=argparse.SUPPRESS)
     parser.add_argument("--cases", type=int, default=CASES, metavar="N")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} cases")
+    parser.add_argument("--postgresql", action="store_true", help="on a PostgreSQL of its own rather than SQLite")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.serve:
         folder = Path(os.environ["STEELYARD_HOME"]) / "adapters"
         make_adapter(folder)
+        checkpoint, port, database = options.serve
         run(
-            [Path(options.serve[0])], port=int(options.serve[1]), adapter_folder=folder, command=stand_in, job_threads=1
+            [Path(checkpoint)],
+            port=int(port),
+            adapter_folder=folder,
+            database=database,
+            command=stand_in,
+            job_threads=1,
         )
         return
     cases, visit = (QUICK, QUICK_VISIT) if options.quick else (options.cases, VISIT)
-    with tempfile.TemporaryDirectory() as name:
-        with server(Path(name)) as (url, key, admin_key):
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        theirs = stack.enter_context(postgres(Path(name))) if options.postgresql else None
+        assert theirs or not options.postgresql, "PostgreSQL is not installed here"
+        with server(Path(name), theirs or sqlite_url(Path(name) / "steelyard.db")) as (url, key, admin_key):
             found = fuzz(url, key, admin_key, cases, visit)
         log = (Path(name) / "server.log").read_text()
     print(f"{'operation':76}{'cases':>7}{'2xx':>7}{'4xx':>7}{'5xx':>5}{'wrong':>7}")

@@ -85,6 +85,7 @@ from steelyard.serve.protocol.organization import (
     SpendLimitDeleted,
     SpendLimitRequest,
 )
+from steelyard.serve.protocol.parameters import storable
 from steelyard.serve.service import Service, export_head, open_service
 from steelyard.store.database import opened, sqlite_url
 from steelyard.store.secrets import home, open_secrets
@@ -266,7 +267,7 @@ def create_app(
 
 def _route(endpoint: Endpoint, service: Service) -> Route:
     handler = partial(endpoint.handler, service)
-    guarded = handler if endpoint.permission is None else allowed(endpoint.permission, handler)
+    guarded = handler if endpoint.permission is None else allowed(endpoint.permission, storable(handler))
     return Route(endpoint.path, guarded, methods=[endpoint.method])
 
 

@@ -6,7 +6,7 @@ Knows JSON, fields and values; nothing of models, tokens or HTTP.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 import pydantic_core
@@ -75,6 +75,8 @@ class Fields(pydantic.BaseModel):
     """A JSON object whose fields are all known; bools are no numbers and numbers are finite."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    stored: ClassVar[bool] = True
+    """Whether its texts may come to the database, so that none may have the character NUL."""
 
 
 class StreamOptions(Fields):
@@ -96,6 +98,7 @@ class SamplingFields(Fields):
     """What both ways of asking for text have in common."""
 
     model_config = pydantic.ConfigDict(json_schema_extra=_describe_neutral)
+    stored = False
 
     model: str
     stream: bool | None = None
@@ -181,6 +184,8 @@ def parse(kind: type[Body], content: bytes) -> Body:
         raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
+    if kind.stored and b"\\u0000" in content and (path := _nul_in(body)) is not None:
+        raise RequestError(f"'{path}' has the character NUL: remove it", param=path, code="invalid_value")
     honoured = accept_neutral(body, NEUTRAL, kind.model_fields.keys())
     try:
         return kind.model_validate(honoured)
@@ -237,6 +242,20 @@ def _path(location: tuple[int | str, ...], body: object) -> str:
         elif isinstance(step, str) and isinstance(here, dict) and (step in here or number == len(location) - 1):
             path, here = f"{path}.{step}" if path else step, here.get(step)
     return path
+
+
+def _nul_in(value: object, path: str = "") -> str | None:
+    """The path of a text that has the character NUL, or of a field whose name has it."""
+    if isinstance(value, str):
+        return path if "\0" in value else None
+    inner: list[tuple[str, object]] = []
+    if isinstance(value, dict):
+        inner = [(f"{path}.{name}" if path else name, one) for name, one in value.items()]
+        if (name := next((name for name, _ in inner if "\0" in name), None)) is not None:
+            return name
+    elif isinstance(value, list):
+        inner = [(f"{path}[{number}]", one) for number, one in enumerate(value)]
+    return next((found for name, one in inner if (found := _nul_in(one, name)) is not None), None)
 
 
 def _show(value: object) -> str:
