@@ -52,7 +52,8 @@ CASES, QUICK = 10_000, 300
 VISIT, QUICK_VISIT = 15, 4
 """Cases of each kind before the next operation has its turn."""
 ANSWER_SECONDS = 30
-KNOWN_SHARE, THIN_SHARE, MOST_OPTIONAL, REMEMBERED = 0.8, 0.7, 4, 8
+KNOWN_SHARE, THIN_SHARE, NUL_SHARE = 0.8, 0.7, 0.02
+MOST_OPTIONAL, REMEMBERED = 4, 8
 CHECKED = (
     "not_a_server_error",
     "status_code_conformance",
@@ -142,6 +143,10 @@ class Known:
             case.path_parameters = {**case.path_parameters, **known}
         if case.query and case.operation.path.endswith("/events"):
             case.query = {name: value for name, value in case.query.items() if (name, value) not in ENDLESS}
+        if case.path_parameters and self.luck.random() < NUL_SHARE:  # what databases like least
+            case.path_parameters = {name: f"{value}%00" for name, value in case.path_parameters.items()}
+        if case.query and self.luck.random() < NUL_SHARE:
+            case.query = {name: f"{value}\0" for name, value in case.query.items()}
         if not isinstance(case.body, dict) or case.media_type != "application/json":
             return
         body: dict[str, Any] = case.body
@@ -152,6 +157,8 @@ class Known:
         for name, value in body.items():
             if isinstance(value, str) and self.luck.random() < KNOWN_SHARE:
                 body[name] = self.files[FILES[name]] if name in FILES else VALUES.get(name, value)
+            elif isinstance(value, str) and self.luck.random() < NUL_SHARE:
+                body[name] = f"{value}\0"
 
     def _thin(self, case: Case[Any], body: dict[str, Any]) -> None:
         """Leave few optional fields: many at once mostly contradict each other."""
