@@ -8,16 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -29,8 +29,9 @@ from steelyard.errors import ConfigError, EngineUnavailableError, StorageError
 from steelyard.infer.request import CacheKind
 from steelyard.serve.access_log import AccessLog, JsonLines
 from steelyard.serve.adapters import AdapterFolder
-from steelyard.serve.auth import Authentication, Permission, allowed
+from steelyard.serve.auth import Authentication, allowed
 from steelyard.serve.batches.line import answer_line
+from steelyard.serve.endpoint import Endpoint
 from steelyard.serve.endpoints import adapters as adapter_endpoints
 from steelyard.serve.endpoints import (
     admin_keys,
@@ -44,17 +45,50 @@ from steelyard.serve.endpoints import (
     health,
     ledger,
     metrics,
+    openapi,
     projects,
-    stored_completions,
     usage,
 )
 from steelyard.serve.endpoints import models as model_endpoints
+from steelyard.serve.endpoints import stored_completions as kept
+from steelyard.serve.endpoints.aliases import Alias
+from steelyard.serve.endpoints.audit_logs import AuditLog
+from steelyard.serve.endpoints.health import Health, Live, Version
+from steelyard.serve.endpoints.models import Model, ModelDeleted, ModelList
 from steelyard.serve.engine_client import Command, worker_command
 from steelyard.serve.files import MOST_BYTES
 from steelyard.serve.idempotency import Idempotency
 from steelyard.serve.limits import MAX_BODY_BYTES, BodyLimit, DeadlineProtocol
 from steelyard.serve.models import Models, engines, load_models
+from steelyard.serve.openapi import document
+from steelyard.serve.protocol.adapters import AdapterStatus, LoadRequest, UnloadRequest
+from steelyard.serve.protocol.batches import Batch, BatchRequest
+from steelyard.serve.protocol.billing import BucketPage, LedgerPage, Prices, PricesRequest
+from steelyard.serve.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
+from steelyard.serve.protocol.completions import Completion, CompletionRequest
 from steelyard.serve.protocol.errors import refuse_path
+from steelyard.serve.protocol.files import FileDeleted, FileObject
+from steelyard.serve.protocol.fine_tuning import FineTuningJob, JobCheckpoint, JobEvent, JobRequest
+from steelyard.serve.protocol.lists import Page, limit_and_after, paged
+from steelyard.serve.protocol.organization import (
+    AdminKey,
+    Deleted,
+    KeyRequest,
+    MadeServiceAccount,
+    Project,
+    ProjectKey,
+    ProjectRateLimit,
+    ProjectRequest,
+    RateLimitRequest,
+    ServiceAccount,
+    ServiceAccountRequest,
+    SpendAlert,
+    SpendAlertRequest,
+    SpendLimit,
+    SpendLimitDeleted,
+    SpendLimitRequest,
+)
+from steelyard.serve.protocol.parameters import storable
 from steelyard.serve.service import Service, export_head, open_service
 from steelyard.store.database import opened, sqlite_url
 from steelyard.store.secrets import home, open_secrets
@@ -74,99 +108,123 @@ SWITCH_SECONDS = 0.0005
 HEAD_SECONDS = 60.0
 """How often the ledger's head is written down outside the database."""
 
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A route, and the scope that a key needs for it."""
-
-    method: Literal["GET", "POST", "DELETE"]
-    path: str
-    handler: Callable[..., Any]
-    permission: Permission | None
-    """None: public."""
-
-
 ORGANIZATION = "/v1/organization"
 CHAT = "/v1/chat/completions"
 JOBS = "/v1/fine_tuning/jobs"
 ALIASES = f"{ORGANIZATION}/model_aliases"
-PROJECT = f"{ORGANIZATION}/projects/{{project_id}}"
+PROJECTS, ADMIN_KEYS, PRICES = (f"{ORGANIZATION}/{things}" for things in ("projects", "admin_api_keys", "prices"))
+PROJECT = f"{PROJECTS}/{{project_id}}"
+ACCOUNTS, KEYS, RATES, SPEND_LIMIT, ALERTS = (
+    f"{PROJECT}/{things}" for things in ("service_accounts", "api_keys", "rate_limits", "spend_limit", "spend_alerts")
+)
+PAGE = paged()
 
 ENDPOINTS = (
-    Endpoint("POST", CHAT, chat.create, "inference"),
-    Endpoint("GET", CHAT, stored_completions.list_completions, "inference"),
-    Endpoint("POST", f"{CHAT}/export", stored_completions.export, "inference"),
-    Endpoint("GET", f"{CHAT}/{{completion_id}}", stored_completions.retrieve, "inference"),
-    Endpoint("POST", f"{CHAT}/{{completion_id}}", stored_completions.change, "inference"),
-    Endpoint("DELETE", f"{CHAT}/{{completion_id}}", stored_completions.delete, "inference"),
-    Endpoint("GET", f"{CHAT}/{{completion_id}}/messages", stored_completions.messages, "inference"),
-    Endpoint("POST", "/v1/completions", completions.create, "inference"),
-    Endpoint("GET", "/v1/models", model_endpoints.list_models, "inference"),
-    Endpoint("GET", "/v1/models/{model_id:path}", model_endpoints.retrieve, "inference"),
-    Endpoint("DELETE", "/v1/models/{model_id:path}", model_endpoints.delete, "fine_tuning"),
-    Endpoint("POST", "/v1/files", files.create, "files"),
-    Endpoint("GET", "/v1/files", files.list_files, "files"),
-    Endpoint("GET", "/v1/files/{file_id}", files.retrieve, "files"),
-    Endpoint("GET", "/v1/files/{file_id}/content", files.content, "files"),
-    Endpoint("DELETE", "/v1/files/{file_id}", files.delete, "files"),
-    Endpoint("POST", JOBS, fine_tuning.create, "fine_tuning"),
-    Endpoint("GET", JOBS, fine_tuning.list_jobs, "fine_tuning"),
-    Endpoint("GET", f"{JOBS}/{{job_id}}", fine_tuning.retrieve, "fine_tuning"),
-    Endpoint("POST", f"{JOBS}/{{job_id}}/cancel", fine_tuning.change, "fine_tuning"),
-    Endpoint("POST", f"{JOBS}/{{job_id}}/pause", fine_tuning.change, "fine_tuning"),
-    Endpoint("POST", f"{JOBS}/{{job_id}}/resume", fine_tuning.change, "fine_tuning"),
-    Endpoint("GET", f"{JOBS}/{{job_id}}/events", fine_tuning.events, "fine_tuning"),
-    Endpoint("GET", f"{JOBS}/{{job_id}}/checkpoints", fine_tuning.checkpoints, "fine_tuning"),
-    Endpoint("POST", "/v1/batches", batches.create, "inference"),
-    Endpoint("GET", "/v1/batches", batches.list_batches, "inference"),
-    Endpoint("GET", "/v1/batches/{batch_id}", batches.retrieve, "inference"),
-    Endpoint("POST", "/v1/batches/{batch_id}/cancel", batches.cancel, "inference"),
-    Endpoint("POST", f"{ORGANIZATION}/projects", projects.create, "admin.write"),
-    Endpoint("GET", f"{ORGANIZATION}/projects", projects.list_projects, "admin.read"),
-    Endpoint("GET", PROJECT, projects.retrieve, "admin.read"),
-    Endpoint("POST", PROJECT, projects.update, "admin.write"),
-    Endpoint("POST", f"{PROJECT}/archive", projects.archive, "admin.write"),
-    Endpoint("POST", f"{PROJECT}/service_accounts", projects.create_service_account, "admin.write"),
-    Endpoint("GET", f"{PROJECT}/service_accounts", projects.list_service_accounts, "admin.read"),
-    Endpoint("GET", f"{PROJECT}/service_accounts/{{account_id}}", projects.retrieve_service_account, "admin.read"),
-    Endpoint("DELETE", f"{PROJECT}/service_accounts/{{account_id}}", projects.delete_service_account, "admin.write"),
-    Endpoint("POST", f"{PROJECT}/api_keys", projects.create_key, "admin.write"),
-    Endpoint("GET", f"{PROJECT}/api_keys", projects.list_keys, "admin.read"),
-    Endpoint("GET", f"{PROJECT}/api_keys/{{key_id}}", projects.retrieve_key, "admin.read"),
-    Endpoint("DELETE", f"{PROJECT}/api_keys/{{key_id}}", projects.delete_key, "admin.write"),
-    Endpoint("GET", f"{PROJECT}/rate_limits", projects.list_rate_limits, "admin.read"),
-    Endpoint("POST", f"{PROJECT}/rate_limits/{{limit_id:path}}", projects.update_rate_limit, "admin.write"),
-    Endpoint("GET", f"{PROJECT}/spend_limit", projects.retrieve_spend_limit, "admin.read"),
-    Endpoint("POST", f"{PROJECT}/spend_limit", projects.update_spend_limit, "admin.write"),
-    Endpoint("DELETE", f"{PROJECT}/spend_limit", projects.delete_spend_limit, "admin.write"),
-    Endpoint("GET", f"{PROJECT}/spend_alerts", projects.list_alerts, "admin.read"),
-    Endpoint("POST", f"{PROJECT}/spend_alerts", projects.put_alert, "admin.write"),
-    Endpoint("GET", f"{PROJECT}/spend_alerts/{{alert_id}}", projects.retrieve_alert, "admin.read"),
-    Endpoint("POST", f"{PROJECT}/spend_alerts/{{alert_id}}", projects.put_alert, "admin.write"),
-    Endpoint("DELETE", f"{PROJECT}/spend_alerts/{{alert_id}}", projects.delete_alert, "admin.write"),
-    Endpoint("POST", f"{ORGANIZATION}/admin_api_keys", admin_keys.create, "admin.write"),
-    Endpoint("GET", f"{ORGANIZATION}/admin_api_keys", admin_keys.list_keys, "admin.read"),
-    Endpoint("GET", f"{ORGANIZATION}/admin_api_keys/{{key_id}}", admin_keys.retrieve, "admin.read"),
-    Endpoint("DELETE", f"{ORGANIZATION}/admin_api_keys/{{key_id}}", admin_keys.delete, "admin.write"),
-    Endpoint("GET", f"{ORGANIZATION}/usage/{{kind}}", usage.usage, "admin.read"),
-    Endpoint("GET", f"{ORGANIZATION}/costs", usage.costs, "admin.read"),
-    Endpoint("GET", f"{ORGANIZATION}/ledger", ledger.entries, "admin.read"),
-    Endpoint("GET", f"{ORGANIZATION}/prices", ledger.retrieve_prices, "admin.read"),
-    Endpoint("POST", f"{ORGANIZATION}/prices", ledger.publish_prices, "admin.write"),
-    Endpoint("POST", ALIASES, aliases.put, "admin.write"),
-    Endpoint("GET", ALIASES, aliases.list_aliases, "admin.read"),
-    Endpoint("POST", f"{ALIASES}/{{alias}}/canary", aliases.canary, "admin.write"),
-    Endpoint("POST", f"{ALIASES}/{{alias}}/promote", aliases.promote, "admin.write"),
-    Endpoint("POST", f"{ALIASES}/{{alias}}/roll_back", aliases.roll_back, "admin.write"),
-    Endpoint("GET", f"{ALIASES}/{{alias}}", aliases.retrieve, "admin.read"),
-    Endpoint("DELETE", f"{ALIASES}/{{alias}}", aliases.delete, "admin.write"),
-    Endpoint("POST", f"{ORGANIZATION}/models/{{model_id}}/shutdown", aliases.shut_down, "admin.write"),
-    Endpoint("GET", f"{ORGANIZATION}/audit_logs", audit_logs.list_logs, "admin.read"),
-    Endpoint("GET", "/metrics", metrics.read, "admin.read"),
-    Endpoint("GET", "/health", health.ready, None),
-    Endpoint("GET", "/ready", health.ready, None),
-    Endpoint("GET", "/live", health.live, None),
-    Endpoint("GET", "/version", health.version, None),
+    Endpoint("POST", CHAT, chat.create, "inference", ChatCompletion, ChatRequest, events=ChatChunk),
+    Endpoint("GET", CHAT, kept.list_completions, "inference", Page[Any], kept.LISTED),
+    Endpoint("POST", f"{CHAT}/export", kept.export, "inference", FileObject, kept.ExportRequest),
+    Endpoint("GET", f"{CHAT}/{{completion_id}}", kept.retrieve, "inference", ChatCompletion),
+    Endpoint("POST", f"{CHAT}/{{completion_id}}", kept.change, "inference", ChatCompletion, kept.ChangeRequest),
+    Endpoint("DELETE", f"{CHAT}/{{completion_id}}", kept.delete, "inference", kept.CompletionDeleted),
+    Endpoint("GET", f"{CHAT}/{{completion_id}}/messages", kept.messages, "inference", Page[Any], PAGE),
+    Endpoint(
+        "POST", "/v1/completions", completions.create, "inference", Completion, CompletionRequest, events=Completion
+    ),
+    Endpoint("GET", "/v1/models", model_endpoints.list_models, "inference", ModelList),
+    Endpoint("GET", "/v1/models/{model_id:path}", model_endpoints.retrieve, "inference", Model),
+    Endpoint("DELETE", "/v1/models/{model_id:path}", model_endpoints.delete, "fine_tuning", ModelDeleted),
+    Endpoint("POST", "/v1/files", files.create, "files", FileObject, files.FORM),
+    Endpoint("GET", "/v1/files", files.list_files, "files", Page[FileObject], files.LISTED),
+    Endpoint("GET", "/v1/files/{file_id}", files.retrieve, "files", FileObject),
+    Endpoint("GET", "/v1/files/{file_id}/content", files.content, "files", files.CONTENT),
+    Endpoint("DELETE", "/v1/files/{file_id}", files.delete, "files", FileDeleted),
+    Endpoint("POST", JOBS, fine_tuning.create, "fine_tuning", FineTuningJob, JobRequest),
+    Endpoint("GET", JOBS, fine_tuning.list_jobs, "fine_tuning", Page[FineTuningJob], fine_tuning.LISTED),
+    Endpoint("GET", f"{JOBS}/{{job_id}}", fine_tuning.retrieve, "fine_tuning", FineTuningJob),
+    Endpoint("POST", f"{JOBS}/{{job_id}}/cancel", fine_tuning.change, "fine_tuning", FineTuningJob),
+    Endpoint("POST", f"{JOBS}/{{job_id}}/pause", fine_tuning.change, "fine_tuning", FineTuningJob),
+    Endpoint("POST", f"{JOBS}/{{job_id}}/resume", fine_tuning.change, "fine_tuning", FineTuningJob),
+    Endpoint(
+        "GET",
+        f"{JOBS}/{{job_id}}/events",
+        fine_tuning.events,
+        "fine_tuning",
+        Page[JobEvent],
+        fine_tuning.EVENTS,
+        events=JobEvent,
+    ),
+    Endpoint(
+        "GET", f"{JOBS}/{{job_id}}/checkpoints", fine_tuning.checkpoints, "fine_tuning", Page[JobCheckpoint], PAGE
+    ),
+    Endpoint("POST", "/v1/batches", batches.create, "inference", Batch, BatchRequest),
+    Endpoint("GET", "/v1/batches", batches.list_batches, "inference", Page[Batch], PAGE),
+    Endpoint("GET", "/v1/batches/{batch_id}", batches.retrieve, "inference", Batch),
+    Endpoint("POST", "/v1/batches/{batch_id}/cancel", batches.cancel, "inference", Batch),
+    Endpoint("POST", PROJECTS, projects.create, "admin.write", Project, ProjectRequest),
+    Endpoint("GET", PROJECTS, projects.list_projects, "admin.read", Page[Project], projects.LISTED),
+    Endpoint("GET", PROJECT, projects.retrieve, "admin.read", Project),
+    Endpoint("POST", PROJECT, projects.update, "admin.write", Project, ProjectRequest),
+    Endpoint("POST", f"{PROJECT}/archive", projects.archive, "admin.write", Project),
+    Endpoint(
+        "POST", ACCOUNTS, projects.create_service_account, "admin.write", MadeServiceAccount, ServiceAccountRequest
+    ),
+    Endpoint("GET", ACCOUNTS, projects.list_service_accounts, "admin.read", Page[ServiceAccount], PAGE),
+    Endpoint("GET", f"{ACCOUNTS}/{{account_id}}", projects.retrieve_service_account, "admin.read", ServiceAccount),
+    Endpoint("DELETE", f"{ACCOUNTS}/{{account_id}}", projects.delete_service_account, "admin.write", Deleted),
+    Endpoint("POST", KEYS, projects.create_key, "admin.write", ProjectKey, KeyRequest),
+    Endpoint("GET", KEYS, projects.list_keys, "admin.read", Page[ProjectKey], projects.LISTED_KEYS),
+    Endpoint("GET", f"{KEYS}/{{key_id}}", projects.retrieve_key, "admin.read", ProjectKey),
+    Endpoint("DELETE", f"{KEYS}/{{key_id}}", projects.delete_key, "admin.write", Deleted),
+    Endpoint("GET", RATES, projects.list_rate_limits, "admin.read", Page[ProjectRateLimit], PAGE),
+    Endpoint(
+        "POST",
+        f"{RATES}/{{limit_id:path}}",
+        projects.update_rate_limit,
+        "admin.write",
+        ProjectRateLimit,
+        RateLimitRequest,
+    ),
+    Endpoint("GET", SPEND_LIMIT, projects.retrieve_spend_limit, "admin.read", SpendLimit),
+    Endpoint("POST", SPEND_LIMIT, projects.update_spend_limit, "admin.write", SpendLimit, SpendLimitRequest),
+    Endpoint("DELETE", SPEND_LIMIT, projects.delete_spend_limit, "admin.write", SpendLimitDeleted),
+    Endpoint("GET", ALERTS, projects.list_alerts, "admin.read", Page[SpendAlert], PAGE),
+    Endpoint("POST", ALERTS, projects.put_alert, "admin.write", SpendAlert, SpendAlertRequest),
+    Endpoint("GET", f"{ALERTS}/{{alert_id}}", projects.retrieve_alert, "admin.read", SpendAlert),
+    Endpoint("POST", f"{ALERTS}/{{alert_id}}", projects.put_alert, "admin.write", SpendAlert, SpendAlertRequest),
+    Endpoint("DELETE", f"{ALERTS}/{{alert_id}}", projects.delete_alert, "admin.write", Deleted),
+    Endpoint("POST", ADMIN_KEYS, admin_keys.create, "admin.write", AdminKey, KeyRequest),
+    Endpoint("GET", ADMIN_KEYS, admin_keys.list_keys, "admin.read", Page[AdminKey], PAGE),
+    Endpoint("GET", f"{ADMIN_KEYS}/{{key_id}}", admin_keys.retrieve, "admin.read", AdminKey),
+    Endpoint("DELETE", f"{ADMIN_KEYS}/{{key_id}}", admin_keys.delete, "admin.write", Deleted),
+    Endpoint("GET", f"{ORGANIZATION}/usage/{{kind}}", usage.usage, "admin.read", BucketPage, usage.USAGE_PARAMETERS),
+    Endpoint("GET", f"{ORGANIZATION}/costs", usage.costs, "admin.read", BucketPage, usage.COST_PARAMETERS),
+    Endpoint("GET", f"{ORGANIZATION}/ledger", ledger.entries, "admin.read", LedgerPage, ledger.PARAMETERS),
+    Endpoint("GET", PRICES, ledger.retrieve_prices, "admin.read", Prices),
+    Endpoint("POST", PRICES, ledger.publish_prices, "admin.write", Prices, PricesRequest),
+    Endpoint("POST", ALIASES, aliases.put, "admin.write", Alias, aliases.AliasRequest),
+    Endpoint("GET", ALIASES, aliases.list_aliases, "admin.read", Page[Alias]),
+    Endpoint("POST", f"{ALIASES}/{{alias}}/canary", aliases.canary, "admin.write", Alias, aliases.CanaryRequest),
+    Endpoint("POST", f"{ALIASES}/{{alias}}/promote", aliases.promote, "admin.write", Alias),
+    Endpoint("POST", f"{ALIASES}/{{alias}}/roll_back", aliases.roll_back, "admin.write", Alias),
+    Endpoint("GET", f"{ALIASES}/{{alias}}", aliases.retrieve, "admin.read", Alias),
+    Endpoint("DELETE", f"{ALIASES}/{{alias}}", aliases.delete, "admin.write", aliases.AliasDeleted),
+    Endpoint(
+        "POST",
+        f"{ORGANIZATION}/models/{{model_id}}/shutdown",
+        aliases.shut_down,
+        "admin.write",
+        aliases.Shutdown,
+        aliases.ShutdownRequest,
+    ),
+    Endpoint(
+        "GET", f"{ORGANIZATION}/audit_logs", audit_logs.list_logs, "admin.read", Page[AuditLog], limit_and_after()
+    ),
+    Endpoint("GET", "/metrics", metrics.read, "admin.read", metrics.MEDIA_TYPE),
+    Endpoint("GET", "/health", health.ready, None, Health, statuses=(200, 503)),
+    Endpoint("GET", "/ready", health.ready, None, Health, statuses=(200, 503)),
+    Endpoint("GET", "/live", health.live, None, Live),
+    Endpoint("GET", "/version", health.version, None, Version),
+    Endpoint("GET", "/openapi.json", openapi.read, None, openapi.Document),
 )
 """Every route. Tests go through this table for every policy."""
 
@@ -214,8 +272,8 @@ def create_app(
     if adapters is not None:
         load, unload = partial(adapter_endpoints.load, adapters), partial(adapter_endpoints.unload, adapters)
         routes += [
-            Endpoint("POST", "/v1/load_lora_adapter", lambda _, request: load(request), "admin.write"),
-            Endpoint("POST", "/v1/unload_lora_adapter", lambda _, request: unload(request), "admin.write"),
+            Endpoint("POST", "/v1/load_lora_adapter", load, "admin.write", AdapterStatus, LoadRequest),
+            Endpoint("POST", "/v1/unload_lora_adapter", unload, "admin.write", AdapterStatus, UnloadRequest),
         ]
     app = Starlette(
         routes=[_route(endpoint, service) for endpoint in routes],
@@ -229,12 +287,13 @@ def create_app(
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
+    app.state.openapi = json.dumps(document(routes)).encode()
     return app
 
 
 def _route(endpoint: Endpoint, service: Service) -> Route:
     handler = partial(endpoint.handler, service)
-    guarded = handler if endpoint.permission is None else allowed(endpoint.permission, handler)
+    guarded = handler if endpoint.permission is None else allowed(endpoint.permission, storable(handler))
     return Route(endpoint.path, guarded, methods=[endpoint.method])
 
 

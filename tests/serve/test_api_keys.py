@@ -149,7 +149,7 @@ def calls(service: Service) -> Iterator[tuple[str, str]]:
         for path in (route.path_format, route.path_format.replace("{model_id}", "tiny")):
             for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
                 yield method, path
-    for path in ("/", "/v1", "/v1/nothing", "/openapi.json", "/docs", "/health/", "//health", "/HEALTH", "/health/x"):
+    for path in ("/", "/v1", "/v1/nothing", "/openapi.yaml", "/docs", "/health/", "//health", "/HEALTH", "/health/x"):
         yield "GET", path
 
 

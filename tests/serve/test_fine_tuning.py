@@ -292,6 +292,13 @@ def test_a_bad_row_is_refused_when_it_is_uploaded(client: openai.OpenAI, service
         upload(client, b"")
 
 
+def test_metadata_is_looked_for_by_a_key(service: Service) -> None:
+    with service.http() as http:
+        answer = http.get("/v1/fine_tuning/jobs", params={"metadata[]": "x"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata[]")
+        assert http.get("/v1/fine_tuning/jobs", params={"metadata[a]": "x"}).json()["data"] == []
+
+
 def test_files(client: openai.OpenAI) -> None:
     content = os.urandom(3 << 20)
     made = client.files.create(file=("../etc/ü.bin", io.BytesIO(content)), purpose="user_data")

@@ -77,6 +77,10 @@ def test_a_key_works_until_it_is_taken_back(priced: Service, admin: openai.OpenA
     keys = admin.admin.organization.projects.api_keys
     assert ask(priced, value).usage.completion_tokens == 4
     (listed,) = keys.list(project)
+    for access, ids in (("active", [listed.id]), ("any", [listed.id]), ("inactive", [])):
+        assert [key.id for key in keys.list(project, owner_project_access=access)] == ids  # type: ignore[arg-type]
+    with pytest.raises(openai.BadRequestError, match="owner_project_access"):
+        keys.list(project, owner_project_access="both")  # type: ignore[arg-type]
     assert listed.redacted_value.startswith(value[:9])
     assert value not in listed.to_json()
     assert listed.owner.type == "service_account"
@@ -256,7 +260,7 @@ def test_usage_and_costs_are_the_ledgers(priced: Service, admin: openai.OpenAI) 
     assert [bucket.results for bucket in embeddings.data] == [[]] * len(embeddings.data)
 
 
-def test_usage_in_pages(admin: openai.OpenAI) -> None:
+def test_usage_in_pages(priced: Service, admin: openai.OpenAI) -> None:
     begin = 1_700_000_000
     page = admin.admin.organization.usage.completions(
         start_time=begin, end_time=begin + 3 * 86400, bucket_width="1d", limit=2
@@ -274,6 +278,10 @@ def test_usage_in_pages(admin: openai.OpenAI) -> None:
     for wrong in ({"bucket_width": "2d"}, {"limit": 1000}, {"group_by": ["color"]}, {"user_ids": ["x"]}):
         with pytest.raises(openai.BadRequestError):
             admin.admin.organization.usage.completions(start_time=begin, **wrong)
+    with priced.admin_http() as http:
+        for name in ("start_time", "end_time", "bucket_width", "limit", "page", "batch"):
+            answer = http.get(f"/v1/organization/usage/completions?start_time=1&{name}=1&{name}=2")
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
 
 
 def test_the_audit_log_names_who_changed_what(admin: openai.OpenAI) -> None:

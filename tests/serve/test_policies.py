@@ -198,6 +198,33 @@ def test_too_large_a_body_is_refused_before_it_is_sent(
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=IDS)
+def test_nul_is_refused_before_a_database_meets_it(
+    two: Service, mine: tuple[str, dict[str, str]], endpoint: Endpoint
+) -> None:
+    """PostgreSQL has no such character in texts."""
+    if endpoint.permission is None:
+        return
+    key = two.admin_key if endpoint.permission in ADMIN_SCOPES else mine[0]
+    nul = {"after": "a\0", "a\0": "x"}
+    with client(two, key) as http:
+        for name in (match[1] for match in PARAMETER.finditer(endpoint.path)):
+            answer = send(http, endpoint, filled(endpoint, {**mine[1], name: "a%00b"}))
+            assert answer.status_code == 404, answer.text
+        for name, value in nul.items():
+            answer = send(http, endpoint, filled(endpoint, mine[1]), params={name: value})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+        if isinstance(endpoint.takes, type) and endpoint.takes.stored:
+            field = next(iter(endpoint.takes.model_fields))
+            for body, param in (
+                ({field: "a\0"}, field),
+                ({field: [{"x": "\0"}]}, f"{field}[0].x"),
+                ({field: {"\0": 1}}, f"{field}.\0"),
+            ):
+                answer = send(http, endpoint, filled(endpoint, mine[1]), json=body)
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=IDS)
 def test_what_is_not_known_is_refused_by_name(
     two: Service, mine: tuple[str, dict[str, str]], endpoint: Endpoint
 ) -> None:

@@ -14,6 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, event, insert, select
 
+from databases import database_url
 from steelyard.errors import ConfigError, StorageError
 from steelyard.store import tables
 from steelyard.store.database import Database, opened, sqlite_url
@@ -96,6 +97,20 @@ def test_an_operation_that_fails_takes_no_other_with_it(fresh_database: str) -> 
         with pytest.raises(sqlalchemy.exc.IntegrityError):
             answers[2].result()
         assert database.read_now(names) == ["a", "b"]
+
+
+def test_a_value_that_no_text_can_be_takes_no_other_with_it(postgres: str) -> None:
+    with database_url("postgresql", postgres) as url, opened(url, server=True) as database:
+        go = threading.Event()
+        held = database.write_soon(lambda connection: go.wait())
+        answers: list[Future[Any]] = [database.write_soon(add(name)) for name in ("a", "b\0", "c")]
+        go.set()
+        held.result(5)
+        answers[0].result(5)
+        answers[2].result(5)
+        with pytest.raises(sqlalchemy.exc.DataError):
+            answers[1].result(5)
+        assert database.read_now(names) == ["a", "c"]
 
 
 def test_items_of_one_kind_are_applied_together(fresh_database: str) -> None:

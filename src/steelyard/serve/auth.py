@@ -23,7 +23,7 @@ from steelyard.serve.keys import PREFIX, is_well_formed, mac
 from steelyard.store import tables
 from steelyard.store.database import Database
 
-PUBLIC_ROUTES = frozenset({"/health", "/live", "/ready", "/version"})
+PUBLIC_ROUTES = frozenset({"/health", "/live", "/openapi.json", "/ready", "/version"})
 """Paths that anybody may GET. The only such list."""
 
 KEY_VARIABLE = "STEELYARD_API_KEY"

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steelyard.errors import ConflictError, RequestError
 from steelyard.serve.auth import Caller
+from steelyard.serve.protocol.parameters import TEXT, Parameter
 from steelyard.store import encryption, tables
 from steelyard.store.database import Database
 
@@ -28,6 +29,11 @@ MOST_ANSWER = 1 << 20
 HEADER = b"idempotency-key"
 DROPPED = (b"x-request-id", b"openai-processing-ms", b"x-client-request-id", b"date")
 """Headers of an answer that belong to its own request."""
+
+KEY_PARAMETER = Parameter(
+    "Idempotency-Key", {**TEXT, "maxLength": MOST_KEY, "pattern": "^[!-~]([ -~]*[!-~])?$"}, place="header"
+)
+"""How it is described."""
 
 columns = tables.idempotency.c
 

@@ -257,7 +257,7 @@ def _one_by_one(connection: Connection, operations: list[Operation[Any]]) -> lis
         try:
             with connection.begin_nested():
                 results.append(operation(connection))
-        except sqlalchemy.exc.IntegrityError as error:
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.DataError) as error:
             results.append(error)
         except SQLAlchemyError:
             raise

@@ -11,17 +11,34 @@ from starlette.responses import Response, StreamingResponse
 
 from steelyard.errors import RequestError
 from steelyard.serve import files
+from steelyard.serve.endpoint import Form
 from steelyard.serve.files import MOST_BYTES, UPLOADED
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.files import FileDeleted, FileObject
-from steelyard.serve.protocol.lists import allow, read_page, wanted
+from steelyard.serve.protocol.lists import allow, paged, read_page, wanted
+from steelyard.serve.protocol.parameters import TEXT, Parameter, integer_from, one_of
 from steelyard.serve.protocol.uploads import Upload, together
 from steelyard.serve.service import Service
 from steelyard.store import tables
 
+CONTENT = "application/octet-stream"
 MOST_LISTED = 10_000
 LEAST_EXPIRY, MOST_EXPIRY = 3600, 2_592_000
-FIELDS = {"purpose", "expires_after[anchor]", "expires_after[seconds]"}
+FORM = Form(
+    {
+        "type": "object",
+        "properties": {
+            "file": {"type": "string", "contentMediaType": CONTENT},
+            "purpose": one_of(*UPLOADED),
+            "expires_after[anchor]": one_of("created_at"),
+            "expires_after[seconds]": integer_from(LEAST_EXPIRY, MOST_EXPIRY),
+        },
+        "required": ["file", "purpose"],
+        "additionalProperties": False,
+    }
+)
+FIELDS = FORM.schema["properties"].keys() - {"file"}
+LISTED = (*paged(MOST_LISTED), Parameter("purpose", TEXT))
 
 
 async def create(service: Service, request: Request) -> Response:
@@ -92,7 +109,7 @@ async def content(service: Service, request: Request) -> Response:
         "content-length": str(row["bytes"]),
         "content-disposition": f"attachment; filename*=UTF-8''{quote(row['filename'])}",
     }
-    return StreamingResponse(all_pieces(), media_type="application/octet-stream", headers=headers)  # type: ignore[arg-type]
+    return StreamingResponse(all_pieces(), media_type=CONTENT, headers=headers)  # type: ignore[arg-type]
 
 
 async def delete(service: Service, request: Request) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
@@ -20,11 +21,33 @@ from steelyard.serve.jobs import records, training
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.fine_tuning import FineTuningJob, JobCheckpoint, JobEvent, JobRequest
-from steelyard.serve.protocol.lists import Page, allow, boolean, integer, page_of, read_page, wanted
+from steelyard.serve.protocol.lists import (
+    Page,
+    allow,
+    boolean,
+    integer,
+    limit_and_after,
+    page_of,
+    paged,
+    read_page,
+    wanted,
+)
+from steelyard.serve.protocol.parameters import BOOLEAN, TEXT, Parameter
 from steelyard.serve.service import Service
 from steelyard.store import tables
 
 POLL_SECONDS = 0.5
+
+METADATA = re.compile(r"metadata\[.+\]", re.DOTALL)
+LISTED = (
+    *paged(),
+    Parameter(
+        "metadata",
+        {"type": "object", "propertyNames": {"minLength": 1}, "additionalProperties": TEXT},
+        style="deepObject",
+    ),
+)
+EVENTS = (*limit_and_after(), Parameter("stream", BOOLEAN))
 
 
 async def create(service: Service, request: Request) -> Response:
@@ -77,7 +100,7 @@ async def create(service: Service, request: Request) -> Response:
 
 async def list_jobs(service: Service, request: Request) -> Response:
     """The project's jobs, newest first; `metadata[key]=value` picks some."""
-    keys = [name for name in request.query_params if name.startswith("metadata[") and name.endswith("]")]
+    keys = [name for name in request.query_params if METADATA.fullmatch(name)]
     asked = wanted(request, *keys)
     rules = [tables.jobs.c.project_id == request.state.caller.project, tables.jobs.c.kind == "fine_tuning"]
     rules += [tables.jobs.c.metadata[key[9:-1]].as_string() == request.query_params[key] for key in keys]

@@ -13,17 +13,25 @@ from steelyard.serve.protocol.billing import Entry, Head, LedgerPage, Prices, Pr
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.lists import allow, integer
+from steelyard.serve.protocol.parameters import TEXT, Parameter, integer_from
 from steelyard.serve.service import Service
 from steelyard.store import tables
 
 MOST = 1000
+MOST_SEQUENCE = 1 << 62
+PARAMETERS = (
+    Parameter("limit", integer_from(1, MOST, 100)),
+    Parameter("before", integer_from(1, MOST_SEQUENCE)),
+    Parameter("project_id", TEXT),
+    Parameter("reference", TEXT),
+)
 
 
 async def entries(service: Service, request: Request) -> Response:
     """Entries, newest first: those of a project, of a request (its receipt), or all; `before` a sequence."""
     given = allow(request, "limit", "before", "project_id", "reference")
     limit = integer(given, "limit", 1, MOST, 100)
-    before = integer(given, "before", 1, 1 << 62, 1 << 62)
+    before = integer(given, "before", 1, MOST_SEQUENCE, MOST_SEQUENCE)
     columns = tables.ledger.c
     rules = [columns.sequence < before]
     rules += [columns[name] == given[name] for name in ("project_id", "reference") if name in given]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import msgspec
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, false, select
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,10 +16,15 @@ from steelyard.serve.organization import keys, limits, projects
 from steelyard.serve.protocol import organization as shapes
 from steelyard.serve.protocol.errors import json_response, once
 from steelyard.serve.protocol.fields import parse
-from steelyard.serve.protocol.lists import allow, boolean, page_of, read_page, wanted
+from steelyard.serve.protocol.lists import allow, boolean, page_of, paged, read_page, wanted
+from steelyard.serve.protocol.parameters import BOOLEAN, Parameter, one_of
 from steelyard.serve.rate_limits import RateLimit
 from steelyard.serve.service import Service
 from steelyard.store import tables
+
+LISTED = (*paged(), Parameter("include_archived", BOOLEAN))
+ACCESS = ("active", "inactive", "any")
+LISTED_KEYS = (*paged(), Parameter("owner_project_access", one_of(*ACCESS)))
 
 
 async def create(service: Service, request: Request) -> Response:
@@ -134,7 +139,12 @@ async def create_key(service: Service, request: Request) -> Response:
 async def list_keys(service: Service, request: Request) -> Response:
     """A project's keys, without their values."""
     asked, project = wanted(request, "owner_project_access"), _project(request)
+    access = request.query_params.get("owner_project_access", "any")
+    if access not in ACCESS:
+        raise RequestError(f"'owner_project_access' must be one of {', '.join(ACCESS)}", param="owner_project_access")
     rules = [tables.api_keys.c.project_id == project]
+    if access == "inactive":  # whoever has lost access has lost his keys too
+        rules.append(false())
 
     def read(connection: Connection) -> msgspec.Struct:
         projects.get(connection, project)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any, Literal
 
 import msgspec
@@ -16,9 +17,21 @@ from steelyard.serve.protocol.chat import Metadata
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import Fields, parse
 from steelyard.serve.protocol.files import FileObject
-from steelyard.serve.protocol.lists import Page, Wanted, allow, page_of, read_page, wanted
+from steelyard.serve.protocol.lists import Page, Wanted, allow, page_of, paged, read_page, wanted
+from steelyard.serve.protocol.parameters import TEXT, Parameter
 from steelyard.serve.service import Service
 from steelyard.store import tables
+
+METADATA = re.compile(r"metadata\[.+\]", re.DOTALL)
+LISTED = (
+    *paged(),
+    Parameter("model", TEXT),
+    Parameter(
+        "metadata",
+        {"type": "object", "propertyNames": {"minLength": 1}, "additionalProperties": TEXT},
+        style="deepObject",
+    ),
+)
 
 
 class ChangeRequest(Fields):
@@ -44,7 +57,7 @@ class CompletionDeleted(msgspec.Struct, frozen=True):
 
 async def list_completions(service: Service, request: Request) -> Response:
     """The project's, by `model` and `metadata[key]`."""
-    keys = [name for name in request.query_params if name.startswith("metadata[") and name.endswith("]")]
+    keys = [name for name in request.query_params if METADATA.fullmatch(name)]
     asked = wanted(request, "model", *keys)
     given = request.query_params
     rules = [tables.stored_completions.c.project_id == request.state.caller.project]

@@ -14,6 +14,7 @@ from steelyard.serve.billing.reports import SECONDS, Query, Width, buckets
 from steelyard.serve.protocol.billing import Bucket, BucketPage, CompletionsUsage, Cost, EmbeddingsUsage
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.lists import integer
+from steelyard.serve.protocol.parameters import BOOLEAN, TEXT, Parameter, integer_from, one_of, some_of
 from steelyard.serve.service import Service
 
 LIMITS: dict[Width, tuple[int, int]] = {"1m": (60, 1440), "1h": (24, 168), "1d": (7, 31)}
@@ -34,6 +35,34 @@ KINDS: dict[str, tuple[Sequence[Kind], Callable[[dict[str, Any]], Any] | None]] 
 }
 """What is reported; of what is not served here, that nothing was used."""
 FILTERS = {"project_ids": "project_id", "api_key_ids": "api_key_id", "models": "model"}
+SINGLE = {"start_time", "end_time", "bucket_width", "limit", "page", "batch"}
+"""Parameters of one value; the others may be there several times."""
+USAGE_GROUPS = ("project_id", "api_key_id", "model", "batch")
+COST_GROUPS = ("project_id", "api_key_id", "line_item")
+
+
+def _described(widths: Sequence[Width], most: int, groups: Sequence[str]) -> tuple[Parameter, ...]:
+    """The parameters of both; `limit` as the width with the most buckets has it."""
+    seconds, values = integer_from(0, MOST_SECONDS), some_of(TEXT, MOST_VALUES)
+    return (
+        Parameter("start_time", seconds, required=True),
+        Parameter("end_time", seconds),
+        Parameter("bucket_width", one_of(*widths)),
+        Parameter("limit", integer_from(1, most)),
+        Parameter("page", seconds),
+        Parameter("group_by", some_of(one_of(*groups), MOST_VALUES)),
+        Parameter("project_ids", values),
+        Parameter("api_key_ids", values),
+    )
+
+
+USAGE_PARAMETERS = (
+    Parameter("kind", one_of(*KINDS), required=True, place="path"),
+    *_described(tuple(LIMITS), max(most for _, most in LIMITS.values()), USAGE_GROUPS),
+    Parameter("models", some_of(TEXT, MOST_VALUES)),
+    Parameter("batch", BOOLEAN),
+)
+COST_PARAMETERS = _described(("1d",), COST_LIMITS[1], COST_GROUPS)
 
 
 async def usage(service: Service, request: Request) -> Response:
@@ -43,7 +72,7 @@ async def usage(service: Service, request: Request) -> Response:
         raise PathNotFoundError(f"no usage of '{kind[:40]}': one of {', '.join(KINDS)}")
     services, shape = KINDS[kind]
     given = _parameters(request, "bucket_width", "batch", "models", "user_ids")
-    query, limit = _query(given, services, ("project_id", "api_key_id", "model", "batch"), LIMITS)
+    query, limit = _query(given, services, USAGE_GROUPS, LIMITS)
     return json_response(await _page(service, query, limit, shape))
 
 
@@ -52,7 +81,7 @@ async def costs(service: Service, request: Request) -> Response:
     given = _parameters(request, "bucket_width")
     if given.get("bucket_width", ["1d"]) != ["1d"]:
         raise RequestError("'bucket_width' of costs is 1d", param="bucket_width")
-    query, limit = _query(given, None, ("project_id", "api_key_id", "line_item"), {"1d": COST_LIMITS})
+    query, limit = _query(given, None, COST_GROUPS, {"1d": COST_LIMITS})
     return json_response(await _page(service, query, limit, Cost.of))
 
 
@@ -90,7 +119,9 @@ def _query(
     groups: Sequence[str],
     limits: dict[Width, tuple[int, int]],
 ) -> tuple[Query, int]:
-    single = {name: values[0] for name, values in given.items() if len(values) == 1}
+    single = {name: values[0] for name, values in given.items() if name in SINGLE}
+    if twice := next((name for name in single if len(given[name]) > 1), None):
+        raise RequestError(f"'{twice}' is given twice", param=twice)
     if "start_time" not in single:
         raise RequestError("'start_time' is missing: Unix seconds", param="start_time")
     width = single.get("bucket_width", "1d")

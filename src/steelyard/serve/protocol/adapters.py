@@ -10,6 +10,7 @@ from steelyard.serve.protocol.fields import Fields
 class LoadRequest(Fields):
     """`POST /v1/load_lora_adapter`."""
 
+    stored = False
     lora_name: str
     lora_path: str
     base_model_name: str | None = None
@@ -19,6 +20,7 @@ class LoadRequest(Fields):
 class UnloadRequest(Fields):
     """`POST /v1/unload_lora_adapter`."""
 
+    stored = False
     lora_name: str
 
 

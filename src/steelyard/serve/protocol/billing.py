@@ -27,7 +27,10 @@ class PriceRequest(Fields):
 class PricesRequest(Fields):
     """The whole list, by model; `*` is every model that is not named."""
 
-    prices: Annotated[dict[Annotated[str, Field(min_length=1, max_length=256)], PriceRequest], Field(max_length=1000)]
+    prices: Annotated[
+        dict[Annotated[str, Field(min_length=1, max_length=256)], PriceRequest],
+        Field(max_length=1000, json_schema_extra={"minProperties": 1}),
+    ]
 
 
 class Prices(msgspec.Struct, frozen=True):

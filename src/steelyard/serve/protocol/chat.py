@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import pydantic
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from steelyard.errors import RequestError
 from steelyard.infer.request import TokenLogprob
-from steelyard.serve.protocol.fields import SamplingFields, accept_neutral
+from steelyard.serve.protocol.fields import SamplingFields, accept_neutral, neutral_properties
 from steelyard.serve.protocol.prompt_logprobs import PromptLogprobs
 from steelyard.serve.protocol.usage import Finish, Usage
 from steelyard.text.tokenizer import Tokenizer
@@ -30,6 +30,29 @@ MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields of a message that are accepted at these values, such as an answer of ours that is sent back has them."""
 
+TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+MESSAGES = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_MESSAGES,
+    "items": {
+        "type": "object",
+        "properties": {
+            "role": {"enum": list(ROLES)},
+            "content": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": TEXT_PART}]},
+            **neutral_properties(MESSAGE_NEUTRAL),
+        },
+        "required": ["role", "content"],
+        "additionalProperties": False,
+    },
+}
+"""Messages as they are written."""
+
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -43,8 +66,7 @@ class ChatRequest(SamplingFields):
     store: bool | None = None
     """Keep the answer, to be listed, deleted, or made a training file of."""
     metadata: Metadata | None = None
-
-    messages: list[dict[str, str]]
+    messages: Annotated[list[dict[str, str]], WithJsonSchema(MESSAGES)]
     """Each with `role` (system, user or assistant) and `content`; the text parts of one are joined by newlines."""
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None

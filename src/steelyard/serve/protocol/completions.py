@@ -19,6 +19,15 @@ from steelyard.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 64
 
+TOKENS = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+PROMPT = (
+    str
+    | TOKENS
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[TOKENS], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+"""A prompt as it is written."""
+
 
 class CompletionRequest(SamplingFields):
     """Texts to continue."""
@@ -30,7 +39,7 @@ class CompletionRequest(SamplingFields):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: int | None = None
 
-    @pydantic.field_validator("prompt", mode="before")
+    @pydantic.field_validator("prompt", mode="before", json_schema_input_type=PROMPT)
     @classmethod
     def _prompt(cls, value: object) -> list[Any]:
         prompts = value if isinstance(value, list) and not _is_tokens(value) else [value]

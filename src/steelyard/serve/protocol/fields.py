@@ -6,11 +6,11 @@ Knows JSON, fields and values; nothing of models, tokens or HTTP.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 import pydantic_core
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from steelyard.errors import RequestError
 
@@ -56,6 +56,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields that are accepted at these values, where nothing is to be done for them, and refused by name at any other."""
 
+STOP_STRING = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+STOP = STOP_STRING | Annotated[list[STOP_STRING], Field(max_length=MAX_STOP_STRINGS)] | None
+LOGIT_BIAS = {
+    "type": ["object", "null"],
+    "maxProperties": MAX_LOGIT_BIASES,
+    "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+"""These two are described as they are written; what becomes of them is another type."""
+
 Body = TypeVar("Body", bound="Fields")
 
 
@@ -63,6 +73,8 @@ class Fields(pydantic.BaseModel):
     """A JSON object whose fields are all known; bools are no numbers and numbers are finite."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    stored: ClassVar[bool] = True
+    """Whether its texts may come to the database, so that none may have the character NUL."""
 
 
 class StreamOptions(Fields):
@@ -71,8 +83,20 @@ class StreamOptions(Fields):
     include_usage: bool | None = None
 
 
+def neutral_properties(neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """How fields are described that are accepted at some values only."""
+    return {name: {"enum": [None, *values]} for name, values in neutral.items()}
+
+
+def _describe_neutral(schema: dict[str, Any], kind: type[pydantic.BaseModel]) -> None:
+    schema["properties"] = {**neutral_properties(NEUTRAL), **schema["properties"]}
+
+
 class SamplingFields(Fields):
     """What both ways of asking for text have in common."""
+
+    model_config = pydantic.ConfigDict(json_schema_extra=_describe_neutral)
+    stored = False
 
     model: str
     stream: bool | None = None
@@ -85,7 +109,7 @@ class SamplingFields(Fields):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    logit_bias: dict[int, float] = {}
+    logit_bias: Annotated[dict[int, float], WithJsonSchema(LOGIT_BIAS)] = {}
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     ignore_eos: bool | None = None
@@ -96,7 +120,7 @@ class SamplingFields(Fields):
     draft: bool | None = None
     """False: tokens are not guessed ahead. Absent or true: they are where it pays. The answer is the same."""
 
-    @pydantic.field_validator("stop", mode="before")
+    @pydantic.field_validator("stop", mode="before", json_schema_input_type=STOP)
     @classmethod
     def _stop(cls, value: object) -> tuple[str, ...]:
         strings = [] if value is None else value if isinstance(value, list) else [value]
@@ -161,6 +185,8 @@ def parse(kind: type[Body], content: bytes) -> Body:
         raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
+    if kind.stored and b"\\u0000" in content and (path := _nul_in(body)) is not None:
+        raise RequestError(f"'{path}' has the character NUL: remove it", param=path, code="invalid_value")
     honoured = accept_neutral(body, NEUTRAL, kind.model_fields.keys())
     try:
         return kind.model_validate(honoured)
@@ -217,6 +243,20 @@ def _path(location: tuple[int | str, ...], body: object) -> str:
         elif isinstance(step, str) and isinstance(here, dict) and (step in here or number == len(location) - 1):
             path, here = f"{path}.{step}" if path else step, here.get(step)
     return path
+
+
+def _nul_in(value: object, path: str = "") -> str | None:
+    """The path of a text that has the character NUL, or of a field whose name has it."""
+    if isinstance(value, str):
+        return path if "\0" in value else None
+    inner: list[tuple[str, object]] = []
+    if isinstance(value, dict):
+        inner = [(f"{path}.{name}" if path else name, one) for name, one in value.items()]
+        if (name := next((name for name, _ in inner if "\0" in name), None)) is not None:
+            return name
+    elif isinstance(value, list):
+        inner = [(f"{path}[{number}]", one) for number, one in enumerate(value)]
+    return next((found for name, one in inner if (found := _nul_in(one, name)) is not None), None)
 
 
 def _show(value: object) -> str:

@@ -62,8 +62,10 @@ class JobRequest(Fields):
     method: Method | None = None
     suffix: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 _-]+$")] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
-    integrations: list[Any] | None = None
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        None, json_schema_extra={"maxProperties": MOST_METADATA}
+    )
+    integrations: list[Any] | None = Field(None, json_schema_extra={"maxItems": 0})
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> JobRequest:

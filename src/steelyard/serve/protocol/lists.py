@@ -10,11 +10,22 @@ from sqlalchemy import ColumnElement, Connection, Table, and_, or_, select
 from starlette.requests import Request
 
 from steelyard.errors import NotFoundError, RequestError
+from steelyard.serve.protocol.parameters import TEXT, Parameter, integer_from, one_of
 
 Item = TypeVar("Item")
 Row = dict[str, Any]
 
 DEFAULT_LIMIT, MOST = 20, 100
+
+
+def limit_and_after(most: int = MOST, default: int = DEFAULT_LIMIT) -> tuple[Parameter, ...]:
+    """The parameters of a list that has one order."""
+    return Parameter("limit", integer_from(1, most, default)), Parameter("after", TEXT)
+
+
+def paged(most: int = MOST) -> tuple[Parameter, ...]:
+    """The parameters that `wanted` reads."""
+    return *limit_and_after(most), Parameter("order", one_of("asc", "desc"))
 
 
 class Page(msgspec.Struct, Generic[Item], frozen=True):

@@ -7,33 +7,36 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import Field
 
+from steelyard.serve.auth import ADMIN_SCOPES, PROJECT_SCOPES
 from steelyard.serve.billing.prices import NANO
-from steelyard.serve.organization.keys import NewKey
+from steelyard.serve.organization.keys import MOST_NAME, NewKey
 from steelyard.serve.protocol.fields import Fields
 from steelyard.serve.rate_limits import RateLimit
 
 Row = dict[str, Any]
 Dollars = Annotated[int, Field(ge=0, le=1 << 30)]
+Name = Annotated[str, Field(json_schema_extra={"minLength": 1, "maxLength": MOST_NAME})]
+Scope = Annotated[str, Field(json_schema_extra={"enum": [*PROJECT_SCOPES, *ADMIN_SCOPES]})]
 
 
 class ProjectRequest(Fields):
     """Make or rename a project."""
 
-    name: str
+    name: Name
 
 
 class ServiceAccountRequest(Fields):
     """Make a service account, and a key for it unless told otherwise."""
 
-    name: str
+    name: Name
     create_service_account_only: bool | None = None
 
 
 class KeyRequest(Fields):
     """Make a key."""
 
-    name: str
-    scopes: list[str] | None = None
+    name: Name
+    scopes: list[Scope] | None = None
     expires_in_seconds: Annotated[int, Field(ge=1, le=10 * 366 * 86400)] | None = None
 
 
