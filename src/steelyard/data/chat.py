@@ -112,11 +112,12 @@ def _message(item: Any, index: int, path: Path, line: int) -> Message:
         raise DataError(f"an object is needed, not {json_kind(item)}", file=path, line=line, field=field)
     _only(item, {"role", "content", "weight"}, path, line, f"{field}.")
     role = item.get("role")
+    role = "system" if role == "developer" else role  # OpenAI's newer name for it
     if role not in ROLES:
         given = f"'{role}'" if isinstance(role, str) else json_kind(role)
         reason = f"must be one of {', '.join(ROLES)}, not {given}"
         raise DataError(reason, file=path, line=line, field=f"{field}.role")
-    content = item.get("content")
+    content = _text_of(item.get("content"), path, line, f"{field}.content")
     if not isinstance(content, str) or not content.strip():
         what = "is empty" if isinstance(content, str) else f"must be a string, not {json_kind(content)}"
         raise DataError(what, file=path, line=line, field=f"{field}.content")
@@ -124,6 +125,21 @@ def _message(item: Any, index: int, path: Path, line: int) -> Message:
     if weight not in (0, 1) or isinstance(weight, bool):
         raise DataError(f"must be 0 or 1, not {weight!r}", file=path, line=line, field=f"{field}.weight")
     return Message(role, content, weight == 1)
+
+
+def _text_of(content: Any, path: Path, line: int, field: str) -> Any:
+    """The text parts of a content that is a list of them, joined as in a request; any other content as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for number, part in enumerate(content):
+        known = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+        if not known or not isinstance(part["text"], str):
+            raise DataError(
+                'must be a text part, {"type": "text", "text": ...}', file=path, line=line, field=f"{field}[{number}]"
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
 
 
 def instruction(path: Path, config: FormatConfig) -> Iterator[Conversation]:
