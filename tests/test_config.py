@@ -26,6 +26,7 @@ micro_batch_tokens = 2048
 clip = 0.5
 evaluate_every = 10
 checkpoint_every = 5
+keep_checkpoints = 2
 threads = 2
 
 [data]
