@@ -173,7 +173,7 @@ USER = {"role": "user", "content": "hi"}
     ("row", "field", "reason"),
     [
         ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages[1].role", "must be one of"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content", "not an array"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]", "must be a text part"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "nothing is asked"),
         ({"messages": []}, "messages", "a list of messages is needed"),
         ({"text": "x"}, "messages", "a list of messages is needed"),
