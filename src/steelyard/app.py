@@ -41,8 +41,8 @@ from steelyard.serve.endpoints import (
     chat,
     completions,
     files,
-    fine_tuning,
     health,
+    jobs,
     ledger,
     metrics,
     openapi,
@@ -55,7 +55,7 @@ from steelyard.serve.endpoints.aliases import Alias
 from steelyard.serve.endpoints.audit_logs import AuditLog
 from steelyard.serve.endpoints.health import Health, Live, Version
 from steelyard.serve.endpoints.models import Model, ModelDeleted, ModelList
-from steelyard.serve.engine_client import Command, worker_command
+from steelyard.serve.engine_client import Command, EngineClient, worker_command
 from steelyard.serve.files import MOST_BYTES
 from steelyard.serve.idempotency import Idempotency
 from steelyard.serve.limits import MAX_BODY_BYTES, BodyLimit, DeadlineProtocol
@@ -66,9 +66,11 @@ from steelyard.serve.protocol.batches import Batch, BatchRequest
 from steelyard.serve.protocol.billing import BucketPage, LedgerPage, Prices, PricesRequest
 from steelyard.serve.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from steelyard.serve.protocol.completions import Completion, CompletionRequest
+from steelyard.serve.protocol.compression import CompressionJob, CompressionRequest
 from steelyard.serve.protocol.errors import refuse_path
 from steelyard.serve.protocol.files import FileDeleted, FileObject
-from steelyard.serve.protocol.fine_tuning import FineTuningJob, JobCheckpoint, JobEvent, JobRequest
+from steelyard.serve.protocol.fine_tuning import FineTuningJob, JobCheckpoint, JobRequest
+from steelyard.serve.protocol.jobs import JobEvent
 from steelyard.serve.protocol.lists import Page, limit_and_after, paged
 from steelyard.serve.protocol.organization import (
     AdminKey,
@@ -110,7 +112,7 @@ HEAD_SECONDS = 60.0
 
 ORGANIZATION = "/v1/organization"
 CHAT = "/v1/chat/completions"
-JOBS = "/v1/fine_tuning/jobs"
+FINE_TUNING, COMPRESSION = "/v1/fine_tuning/jobs", "/v1/compression/jobs"
 ALIASES = f"{ORGANIZATION}/model_aliases"
 PROJECTS, ADMIN_KEYS, PRICES = (f"{ORGANIZATION}/{things}" for things in ("projects", "admin_api_keys", "prices"))
 PROJECT = f"{PROJECTS}/{{project_id}}"
@@ -118,6 +120,18 @@ ACCOUNTS, KEYS, RATES, SPEND_LIMIT, ALERTS = (
     f"{PROJECT}/{things}" for things in ("service_accounts", "api_keys", "rate_limits", "spend_limit", "spend_alerts")
 )
 PAGE = paged()
+
+
+def _job_routes(path: str, kind: jobs.Jobs, shape: type[Any], page: Any) -> list[Endpoint]:
+    """Those that every kind of job has."""
+    one = f"{path}/{{job_id}}"
+    return [
+        Endpoint("GET", path, kind.listed, "fine_tuning", page, jobs.LISTED),
+        Endpoint("GET", one, kind.retrieve, "fine_tuning", shape),
+        *(Endpoint("POST", f"{one}/{verb}", kind.change, "fine_tuning", shape) for verb in jobs.VERBS),
+        Endpoint("GET", f"{one}/events", kind.events, "fine_tuning", Page[JobEvent], jobs.EVENTS, events=JobEvent),
+    ]
+
 
 ENDPOINTS = (
     Endpoint("POST", CHAT, chat.create, "inference", ChatCompletion, ChatRequest, events=ChatChunk),
@@ -138,24 +152,18 @@ ENDPOINTS = (
     Endpoint("GET", "/v1/files/{file_id}", files.retrieve, "files", FileObject),
     Endpoint("GET", "/v1/files/{file_id}/content", files.content, "files", files.CONTENT),
     Endpoint("DELETE", "/v1/files/{file_id}", files.delete, "files", FileDeleted),
-    Endpoint("POST", JOBS, fine_tuning.create, "fine_tuning", FineTuningJob, JobRequest),
-    Endpoint("GET", JOBS, fine_tuning.list_jobs, "fine_tuning", Page[FineTuningJob], fine_tuning.LISTED),
-    Endpoint("GET", f"{JOBS}/{{job_id}}", fine_tuning.retrieve, "fine_tuning", FineTuningJob),
-    Endpoint("POST", f"{JOBS}/{{job_id}}/cancel", fine_tuning.change, "fine_tuning", FineTuningJob),
-    Endpoint("POST", f"{JOBS}/{{job_id}}/pause", fine_tuning.change, "fine_tuning", FineTuningJob),
-    Endpoint("POST", f"{JOBS}/{{job_id}}/resume", fine_tuning.change, "fine_tuning", FineTuningJob),
+    Endpoint("POST", FINE_TUNING, jobs.fine_tune, "fine_tuning", FineTuningJob, JobRequest),
+    *_job_routes(FINE_TUNING, jobs.FINE_TUNING, FineTuningJob, Page[FineTuningJob]),
     Endpoint(
         "GET",
-        f"{JOBS}/{{job_id}}/events",
-        fine_tuning.events,
+        f"{FINE_TUNING}/{{job_id}}/checkpoints",
+        jobs.FINE_TUNING.checkpoints,
         "fine_tuning",
-        Page[JobEvent],
-        fine_tuning.EVENTS,
-        events=JobEvent,
+        Page[JobCheckpoint],
+        PAGE,
     ),
-    Endpoint(
-        "GET", f"{JOBS}/{{job_id}}/checkpoints", fine_tuning.checkpoints, "fine_tuning", Page[JobCheckpoint], PAGE
-    ),
+    Endpoint("POST", COMPRESSION, jobs.compress, "fine_tuning", CompressionJob, CompressionRequest),
+    *_job_routes(COMPRESSION, jobs.COMPRESSION, CompressionJob, Page[CompressionJob]),
     Endpoint("POST", "/v1/batches", batches.create, "inference", Batch, BatchRequest),
     Endpoint("GET", "/v1/batches", batches.list_batches, "inference", Page[Batch], PAGE),
     Endpoint("GET", "/v1/batches/{batch_id}", batches.retrieve, "inference", Batch),
@@ -248,22 +256,24 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        running = engines(models)
         chores = [asyncio.create_task(work) for work in _chores(service, heads)]
         service.batches.answer = partial(answer_line, app.router)
         working = [asyncio.create_task(work) for work in (service.jobs.work(), service.batches.work())]
         try:
-            for engine in running:
+            for engine in engines(models):
                 await engine.start()
             yield
         finally:
             for work in working:
                 work.cancel()
             await asyncio.gather(*working, return_exceptions=True)  # a run saves its state
-            await asyncio.gather(*(engine.stop() for engine in running))
-            await service.metering.drained(SETTLE_SECONDS)
-            for chore in chores:
+            *making, persisting = chores
+            for chore in making:
                 chore.cancel()
+            await asyncio.gather(*making, return_exceptions=True)  # a model that is just being served has an engine
+            await asyncio.gather(*(engine.stop() for engine in engines(models)))
+            await service.metering.drained(SETTLE_SECONDS)
+            persisting.cancel()
             for model in models.values():
                 if model.template is not None:
                     model.template.close()
@@ -298,14 +308,25 @@ def _route(endpoint: Endpoint, service: Service) -> Route:
 
 
 def _chores(service: Service, heads: Path | None) -> list[Any]:
-    """What is done again and again while the server runs."""
+    """What is done again and again while the server runs; the last of it until all is settled."""
 
     async def reload() -> None:
         while True:
             await asyncio.sleep(RELOAD_SECONDS)
             with contextlib.suppress(StorageError):
                 await service.reload()
+
+    async def tidy() -> None:
+        while True:
+            await asyncio.sleep(RELOAD_SECONDS)
+            with contextlib.suppress(StorageError):
                 await service.tidy()
+
+    async def serve_made() -> None:
+        while True:
+            await asyncio.sleep(RELOAD_SECONDS)
+            with contextlib.suppress(StorageError):
+                await service.tuned.serve_all()
 
     async def write_heads(folder: Path) -> None:
         while True:
@@ -313,7 +334,8 @@ def _chores(service: Service, heads: Path | None) -> list[Any]:
                 await asyncio.to_thread(export_head, service, folder)
             await asyncio.sleep(HEAD_SECONDS)
 
-    return [service.metering.persist(), reload(), *([] if heads is None else [write_heads(heads)])]
+    heading = [] if heads is None else [write_heads(heads)]
+    return [reload(), tidy(), serve_made(), *heading, service.metering.persist()]
 
 
 class Server(uvicorn.Server):
@@ -360,6 +382,7 @@ def run(
     kv_cache: CacheKind = "bfloat16",
     database: str | None = None,
     artifacts: str | None = None,
+    job_slots: int = 1,
     job_threads: int | None = None,
     json_log: bool = False,
     announce: Callable[[str, list[str]], None] = lambda url, models: None,
@@ -378,7 +401,8 @@ def run(
         kv_cache: how engines keep keys and values.
         database: its URL; None: `steelyard.db` in the state folder.
         artifacts: where files and models are kept; None: in the state folder.
-        job_threads: of a training run; None: half of the processor's.
+        job_slots: runs of jobs at once; 0 leaves jobs to `steelyard worker`.
+        job_threads: of a run; None: half of the processor's, for all slots together.
         json_log: whether the log is JSON, an object a line.
         announce: told the base URL and the models' names once all are ready.
         command: makes the command line of an engine process.
@@ -401,7 +425,9 @@ def run(
                 secrets,
                 state,
                 artifacts=artifacts,
+                job_slots=job_slots,
                 job_threads=job_threads,
+                new_engine=partial(EngineClient, kv_cache=kv_cache, command=command),
                 environment=environment,
             )
             _show(service.first_keys)

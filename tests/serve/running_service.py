@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from starlette.applications import Starlette
 from steelyard.app import configure, create_app
 from steelyard.serve.adapters import AdapterFolder
 from steelyard.serve.auth import ADMIN_VARIABLE, KEY_VARIABLE
-from steelyard.serve.engine_client import Command
+from steelyard.serve.engine_client import Command, EngineClient
 from steelyard.serve.keys import new_key
 from steelyard.serve.models import ServedModel, load_models
 from steelyard.serve.service import Service as Behind
@@ -105,7 +106,14 @@ def serving(
         environment = {KEY_VARIABLE: key, ADMIN_VARIABLE: admin_key}
         if state is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        behind = open_service(models, store, secrets or Secrets.make(), state, environment=environment)
+        behind = open_service(
+            models,
+            store,
+            secrets or Secrets.make(),
+            state,
+            new_engine=partial(EngineClient, command=command),
+            environment=environment,
+        )
         app = create_app(behind, adapters=changing)
         with running(app, models, seconds) as url:
             yield Service(url, key, checkpoint, models, app, admin_key, behind)

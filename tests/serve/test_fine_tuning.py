@@ -164,15 +164,13 @@ def test_paused_resumed_and_killed_it_learns_the_same(service: Service, client: 
     assert loose.fine_tuning.jobs.pause(job.id).status == "paused"
     with pytest.raises(openai.ConflictError):
         loose.fine_tuning.jobs.pause(job.id)
-    eventually(lambda: service.behind.jobs.process is None, 40)
+    eventually(lambda: not service.behind.jobs.processes, 40)
     paused = steps()
     time.sleep(1)
     assert steps() == paused < 128
     assert loose.fine_tuning.jobs.resume(job.id).status == "queued"
     eventually(lambda: steps() >= paused + 15, 60)
-    process = service.behind.jobs.process
-    assert process is not None
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(service.behind.jobs.processes[job.id].pid, signal.SIGKILL)
     done = job_when(service, job.id, "succeeded")
     assert done.trained_tokens == straight.trained_tokens, "repeated steps are not paid twice"
     assert settlement(service, job.id)["training_tokens"] == straight.trained_tokens
@@ -198,7 +196,7 @@ def test_a_cancelled_job_pays_for_its_steps(service: Service, client: openai.Ope
         lambda: sum(event.type == "metrics" for event in client.fine_tuning.jobs.list_events(job.id, limit=100)) > 3, 60
     )
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
-    eventually(lambda: service.behind.jobs.process is None, 40)
+    eventually(lambda: not service.behind.jobs.processes, 40)
     entry = eventually(lambda: _settled(service, job.id), 10)
     assert entry["training_tokens"] > 0
     assert entry["amount"] < 0, "what was not trained is released"

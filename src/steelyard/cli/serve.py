@@ -57,8 +57,11 @@ def command(
         str | None,
         typer.Option(metavar="URL", help="Files and models, encrypted: a folder or s3://BUCKET/PREFIX."),
     ] = None,
+    job_slots: Annotated[
+        int, typer.Option(help="Jobs that run at once; 0 leaves them to `steelyard worker`.", min=0)
+    ] = 1,
     job_threads: Annotated[
-        int | None, typer.Option(help="Threads of a training run; default: half of the processor's.", min=1)
+        int | None, typer.Option(help="Threads of a job's run; default: half of the processor's, shared.", min=1)
     ] = None,
     json_log: Annotated[bool, typer.Option("--json-log", help="Log one JSON object a line.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -83,6 +86,7 @@ def command(
         kv_cache=kv_cache,
         database=database,
         artifacts=artifacts,
+        job_slots=job_slots,
         job_threads=job_threads,
         json_log=json_log,
         announce=announce,

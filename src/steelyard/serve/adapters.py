@@ -77,7 +77,7 @@ class AdapterFolder:
             await self._close(served)
 
     def _base(self, name: str, base: str | None) -> ServedModel:
-        bases = {served.id: served for served in self._models.values() if served.adapter is None}
+        bases = {served.id: served for served in self._models.values() if served.is_base}
         if base is not None and base not in bases:
             raise ModelNotFoundError(f"there is no base model '{base[:80]}' here", param="base_model_name")
         if base is None and len(bases) > 1:
@@ -85,7 +85,7 @@ class AdapterFolder:
         served = next(iter(bases.values())) if base is None else bases[base]
         old = self._models.get(name)
         if old is not None and (old.adapter is None or old.engine is not served.engine):
-            taken = "a base model" if old.adapter is None else "an adapter of another model"
+            taken = "a whole model" if old.adapter is None else "an adapter of another model"
             raise RequestError(f"'{name}' is {taken} here: choose another name", param="lora_name")
         return served
 

@@ -51,6 +51,7 @@ CANARY_SECONDS = 2.0
 """How often a ready engine is asked for one token of nobody's."""
 STALL_SECONDS = 5.0
 """An engine that is asked and says nothing at all for so long is stalled."""
+DRAIN_POLL_SECONDS = 0.1
 LAST_WORDS = 0.5
 """Seconds to read on after the process has ended."""
 
@@ -171,6 +172,13 @@ class EngineClient:
             await _end(self._process)
             self._process = None
         self._settle("stopped")
+
+    async def drained(self, seconds: float) -> None:
+        """Wait until nobody waits for it, but no longer than this."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._inboxes:
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     async def submit(self, *requests: Request, meter: Meter | None = None) -> AsyncGenerator[list[Output], None]:
         """The outputs of requests, as they come, those that came at once together, until every choice has finished.

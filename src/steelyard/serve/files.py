@@ -20,6 +20,7 @@ from steelyard.data import chat
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import DataError, NotFoundError, RequestError
 from steelyard.serve.ids import fresh
+from steelyard.serve.owned import find
 from steelyard.serve.references import unused
 from steelyard.store import tables
 from steelyard.store.artifacts import Artifacts, Stored
@@ -150,14 +151,7 @@ def get(connection: Connection, project: str, file_id: str) -> Row:
     Raises:
         NotFoundError: it has none of this id.
     """
-    row = (
-        connection.execute(select(tables.files).where(columns.id == file_id, columns.project_id == project))
-        .mappings()
-        .first()
-    )
-    if row is None:
-        raise NotFoundError(f"no file '{file_id[:80]}' in this project", param="file_id", code="file_not_found")
-    return dict(row)
+    return find(connection, tables.files, project, file_id, "file", param="file_id", code="file_not_found")
 
 
 def check_rows(path: Path, shown: str, read: Callable[..., Any] = chat.read) -> int:

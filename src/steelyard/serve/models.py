@@ -37,11 +37,18 @@ class ServedModel:
     """When its checkpoint was written, in Unix seconds."""
     project: str | None = None
     """Whose it is; None: everybody may ask it."""
+    base: str | None = None
+    """The model that it was made from, where that is served too."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Its own and its base's: the first that has a price says what it costs."""
-        return (self.id,) if self.adapter is None else (self.id, self.engine.model)
+        return (self.id,) if self.base is None else (self.id, self.base)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is served to everybody, by an engine of its own: others are made from it."""
+        return self.adapter is None and self.project is None
 
     def ready(self) -> Ready:
         """What its engine says of itself.
@@ -139,8 +146,7 @@ def load_models(
                 raise ConfigError(f"--adapter {name}={path}: this is a whole model; give it as CHECKPOINT")
         folder = folders[base]
         engine = EngineClient(base, folder, worn, draft=guessing.get(base), kv_cache=kv_cache, command=command)
-        tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
-        models[base] = ServedModel(base, engine, None, tokenizer, template, _written(folder / "config.json"))
+        models[base] = whole_model(base, engine)
         for name, path in worn.items():
             models[name] = adapter_model(name, path, models[base])
     return models
@@ -155,7 +161,18 @@ def adapter_model(name: str, path: Path, base: ServedModel, project: str | None 
     # An adapter may have been trained with a template of its own; its tokens are the base model's.
     own = ChatTemplate.load(path) or base.template
     created = _written(path / "adapter_config.json")
-    return ServedModel(name, base.engine, name, base.tokenizer, own, created, project)
+    return ServedModel(name, base.engine, name, base.tokenizer, own, created, project, base.id)
+
+
+def whole_model(name: str, engine: EngineClient, project: str | None = None, base: str | None = None) -> ServedModel:
+    """The model of an engine.
+
+    Raises:
+        CheckpointError: its tokenizer or its chat template does not load.
+    """
+    folder = engine.checkpoint
+    tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
+    return ServedModel(name, engine, None, tokenizer, template, _written(folder / "config.json"), project, base)
 
 
 def _written(file: Path) -> int:

@@ -26,7 +26,10 @@ from steelyard.serve.billing.bill import BatchLine, Payer
 from steelyard.serve.billing.ledger import Clock, Ledger
 from steelyard.serve.billing.metering import Metering
 from steelyard.serve.billing.prices import PriceList
+from steelyard.serve.engine_client import EngineClient
 from steelyard.serve.files import Files
+from steelyard.serve.jobs.compression import Compression
+from steelyard.serve.jobs.fine_tuning import FineTuning
 from steelyard.serve.jobs.runner import JobRunner
 from steelyard.serve.meters import RequestMeters
 from steelyard.serve.models import ServedModel
@@ -97,7 +100,16 @@ class Service:
             )
         return served
 
-    def ask(self, request: Request, model: str, user: str | None = None) -> tuple[ServedModel, Payer]:
+    async def found(self, name: str, project: str, who: str = "") -> ServedModel:
+        """`find`, for a model too that another process has just made: it is served from now on."""
+        try:
+            return self.find(name, project, who)
+        except ModelNotFoundError:
+            if ":" not in name or not await self.tuned.serve_named(project, name):
+                raise
+            return self.find(name, project, who)
+
+    async def ask(self, request: Request, model: str, user: str | None = None) -> tuple[ServedModel, Payer]:
         """Let a request to a model in, within the limits of its project; the response's headers tell of those.
 
         Raises:
@@ -106,7 +118,7 @@ class Service:
             RateLimitError: too many requests in a minute, or at once.
         """
         caller: Caller = request.state.caller
-        served = self.find(model, caller.project, user or caller.key_id)
+        served = await self.found(model, caller.project, user or caller.key_id)
         served.ready()
         line: BatchLine | None = getattr(request.state, "line", None)
         money = (self.metering, self.limits, self.prices, self.meters)
@@ -138,8 +150,7 @@ class Service:
         self.names = await self.database.read(aliases.read)
 
     async def tidy(self) -> None:
-        """What is done now and then: serve what other servers made, remove what has expired."""
-        await self.tuned.serve_all()
+        """What is done now and then: sound alerts, remove what has expired, charge what is stored."""
         await self.database.write(lambda connection: limits.sound(connection, self.ledger.month()))
         await self.database.write(lambda connection: idempotency.expire(connection, self.now()))
         await asyncio.to_thread(self.files.expire, self.now())
@@ -154,7 +165,9 @@ def open_service(
     state: Path,
     *,
     artifacts: str | None = None,
+    job_slots: int = 1,
     job_threads: int | None = None,
+    new_engine: Callable[[str, Path], EngineClient] = EngineClient,
     environment: Mapping[str, str] = os.environ,
     clock: Clock = time.time,
 ) -> Service:
@@ -168,7 +181,9 @@ def open_service(
         secrets: the server's own.
         state: the folder for what is not in the database.
         artifacts: URL of the stored contents; None: a folder in `state`.
-        job_threads: of a training run; None: half of the processor's.
+        job_slots: runs of jobs at once; 0 leaves jobs to `steelyard worker`.
+        job_threads: of a run; None: half of the processor's, for all slots together.
+        new_engine: makes the engines of whole models that jobs make.
         environment: may name keys.
         clock: Unix seconds.
 
@@ -197,9 +212,19 @@ def open_service(
     metering, listed = Metering(ledger), database.read_now(prices.newest)
     stored = Artifacts(artifacts or str(state / "artifacts"), secrets.root, database)
     files = Files(database, stored, state / "clear")
-    tuned = TunedModels(database, stored, state / "models", models)
+    tuned = TunedModels(database, stored, state / "models", models, new_engine)
     service: Service
-    jobs = JobRunner(files, tuned, lambda: (ledger, service.prices), state / "jobs", clock, job_threads)
+    jobs = JobRunner(
+        database,
+        {"fine_tuning": FineTuning(files, tuned), "compression": Compression(tuned)},
+        lambda: (ledger, service.prices),
+        state / "jobs",
+        clock,
+        knows=tuned.knows,
+        serve=tuned.serve,
+        slots=job_slots,
+        threads=job_threads,
+    )
     service = Service(
         models,
         database,

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, delete, insert, select, update
 
-from steelyard.errors import NotFoundError, RequestError
+from steelyard.errors import RequestError
 from steelyard.serve.files import Files
+from steelyard.serve.owned import find
 from steelyard.store import tables
 
 MOST_EXPORTED = 50_000
@@ -94,16 +95,7 @@ def get(connection: Connection, project: str, completion: str) -> Row:
     Raises:
         NotFoundError: it has kept none of this id.
     """
-    row = (
-        connection.execute(
-            select(tables.stored_completions).where(columns.id == completion, columns.project_id == project)
-        )
-        .mappings()
-        .first()
-    )
-    if row is None:
-        raise NotFoundError(f"no stored completion '{completion[:80]}' in this project", param="completion_id")
-    return dict(row)
+    return find(connection, tables.stored_completions, project, completion, "stored completion", param="completion_id")
 
 
 def change(connection: Connection, project: str, completion: str, metadata: dict[str, str] | None) -> Row:

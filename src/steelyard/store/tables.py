@@ -124,6 +124,7 @@ jobs = Table(
     Column("result_files", JSON, nullable=False),
     Column("tokens", BigInteger),  # that the whole run will take
     Column("trained_tokens", BigInteger, nullable=False),
+    Column("memory", BigInteger),  # bytes that its run takes, by estimate; null: not checked yet
     Column("created_at", BigInteger, nullable=False),
     Column("started_at", BigInteger),
     Column("finished_at", BigInteger),
@@ -210,12 +211,15 @@ stored_completions = Table(
     Index("stored_by_project", "project_id", "created_at"),
 )
 
-models = Table(  # what jobs made: adapters of models that are served
+models = Table(  # what jobs made
     "models",
     metadata,
     Column("id", Text, primary_key=True),
     Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
-    Column("base", Text, nullable=False),
+    Column("base", Text, nullable=False),  # the served model that it comes from
+    Column(
+        "form", Text, nullable=False, server_default="adapter"
+    ),  # of the base; or `model`, with an engine of its own
     Column("job_id", Text),
     Column("step", BigInteger),  # null: the job's result; else a checkpoint's
     Column("metrics", JSON, nullable=False),

@@ -9,8 +9,9 @@ import msgspec
 from sqlalchemy import Connection, insert, select, update
 
 from steelyard.data.readers import json_rows
-from steelyard.errors import ConflictError, DataError, NotFoundError
+from steelyard.errors import ConflictError, DataError
 from steelyard.serve.ids import fresh
+from steelyard.serve.owned import find
 from steelyard.store import tables
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
@@ -68,14 +69,7 @@ def get(connection: Connection, project: str, batch_id: str) -> Row:
     Raises:
         NotFoundError: it has none of this id.
     """
-    row = (
-        connection.execute(select(tables.batches).where(columns.id == batch_id, columns.project_id == project))
-        .mappings()
-        .first()
-    )
-    if row is None:
-        raise NotFoundError(f"no batch '{batch_id[:80]}' in this project", param="batch_id")
-    return dict(row)
+    return find(connection, tables.batches, project, batch_id, "batch", param="batch_id")
 
 
 def cancel(connection: Connection, project: str, batch_id: str, now: int) -> Row:

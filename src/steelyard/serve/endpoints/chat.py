@@ -38,7 +38,7 @@ Keep = Callable[[list[Choice]], Awaitable[None]]
 async def create(service: Service, request: Request) -> Response:
     """Answer a conversation."""
     body = parse(ChatRequest, await request.body())
-    served, payer = service.ask(request, body.model, body.safety_identifier or body.user)
+    served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     prompt = await while_connected(request.receive, asyncio.to_thread(_prompt, served, body.messages))
     generation = plan(
         body,

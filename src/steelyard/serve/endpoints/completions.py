@@ -36,7 +36,7 @@ DEFAULT_MAX_TOKENS = 16
 async def create(service: Service, request: Request) -> Response:
     """Continue prompts."""
     body = parse(CompletionRequest, await request.body())
-    served, payer = service.ask(request, body.model, body.safety_identifier or body.user)
+    served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     prompts = await while_connected(request.receive, asyncio.to_thread(_prompts, served, body.prompt))
     generation = plan(
         body,

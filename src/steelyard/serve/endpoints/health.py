@@ -33,8 +33,12 @@ class Version(msgspec.Struct, frozen=True):
 
 
 async def ready(service: Service, request: Request) -> Response:
-    """200 when every engine is ready and computes (a canary token now and then shows it), else 503."""
-    statuses = ["stalled" if engine.stalled else engine.status for engine in engines(service.models)]
+    """200 when every engine is ready and computes (a canary token now and then shows it), else 503.
+
+    Engines of projects' own models do not count: what one project made is no reason to send nobody here.
+    """
+    common = {name: served for name, served in service.models.items() if served.project is None}
+    statuses = ["stalled" if engine.stalled else engine.status for engine in engines(common)]
     waiting = [status for status in statuses if status != "ready"]
     health = Health(waiting[0] if waiting else "ready", len(statuses), len(statuses) - len(waiting))
     return json_response(health, 503 if waiting else 200, {"retry-after": "1"} if waiting else None)

@@ -13,9 +13,8 @@ from starlette.responses import Response
 
 from steelyard.errors import NotFoundError
 from steelyard.serve import stored
-from steelyard.serve.protocol.chat import Metadata
 from steelyard.serve.protocol.errors import json_response
-from steelyard.serve.protocol.fields import Fields, parse
+from steelyard.serve.protocol.fields import Fields, Metadata, parse
 from steelyard.serve.protocol.files import FileObject
 from steelyard.serve.protocol.lists import Page, Wanted, allow, page_of, paged, read_page, wanted
 from steelyard.serve.protocol.parameters import TEXT, Parameter

@@ -14,8 +14,10 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from steelyard.errors import ConflictError, NotFoundError
 from steelyard.serve.ids import fresh
+from steelyard.serve.owned import find
 from steelyard.store import tables
 
+Kind = Literal["fine_tuning", "compression"]
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 OVER: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 VERBS: dict[str, tuple[tuple[Status, ...], Status, str]] = {
@@ -29,43 +31,67 @@ Row = dict[str, Any]
 columns = tables.jobs.c
 
 
-def create(connection: Connection, row: Row) -> Row:
-    """A new job, with its first events."""
+def create(connection: Connection, kind: Kind, asked: Row, now: int) -> Row:
+    """A new job, with its first events.
+
+    Args:
+        connection: within a transaction.
+        kind: of job.
+        asked: whose it is, and what was asked for.
+        now: Unix seconds.
+    """
+    row: Row = {
+        "id": new_id(kind),
+        "kind": kind,
+        "training_file": None,
+        "validation_file": None,
+        "resolved": {},
+        "status": "validating_files",
+        "error": None,
+        "result_model": None,
+        "result_files": [],
+        "tokens": None,
+        "trained_tokens": 0,
+        "memory": None,
+        "created_at": now,
+        "started_at": None,
+        "finished_at": None,
+        "estimated_finish": None,
+        "holder": None,
+        **asked,
+    }
     connection.execute(insert(tables.jobs), row)
-    say(connection, row["id"], f"Created fine-tuning job: {row['id']}", row["created_at"])
-    say(connection, row["id"], f"Validating training file: {row['training_file']}", row["created_at"])
+    say(connection, row["id"], f"Created {kind.replace('_', '-')} job: {row['id']}", now)
+    checked = f"training file: {row['training_file']}" if row["training_file"] else f"model: {row['model']}"
+    say(connection, row["id"], f"Validating {checked}", now)
     return row
 
 
-def new_id(kind: str) -> str:
+def new_id(kind: Kind) -> str:
     """A job's id."""
     return fresh("ftjob-" if kind == "fine_tuning" else "cmpjob-")
 
 
-def get(connection: Connection, project: str, job_id: str) -> Row:
-    """A project's job.
+def get(connection: Connection, project: str, job_id: str, kind: Kind | None = None) -> Row:
+    """A project's job, of this kind.
 
     Raises:
         NotFoundError: it has none of this id.
     """
-    row = (
-        connection.execute(select(tables.jobs).where(columns.id == job_id, columns.project_id == project))
-        .mappings()
-        .first()
-    )
-    if row is None:
-        raise NotFoundError(f"no job '{job_id[:80]}' in this project", param="fine_tuning_job_id")
-    return dict(row)
+    row = find(connection, tables.jobs, project, job_id, "job", param="fine_tuning_job_id")
+    if kind not in (None, row["kind"]):
+        raise NotFoundError(f"no {kind} job '{job_id[:80]}' in this project", param="job_id")
+    return row
 
 
-def apply_verb(connection: Connection, project: str, job_id: str, verb: str, now: int) -> Row:
+def apply_verb(connection: Connection, project: str, job_id: str, verb: str, now: int, kind: Kind) -> Row:
     """Pause, resume or cancel a job. Whoever works on it sees its new status and acts.
 
     Raises:
         NotFoundError: the project has no such job.
         ConflictError: the job's status does not allow it.
     """
-    row = get(connection, project, job_id)
+    row = get(connection, project, job_id, kind)
     allowed, status, message = VERBS[verb]
     if row["status"] not in allowed:
         raise ConflictError(
@@ -146,16 +172,22 @@ def events(connection: Connection, job_id: str, *, before: int | None = None, li
     return [dict(row) for row in rows]
 
 
-def next_job(connection: Connection, status: Status) -> Row | None:
-    """The oldest job with this status."""
-    row = (
-        connection.execute(
-            select(tables.jobs).where(columns.status == status).order_by(columns.created_at, columns.id).limit(1)
-        )
-        .mappings()
-        .first()
+def waiting(connection: Connection, status: Status, limit: int = 100) -> list[Row]:
+    """The next jobs with this status: those of projects of which fewer run first, then the oldest."""
+    running = (
+        select(columns.project_id, func.count().label("runs"))
+        .where(columns.status == "running")
+        .group_by(columns.project_id)
+        .subquery()
     )
-    return None if row is None else dict(row)
+    rows = connection.execute(
+        select(tables.jobs)
+        .outerjoin(running, running.c.project_id == columns.project_id)
+        .where(columns.status == status)
+        .order_by(func.coalesce(running.c.runs, 0), columns.created_at, columns.id)
+        .limit(limit)
+    ).mappings()
+    return [dict(row) for row in rows]
 
 
 def _participle(verb: str) -> str:

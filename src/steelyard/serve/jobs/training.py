@@ -27,6 +27,10 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE = 3, 8, 4e-4
 CHECKPOINT_STEPS = 10
 """Steps between states: the most that a killed run loses."""
 KEPT_CHECKPOINTS = 3
+MICRO_BATCH_TOKENS = 4096
+"""Most tokens of a forward pass."""
+PROCESS_BYTES = 400_000_000
+"""Of a run without model and data."""
 
 Row = dict[str, Any]
 
@@ -39,12 +43,14 @@ class Resolved(msgspec.Struct, frozen=True):
     learning_rate_multiplier: float
 
 
-class Checked(msgspec.Struct, frozen=True):
+class Rows(msgspec.Struct, frozen=True):
     """What a job's files hold."""
 
     rows: int
     tokens: int
     """Of one epoch, trained on or not."""
+    longest: int
+    """Tokens of a row."""
     resolved: Resolved
 
 
@@ -58,7 +64,7 @@ def resolve(hyperparameters: Row, rows: int) -> Resolved:
     )
 
 
-def check_files(base: Path, training: Path, validation: Path | None, hyperparameters: Row) -> Checked:
+def check_files(base: Path, training: Path, validation: Path | None, hyperparameters: Row) -> Rows:
     """Read a job's rows as the run will.
 
     Raises:
@@ -84,7 +90,23 @@ def check_files(base: Path, training: Path, validation: Path | None, hyperparame
     finally:
         if template is not None:
             template.close()
-    return Checked(len(rows), token_counts(rows)["tokens"], resolve(hyperparameters, len(rows)))
+    counts = token_counts(rows)
+    return Rows(len(rows), counts["tokens"], counts["longest_row"], resolve(hyperparameters, len(rows)))
+
+
+def memory(base: Path, rows: Rows) -> int:
+    """Bytes that a run takes, by estimate: weights, and for each token of a forward pass what backward needs of it.
+
+    A block keeps some ten vectors of the width and three of the feed-forward part in bfloat16; the logits are there
+    in bfloat16 and twice in float32. Within a third of what runs took that were measured, and above it.
+    """
+    config = manifest.read_json(base / "config.json")
+    width, inner, layers, vocabulary = (
+        int(config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    together = max(rows.longest, min(MICRO_BATCH_TOKENS, rows.longest * rows.resolved.batch_size))
+    return PROCESS_BYTES + weights + together * (2 * layers * (10 * width + 3 * inner) + 10 * vocabulary)
 
 
 def base_to_train(checkpoint: Path) -> Path:
@@ -120,6 +142,7 @@ def write_configuration(
         "seed": seed,
         "epochs": resolved.n_epochs,
         "batch_size": resolved.batch_size,
+        "micro_batch_tokens": MICRO_BATCH_TOKENS,
         "checkpoint_every": CHECKPOINT_STEPS,
         "keep_checkpoints": KEPT_CHECKPOINTS,
         "threads": threads,

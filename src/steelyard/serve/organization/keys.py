@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, insert
 
-from steelyard.errors import NotFoundError, RequestError
+from steelyard.errors import RequestError
 from steelyard.serve.auth import ADMIN_SCOPES, PROJECT_SCOPES
 from steelyard.serve.ids import fresh
 from steelyard.serve.keys import mac, new_key, redacted
 from steelyard.serve.organization.audit import Actor
+from steelyard.serve.owned import find
 from steelyard.store import tables
 
 MOST_NAME = 256
@@ -73,21 +74,7 @@ def get_key(connection: Connection, key_id: str, project_id: str | None) -> Row:
     Raises:
         NotFoundError: there is none of this id.
     """
-    columns = tables.api_keys.c
-    row = (
-        (
-            connection.execute(select(tables.api_keys).where(columns.id == key_id, columns.project_id.is_(project_id)))
-            if project_id is None
-            else connection.execute(
-                select(tables.api_keys).where(columns.id == key_id, columns.project_id == project_id)
-            )
-        )
-        .mappings()
-        .first()
-    )
-    if row is None:
-        raise NotFoundError(f"no key '{key_id[:80]}' here", param="api_key_id")
-    return dict(row)
+    return find(connection, tables.api_keys, project_id, key_id, "key", param="api_key_id")
 
 
 def delete_key(connection: Connection, actor: Actor, key_id: str, project_id: str | None) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, delete, insert, or_, select, update
 
-from steelyard.errors import NotFoundError, RequestError
+from steelyard.errors import RequestError
 from steelyard.serve.billing.prices import NANO
 from steelyard.serve.ids import fresh
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.projects import active, get
+from steelyard.serve.owned import find
 from steelyard.serve.rate_limits import RateLimit
 from steelyard.store import tables
 
@@ -108,10 +109,7 @@ def alert(connection: Connection, project_id: str, alert_id: str) -> Row:
     Raises:
         NotFoundError: the project has none of this id.
     """
-    found = next((row for row in alerts(connection, project_id) if row["id"] == alert_id), None)
-    if found is None:
-        raise NotFoundError(f"no alert '{alert_id[:80]}' in this project", param="alert_id")
-    return found
+    return find(connection, tables.spend_alerts, project_id, alert_id, "alert", param="alert_id")
 
 
 def delete_alert(connection: Connection, actor: Actor, project_id: str, alert_id: str) -> None:

@@ -11,6 +11,7 @@ from steelyard.serve.auth import PROJECT_SCOPES
 from steelyard.serve.ids import fresh
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.keys import NewKey, create_key
+from steelyard.serve.owned import find
 from steelyard.store import tables
 
 MOST_NAME = 256
@@ -136,17 +137,9 @@ def service_account(connection: Connection, project_id: str, account_id: str) ->
     Raises:
         NotFoundError: it has none of this id.
     """
-    columns = tables.service_accounts.c
-    row = (
-        connection.execute(
-            select(tables.service_accounts).where(columns.id == account_id, columns.project_id == project_id)
-        )
-        .mappings()
-        .first()
+    return find(
+        connection, tables.service_accounts, project_id, account_id, "service account", param="service_account_id"
     )
-    if row is None:
-        raise NotFoundError(f"no service account '{account_id[:80]}' in this project", param="service_account_id")
-    return dict(row)
 
 
 def delete_service_account(connection: Connection, actor: Actor, project_id: str, account_id: str) -> None:

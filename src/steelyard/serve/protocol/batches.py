@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
-from pydantic import Field
 
-from steelyard.serve.protocol.fields import Fields
+from steelyard.serve.protocol.fields import Fields, Metadata
 
 Row = dict[str, Any]
 MOMENTS = (
@@ -27,12 +26,7 @@ class BatchRequest(Fields):
     input_file_id: str
     endpoint: Literal["/v1/chat/completions", "/v1/completions"]
     completion_window: Literal["24h"]
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
+    metadata: Metadata | None = None
 
 
 class BatchError(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ from pydantic import Field, WithJsonSchema
 
 from steelyard.errors import RequestError
 from steelyard.infer.request import TokenLogprob
-from steelyard.serve.protocol.fields import SamplingFields, accept_neutral, neutral_properties
+from steelyard.serve.protocol.fields import Metadata, SamplingFields, accept_neutral, neutral_properties
 from steelyard.serve.protocol.prompt_logprobs import PromptLogprobs
 from steelyard.serve.protocol.usage import Finish, Usage
 from steelyard.text.tokenizer import Tokenizer
@@ -52,12 +52,6 @@ MESSAGES = {
     },
 }
 """Messages as they are written."""
-
-
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-]
-"""Pairs that something is found by."""
 
 
 class ChatRequest(SamplingFields):

@@ -68,6 +68,11 @@ LOGIT_BIAS = {
 
 Body = TypeVar("Body", bound="Fields")
 
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+"""Pairs that something is found by."""
+
 
 class Fields(pydantic.BaseModel):
     """A JSON object whose fields are all known; bools are no numbers and numbers are finite."""

@@ -9,9 +9,9 @@ import pydantic
 from pydantic import Field
 
 from steelyard.errors import RequestError
-from steelyard.serve.protocol.fields import Fields
+from steelyard.serve.protocol.fields import Fields, Metadata
+from steelyard.serve.protocol.jobs import JobError, Suffix
 
-MOST_METADATA = 16
 Auto = Literal["auto"]
 
 Row = dict[str, Any]
@@ -60,11 +60,9 @@ class JobRequest(Fields):
     validation_file: str | None = None
     hyperparameters: Hyperparameters | None = None
     method: Method | None = None
-    suffix: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 _-]+$")] | None = None
+    suffix: Suffix | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
-        None, json_schema_extra={"maxProperties": MOST_METADATA}
-    )
+    metadata: Metadata | None = None
     integrations: list[Any] | None = Field(None, json_schema_extra={"maxItems": 0})
 
     @pydantic.model_validator(mode="after")
@@ -73,8 +71,6 @@ class JobRequest(Fields):
             raise RequestError(
                 "'integrations' is not supported here: remove it", param="integrations", code="unsupported_parameter"
             )
-        if self.metadata is not None and len(self.metadata) > MOST_METADATA:
-            raise RequestError(f"'metadata' has more than {MOST_METADATA} pairs", param="metadata")
         nested = self.method is not None and self.method.supervised is not None
         if nested and self.method.supervised.hyperparameters and self.hyperparameters:  # type: ignore[union-attr]
             raise RequestError(
@@ -89,14 +85,6 @@ class JobRequest(Fields):
         nested = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
         found = nested or self.hyperparameters or Hyperparameters()
         return {name: "auto" if value is None else value for name, value in found.model_dump().items()}
-
-
-class JobError(msgspec.Struct, frozen=True):
-    """Why a job failed."""
-
-    code: str
-    message: str
-    param: str | None
 
 
 class FineTuningJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,23 +139,6 @@ class FineTuningJob(msgspec.Struct, frozen=True, kw_only=True):
             started_at=row["started_at"],
             user_provided_suffix=row["suffix"],
         )
-
-
-class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened."""
-
-    id: str
-    created_at: int
-    level: str
-    message: str
-    type: str
-    data: Any
-    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
-
-    @classmethod
-    def of(cls, row: Row) -> JobEvent:
-        """Of a row of the table."""
-        return cls(**{name: row[name] for name in ("id", "created_at", "level", "message", "type", "data")})
 
 
 class CheckpointMetrics(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,0 +1,70 @@
+"""Compression jobs: a served model, or one that a job made, to a smaller one of its own, with a certificate."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from steelyard.checkpoint import manifest
+from steelyard.errors import RequestError
+from steelyard.serve.billing.ledger import Service
+from steelyard.serve.jobs.kind import Checked, Made, Progress
+from steelyard.serve.tuned import TunedModels, model_name
+
+PROCESS_BYTES = 400_000_000
+"""Of a run without model."""
+CERTIFIED_TOKENS = 4096
+"""Of a forward pass of the certificate, which keeps four float32 logits of each."""
+
+Row = dict[str, Any]
+
+
+class Compression:
+    """See `Kind`.
+
+    Args:
+        tuned: for models to compress, and for what jobs make.
+    """
+
+    service: Service = "compression"
+    called = "compression"
+
+    def __init__(self, tuned: TunedModels) -> None:
+        self.tuned = tuned
+
+    def check(self, job: Row) -> Checked:
+        """Whether its model is there, and dense."""
+        source = self.tuned.checkpoint(job["project_id"], job["model"])
+        base = manifest.base_of(source)
+        config = manifest.read_json(base / "config.json")
+        if "quantization_config" in config:
+            raise RequestError("this model is compressed already: name the one that it was made from", param="model")
+        weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+        memory = PROCESS_BYTES + 3 * weights + CERTIFIED_TOKENS * 16 * int(config["vocab_size"])
+        return Checked("The model can be compressed, moving job to queued state", memory)
+
+    def prepare(self, job: Row, folder: Path, threads: int) -> list[str]:
+        """Nothing of an earlier try is used."""
+        shutil.rmtree(folder / "made", ignore_errors=True)
+        asked: Row = job["settings"]["quantize"]
+        source = self.tuned.checkpoint(job["project_id"], job["model"])
+        bounds = ["--max-bits-per-byte", str(asked["max_bits_per_byte"])]
+        if asked["max_kl"] is not None:
+            bounds += ["--max-kl", str(asked["max_kl"])]
+        portable = ["--portable"] if asked["portable"] else []
+        return ["compress", "quantize", str(source), "--output", "made", "--json", *bounds, *portable]
+
+    def progress(self, job: Row, folder: Path, *, ended: bool) -> Progress:
+        """It takes a minute and has no steps."""
+        return Progress()
+
+    def publish(self, job: Row, folder: Path, now: int) -> Made:
+        """The smaller model."""
+        name = model_name("int8", job, self.tuned.project_name(job["project_id"]))
+        keep = self.tuned.keep(
+            job["project_id"], job["model"], name, folder / "made", now, job_id=job["id"], form="model"
+        )
+        found = manifest.read(folder / "made").certificate or {}
+        cost = f"{found['bytes_before'] / 1e6:.1f} to {found['bytes_after'] / 1e6:.1f} MB" if found else "smaller"
+        return Made([keep], f"New compressed model created: {name}, {cost}")

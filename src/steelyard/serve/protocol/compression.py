@@ -1,0 +1,103 @@
+"""The shapes of compression jobs, in the manner of fine-tuning's. Methods that are not had here are refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+import pydantic
+from pydantic import Field
+
+from steelyard.errors import RequestError
+from steelyard.serve.protocol.fields import Fields, Metadata
+from steelyard.serve.protocol.jobs import JobError, Suffix
+
+COMING = ("prune", "distill")
+"""Methods that are known and not had here."""
+
+Row = dict[str, Any]
+
+
+class Quantize(Fields):
+    """Weights and activations in 8 bits."""
+
+    scheme: Literal["int8"] = "int8"
+    portable: bool = False
+    """Leave embedding and head as they are, for programs that expect it."""
+    max_bits_per_byte: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Largest relative rise of bits per byte; past it the job fails."""
+    max_kl: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Largest mean KL divergence in nats, if any."""
+
+
+class CompressionMethod(Fields):
+    """How a model is made smaller."""
+
+    type: Literal["quantize"]
+    quantize: Quantize | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind in COMING:
+            raise RequestError(
+                f"'method.type' {kind} is not supported here: use quantize",
+                param="method.type",
+                code="unsupported_parameter",
+            )
+        return value
+
+
+class CompressionRequest(Fields):
+    """Ask for a job."""
+
+    model: str
+    method: CompressionMethod | None = None
+    suffix: Suffix | None = None
+    metadata: Metadata | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _possible(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("target") is not None:
+            raise RequestError(
+                "'target' is not supported here: say 'method'", param="target", code="unsupported_parameter"
+            )
+        return value
+
+    @property
+    def settings(self) -> Row:
+        """The method, whole."""
+        found = (self.method.quantize if self.method else None) or Quantize()
+        return {"quantize": found.model_dump()}
+
+
+class CompressionJob(msgspec.Struct, frozen=True, kw_only=True):
+    """A job."""
+
+    id: str
+    created_at: int
+    error: JobError | None
+    compressed_model: str | None
+    """A model of its own, with its certificate in `GET /v1/models/{id}`."""
+    finished_at: int | None
+    model: str
+    status: str
+    metadata: dict[str, str] | None
+    method: Row
+    started_at: int | None
+    user_provided_suffix: str | None
+    object: Literal["compression.job"] = "compression.job"
+
+    @classmethod
+    def of(cls, row: Row) -> CompressionJob:
+        """Of a row of the table."""
+        same = ("id", "created_at", "finished_at", "model", "status", "metadata", "started_at")
+        return cls(
+            **{name: row[name] for name in same},
+            error=None if row["error"] is None else JobError(**row["error"]),
+            compressed_model=row["result_model"],
+            method={"type": "quantize", **row["settings"]},
+            user_provided_suffix=row["suffix"],
+        )
