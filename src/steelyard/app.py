@@ -418,7 +418,7 @@ def run(
     state = home(environment)
     with _listen(host, port) as listener:
         secrets = open_secrets(environment)
-        with opened(database or sqlite_url(state / "steelyard.db"), server=True) as store:
+        with opened(database or sqlite_url(state / "steelyard.db"), role="server") as store:
             service = open_service(
                 models,
                 store,

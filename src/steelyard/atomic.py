@@ -50,8 +50,12 @@ def _blaming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def file_aside(path: Path) -> Iterator[BinaryIO]:
+def file_aside(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` when the block ends without an error.
+
+    Args:
+        path: where it will be.
+        mode: who may read it then; until then we alone may.
 
     Raises:
         OSError: it cannot be written there, at once if `path` is a folder.
@@ -66,7 +70,7 @@ def file_aside(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
+            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         aside.replace(path)
         _fsync(path.parent)

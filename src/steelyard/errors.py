@@ -5,7 +5,8 @@
     ├── DataError                 a row of somebody's data: file, line, field, reason
     ├── SourceError               a source cannot be reached or does not exist
     ├── ArtifactError             bytes that are not what they claim to be
-    │   └── UnsafeArtifactError   a format that runs code when it is read (pickle)
+    │   ├── UnsafeArtifactError   a format that runs code when it is read (pickle)
+    │   └── DamagedError          stored bytes that were altered or cut off
     ├── CheckpointError           a checkpoint is missing, incomplete or altered
     ├── TemplateError             a chat template failed or passed its limits
     ├── TrainingError             a run that cannot go on
@@ -76,6 +77,10 @@ class ArtifactError(SteelyardError):
 
 class UnsafeArtifactError(ArtifactError):
     """A format that executes code when it is read. Steelyard never opens one."""
+
+
+class DamagedError(ArtifactError):
+    """What was stored here is not what was stored: altered, cut off, or sealed by another key. It stays so."""
 
 
 class CheckpointError(SteelyardError):
@@ -188,6 +193,7 @@ EDGES: dict[type[BaseException], Edge] = {
     DataError: Edge(3, 400, "invalid_request_error", "invalid_data"),
     SourceError: Edge(4, 400, "invalid_request_error", "source_unavailable"),
     ArtifactError: Edge(5, 400, "invalid_request_error", "invalid_artifact"),
+    DamagedError: Edge(5, 500, "server_error", "storage_damaged"),
     CheckpointError: Edge(6, 500, "server_error", "checkpoint_invalid"),
     TemplateError: Edge(7, 400, "invalid_request_error", "template_failed"),
     TrainingError: Edge(8, 500, "server_error", "training_failed"),

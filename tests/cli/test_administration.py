@@ -40,7 +40,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> A
 def spend(home: Path, project: str) -> int:
     """A request of 1,000 prompt and 500 generated tokens."""
     secrets = open_secrets()
-    with opened(sqlite_url(home / "steelyard.db"), server=True) as database:
+    with opened(sqlite_url(home / "steelyard.db"), role="server") as database:
         ledger = Ledger(database, secrets.chain)
         quote = database.read_now(newest).quote("tiny")
         counts = Counts(1000, 200, 500)

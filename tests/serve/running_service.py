@@ -93,6 +93,7 @@ def serving(
     database: str | None = None,
     secrets: Secrets | None = None,
     state: Path | None = None,
+    job_slots: int = 1,
 ) -> Iterator[Service]:
     """A running service, ready within `seconds`."""
     models = load_models([checkpoint], adapters, command=command)
@@ -102,7 +103,7 @@ def serving(
         if database is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             database = sqlite_url(Path(folder) / "steelyard.db")
-        store = stack.enter_context(opened(database, server=True))
+        store = stack.enter_context(opened(database, role="server"))
         environment = {KEY_VARIABLE: key, ADMIN_VARIABLE: admin_key}
         if state is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -111,6 +112,7 @@ def serving(
             store,
             secrets or Secrets.make(),
             state,
+            job_slots=job_slots,
             new_engine=partial(EngineClient, command=command),
             environment=environment,
         )

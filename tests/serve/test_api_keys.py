@@ -89,7 +89,7 @@ def test_two_first_starts_at_once_make_one_file(tmp_path: Path) -> None:
 
 def test_keys_of_the_environment_are_not_stored(tmp_path: Path) -> None:
     environment = {"STEELYARD_API_KEY": "any thing", "STEELYARD_ADMIN_KEY": "another"}
-    with opened(sqlite_url(tmp_path / "db"), server=True) as database:
+    with opened(sqlite_url(tmp_path / "db"), role="server") as database:
         service = open_service({}, database, Secrets.make(), tmp_path, environment=environment)
         assert service.first_keys == {}
         caller, admin = (asyncio.run(service.keys.identify(key)) for key in environment.values())
@@ -98,21 +98,21 @@ def test_keys_of_the_environment_are_not_stored(tmp_path: Path) -> None:
         assert caller.project_id is not None
         assert admin.project_id is None
         assert asyncio.run(service.keys.identify("any thing ")) is None
-    assert b"any thing" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
-    with opened(sqlite_url(tmp_path / "db"), server=True) as database, pytest.raises(ConfigError, match="never"):
+    assert b"any thing" not in b"".join(file.read_bytes() for file in tmp_path.iterdir() if file.is_file())
+    with opened(sqlite_url(tmp_path / "db"), role="server") as database, pytest.raises(ConfigError, match="never"):
         open_service({}, database, Secrets.make(), tmp_path, environment=dict.fromkeys(environment, "same"))
 
 
 def test_the_first_start_makes_keys_and_the_next_one_accepts_them(tmp_path: Path) -> None:
     secrets = Secrets.make()
-    with opened(sqlite_url(tmp_path / "db"), server=True) as database:
+    with opened(sqlite_url(tmp_path / "db"), role="server") as database:
         keys = open_service({}, database, secrets, tmp_path, environment={}).first_keys
         assert keys.keys() == {"project", "admin"}
-    stored = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    stored = b"".join(file.read_bytes() for file in tmp_path.iterdir() if file.is_file())
     for key in keys.values():
         assert key.encode() not in stored
         assert key[6:36].encode() not in stored
-    with opened(sqlite_url(tmp_path / "db"), server=True) as database:
+    with opened(sqlite_url(tmp_path / "db"), role="server") as database:
         again = open_service({}, database, secrets, tmp_path, environment={})
         assert again.first_keys == {}
         caller = asyncio.run(again.keys.identify(keys["project"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import time
@@ -14,6 +15,7 @@ import pytest
 from running_service import Service, eventually, serving
 from sqlalchemy import select
 
+from steelyard.errors import StorageError
 from steelyard.serve.billing.prices import Price, newest, publish
 from steelyard.store import tables
 from steelyard.store.database import opened, sqlite_url
@@ -188,3 +190,105 @@ def test_the_next_server_goes_on_and_nothing_is_paid_twice(
         stored = b"".join(file.read_bytes() for file in (tmp_path / "artifacts").rglob("*") if file.is_file())
         assert b"Hello 7" not in stored
         assert b"Hello 7" not in (tmp_path / "db").read_bytes()
+
+
+def artifact(service: Service, file: str) -> Path:
+    row = service.behind.database.read_now(
+        lambda connection: connection.execute(select(tables.files).where(tables.files.c.id == file)).one()
+    )
+    artifacts: Any = service.behind.files.artifacts
+    return Path(artifacts._folder) / row.project_id / row.artifact
+
+
+def test_a_fault_of_ours_costs_one_line(
+    service: Service, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = service.behind.batches.answer
+
+    async def faulty(batch: Any, one: Any, attempt: str, paid: bool) -> Any:
+        if one.custom_id == "line-2":
+            raise ValueError("a secret of ours")
+        return await answer(batch, one, attempt, paid)
+
+    monkeypatch.setattr(service.behind.batches, "answer", faulty)
+    done = ended(client, run(client, [line(number) for number in range(1, 4)]))
+    assert (done.status, done.request_counts.completed, done.request_counts.failed) == ("completed", 2, 1)
+    (failed,) = rows(client, done.error_file_id)
+    assert failed["custom_id"] == "line-2"
+    assert failed["response"]["status_code"] == 500
+    assert failed["response"]["body"]["error"]["code"] == "internal_error"
+    assert "secret" not in json.dumps(failed)
+    monkeypatch.setattr(service.behind.batches, "_run", lambda *_: 1 / 0)
+    broken = ended(client, run(client, [line(1)]))
+    assert (broken.status, broken.errors.data[0].code) == ("failed", "internal_error")
+    monkeypatch.undo()
+    assert ended(client, run(client, [line(1)])).status == "completed", "the next one runs"
+
+
+def test_while_the_store_is_away_a_batch_waits(
+    service: Service, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, times = service.behind.batches, 0
+    read = runner._read
+
+    def away(batch: Any) -> Any:
+        nonlocal times
+        times += 1
+        if times in (1, 3):  # while it is checked, and while it runs
+            raise StorageError("not just now")
+        return read(batch)
+
+    monkeypatch.setattr(runner, "_read", away)
+    done = ended(client, run(client, [line(number) for number in range(1, 4)]))
+    assert (done.status, done.request_counts.completed) == ("completed", 3)
+    assert times >= 4
+
+
+@pytest.mark.parametrize("damage", ["altered", "deleted"])
+def test_a_damaged_input_ends_its_batch(
+    service: Service, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    runner = service.behind.batches
+    begin = runner._begin
+    made: list[str] = []
+
+    async def then_damaged(batch: Any, lines: Any, errors: Any) -> None:
+        await begin(batch, lines, errors)
+        path = artifact(service, batch["input_file_id"])
+        if damage == "altered":
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
+        else:
+            path.unlink()
+        made.append(batch["id"])
+
+    monkeypatch.setattr(runner, "_begin", then_damaged)
+    done = ended(client, run(client, [line(number, user=damage) for number in range(1, 6)]))
+    assert made == [done.id]
+    assert done.status == "failed"
+    assert done.errors.data[0].param == "input_file_id"
+    monkeypatch.undo()
+    assert ended(client, run(client, [line(1)])).status == "completed"
+
+
+def test_batches_of_two_projects_run_beside_each_other(
+    service: Service, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with service.admin_http() as http:
+        project = http.post("/v1/organization/projects", json={"name": "other"}).json()["id"]
+        key = http.post(f"/v1/organization/projects/{project}/api_keys", json={"name": "k"}).json()["value"]
+    other = service.sdk(api_key=key)
+    answer, held = service.behind.batches.answer, asyncio.Event()
+
+    async def slow(batch: Any, one: Any, attempt: str, paid: bool) -> Any:
+        if batch["project_id"] != project:
+            await held.wait()
+        return await answer(batch, one, attempt, paid)
+
+    monkeypatch.setattr(service.behind.batches, "answer", slow)
+    first, second = (run(client, [line(1)]) for _ in range(2))
+    quick = ended(other, run(other, [line(1)]))
+    assert quick.status == "completed", "a batch of another project does not wait for ours"
+    assert client.batches.retrieve(second.id).status == "validating", "one at a time of each project"
+    held.set()
+    service.behind.batches.wake()
+    assert {ended(client, one).status for one in (first, second)} == {"completed"}

@@ -33,7 +33,7 @@ def actor() -> Actor:
 
 @pytest.fixture
 def database(fresh_database: str) -> Iterator[Database]:
-    with opened(fresh_database, server=True) as database:
+    with opened(fresh_database, role="server") as database:
         yield database
 
 
@@ -152,7 +152,7 @@ def test_who_leaves_while_it_is_reserved_holds_nothing(database: Database) -> No
 
 
 def test_a_dead_servers_reservations_are_settled_once_at_what_was_persisted(fresh_database: str) -> None:
-    with opened(fresh_database, server=True) as database:
+    with opened(fresh_database, role="server") as database:
         ledger, project = Ledger(database, KEY), new_project(database)
         for name in ("a", "b", "job"):
             one = reservation(name, project, Counts(100, 0, 50))
@@ -161,7 +161,7 @@ def test_a_dead_servers_reservations_are_settled_once_at_what_was_persisted(fres
         ledger.progress("a", Counts(100, 32, 5)).result()
         assert ledger.settle_abandoned() == 0, "its server lives"
     for expected in (2, 0):
-        with opened(fresh_database, server=True) as database:
+        with opened(fresh_database, role="server") as database:
             ledger = Ledger(database, KEY)
             assert ledger.settle_abandoned() == expected
             spent = QUOTE.cost(Counts(100, 32, 5))
@@ -223,7 +223,7 @@ def test_whatever_happens_the_sums_are_right(kind: str, plan: list[tuple[Any, ..
     server = request.getfixturevalue("postgres") if kind == "postgresql" else None
     most = Counts(64, 0, 32)
     with database_url(kind, server) as url:
-        database = Database(url, server=True)
+        database = Database(url, role="server")
         ledger, project = Ledger(database, KEY), new_project(database, 4 * QUOTE.most(most))
         open_now: dict[str, Counts] = {}
         spent, made = 0, 0
@@ -231,7 +231,7 @@ def test_whatever_happens_the_sums_are_right(kind: str, plan: list[tuple[Any, ..
         for step in plan:
             if step[0] == "restart":
                 database.close()
-                database = Database(url, server=True)
+                database = Database(url, role="server")
                 ledger = Ledger(database, KEY)
                 assert ledger.settle_abandoned() == len(open_now)
                 spent += sum(QUOTE.cost(persisted) for persisted in open_now.values())

@@ -96,7 +96,7 @@ def test_bases_and_adapters_share_engines(make_checkpoint: Make, make_adapter: M
 def test_a_project_asks_only_what_it_may(make_checkpoint: Make, make_adapter: Make, tmp_path: Path) -> None:
     models = load_models([make_checkpoint("first")], [f"worn={make_adapter('worn')}"])
     models["worn"] = dataclasses.replace(models["worn"], project="proj_a")
-    with opened(sqlite_url(tmp_path / "db"), server=True) as database:
+    with opened(sqlite_url(tmp_path / "db"), role="server") as database:
         service = open_service(models, database, Secrets.make(), tmp_path, environment={})
         assert service.find("worn", "proj_a") is models["worn"]
         assert list(service.visible("proj_b")) == ["first"]

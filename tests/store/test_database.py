@@ -100,7 +100,7 @@ def test_an_operation_that_fails_takes_no_other_with_it(fresh_database: str) -> 
 
 
 def test_a_value_that_no_text_can_be_takes_no_other_with_it(postgres: str) -> None:
-    with database_url("postgresql", postgres) as url, opened(url, server=True) as database:
+    with database_url("postgresql", postgres) as url, opened(url, role="server") as database:
         go = threading.Event()
         held = database.write_soon(lambda connection: go.wait())
         answers: list[Future[Any]] = [database.write_soon(add(name)) for name in ("a", "b\0", "c")]
@@ -140,32 +140,32 @@ def test_answers_reach_an_event_loop(fresh_database: str) -> None:
 
 def test_a_file_has_one_server_and_any_number_of_visitors(tmp_path: Path) -> None:
     url = sqlite_url(tmp_path / "db")
-    with opened(url, server=True):
+    with opened(url, role="server"):
         with opened(url) as visitor:
             visitor.write_now(add("visitor"))
         with pytest.raises(ConfigError, match="another server uses"):
-            Database(url, server=True)
-    with opened(url, server=True) as database:
+            Database(url, role="server")
+    with opened(url, role="server") as database:
         assert database.read_now(names) == ["visitor"]
         assert (tmp_path / "db").stat().st_mode & 0o077 == 0
 
 
 def test_a_server_is_known_to_be_alive(fresh_database: str) -> None:
-    with opened(fresh_database, server=True) as database:
+    with opened(fresh_database, role="server") as database:
         holder = database.holder
         assert database.read_now(lambda connection: database.is_held(connection, holder))
         assert not database.read_now(lambda connection: database.is_held(connection, 12345))
         if not database.is_sqlite:
-            with opened(fresh_database, server=True) as other:
+            with opened(fresh_database, role="server") as other:
                 assert other.read_now(lambda connection: other.is_held(connection, holder))
-    with opened(fresh_database, server=True) as next_one:
+    with opened(fresh_database, role="server") as next_one:
         assert not next_one.read_now(lambda connection: next_one.is_held(connection, holder))
 
 
 def test_a_lost_connection_is_said_and_opened_again(postgres: str) -> None:
     from databases import database_url
 
-    with database_url("postgresql", postgres) as url, opened(url, server=True) as database:
+    with database_url("postgresql", postgres) as url, opened(url, role="server") as database:
         database.write_now(add("before"))
         with database.engine.connect() as connection:
             connection.execute(

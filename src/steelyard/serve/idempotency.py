@@ -138,11 +138,16 @@ class Idempotency:
         connection.execute(delete(tables.idempotency).where(columns.owner == owner, columns.key == key))
 
     def _seal(self, answer: Answer, owner: str, key: str) -> bytes:
-        return encryption.seal(self.root, msgspec.msgpack.encode(answer), f"{owner} {key}")
+        return encryption.seal(self.root, msgspec.msgpack.encode(answer), sealed_name(owner, key))
 
     def _open(self, sealed: bytes, owner: str, key: str) -> Answer:
-        content = encryption.unseal_small(self.root, sealed, f"{owner} {key}")
+        content = encryption.unseal_small(self.root, sealed, sealed_name(owner, key))
         return msgspec.msgpack.decode(content, type=Answer)
+
+
+def sealed_name(owner: str, key: str) -> str:
+    """What an answer is sealed for."""
+    return f"{owner} {key}"
 
 
 @dataclass

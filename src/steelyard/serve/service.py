@@ -210,14 +210,15 @@ def open_service(
     ledger = Ledger(database, secrets.chain, clock)
     ledger.settle_abandoned()
     metering, listed = Metering(ledger), database.read_now(prices.newest)
-    stored = Artifacts(artifacts or str(state / "artifacts"), secrets.root, database)
+    stored = Artifacts(artifacts or str(state / "artifacts"), secrets.serving_root, database)
     files = Files(database, stored, state / "clear")
     tuned = TunedModels(database, stored, state / "models", models, new_engine)
     service: Service
     jobs = JobRunner(
         database,
         {"fine_tuning": FineTuning(files, tuned), "compression": Compression(tuned)},
-        lambda: (ledger, service.prices),
+        ledger,
+        lambda: service.prices,
         state / "jobs",
         clock,
         knows=tuned.knows,

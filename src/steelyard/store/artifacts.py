@@ -7,6 +7,7 @@ stored once within a project, and a name tells another project nothing. It appea
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import os
@@ -18,13 +19,13 @@ from typing import Any, BinaryIO, cast
 import fsspec
 import fsspec.implementations.local
 import msgspec
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, insert, select
 
 from steelyard.errors import ConfigError, NotFoundError, StorageError, StorageFullError
 from steelyard.store import encryption, tables
 from steelyard.store.database import Database
 
-FULL = (28, 122)  # ENOSPC, EDQUOT
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -100,7 +101,8 @@ class Artifacts:
 
         Raises:
             NotFoundError: the project has no such artifact.
-            StorageError: it was altered, or cannot be read.
+            DamagedError: it was altered or cut off.
+            StorageError: it cannot be read just now.
         """
         key = self._key(project)
         with self._failures():
@@ -124,28 +126,9 @@ class Artifacts:
         """What `seal` was given.
 
         Raises:
-            StorageError: it was altered, or is another project's.
+            DamagedError: it was altered, or is another project's.
         """
         return encryption.unseal_small(self._key(project), sealed, _bound(project))
-
-    def rotate(self, new_root: bytes) -> int:
-        """Wrap every project's key by another root key; returns how many."""
-
-        def rewrap(connection: Connection) -> int:
-            rows = connection.execute(select(tables.project_keys)).all()
-            for row in rows:
-                key = encryption.unwrap(self._root, row.wrapped, row.project_id)
-                columns = tables.project_keys.c
-                connection.execute(
-                    update(tables.project_keys)
-                    .where(columns.project_id == row.project_id)
-                    .values(wrapped=encryption.wrap(new_root, key, row.project_id))
-                )
-            return len(rows)
-
-        count = self._database.write_now(rewrap)
-        self._root = new_root
-        return count
 
     def _key(self, project: str) -> bytes:
         if project not in self._keys:

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import alembic.command
 import alembic.config
@@ -35,6 +35,7 @@ MOST_AT_ONCE = 512
 BUSY_SECONDS = 15
 """How long SQLite waits for another process, such as the command line, to finish its transaction."""
 
+Role = Literal["server", "worker", "visitor"]
 Result = TypeVar("Result")
 Operation = Callable[[Connection], Result]
 Apply = Callable[[Connection, list[Any]], list[Any]]
@@ -58,30 +59,31 @@ class Database:
 
     Args:
         url: `sqlite:///FILE` or `postgresql+psycopg://...`.
-        server: whether this process serves: it holds its reservations until it ends, and is alone on a SQLite file.
+        role: what this process is. Servers and workers hold what they work on until they end; a server is alone on a
+            SQLite file.
 
     Raises:
         ConfigError: the URL is wrong, the database cannot be reached, is newer than this program, or is another
             server's.
     """
 
-    def __init__(self, url: str, *, server: bool = False) -> None:
-        self.holder = secrets.randbits(62) if server else 0
-        """Marks the reservations of this process, as long as it lives."""
-        self._lock: int | None = None
+    def __init__(self, url: str, *, role: Role = "visitor") -> None:
+        self.holder = 0 if role == "visitor" else secrets.randbits(62)
+        """Marks what this process works on, as long as it lives."""
+        self._locks: list[int] = []
         try:
             self._engine = sqlalchemy.create_engine(url, **_options(url))
         except (SQLAlchemyError, ImportError) as error:
             raise ConfigError(f"--database: {_first_line(error)}") from None
         self.is_sqlite = self._engine.dialect.name == "sqlite"
         if self.is_sqlite:
-            self._prepare_file(server)
+            self._prepare_file(role)
             event.listen(self._engine, "connect", _pragmas)
             event.listen(self._engine, "begin", _begin)
         try:
             self._migrate()
             self._writing = self._engine.connect()
-            if server and not self.is_sqlite:
+            if self.holder and not self.is_sqlite:
                 self._writing.execute(text("select pg_advisory_lock(:holder)"), {"holder": self.holder})
                 self._writing.commit()
         except SQLAlchemyError as error:
@@ -144,13 +146,25 @@ class Database:
             raise _explained(error) from None
 
     def is_held(self, connection: Connection, holder: int) -> bool:
-        """Whether the process with these reservations is alive. SQLite has one server, so only our own are."""
+        """Whether the process of this mark is alive."""
         if holder == self.holder:
             return True
         if self.is_sqlite:
-            return False
+            return _is_locked(self._holders / f"{holder:x}")
         found = connection.execute(text("select pg_try_advisory_xact_lock(:holder)"), {"holder": holder}).scalar()
         return not found
+
+    def is_alone(self, connection: Connection) -> bool:
+        """Whether no other server or worker uses it; asked while writing."""
+        if self.is_sqlite:
+            return not any(_is_locked(file) for file in self._holders.iterdir() if file.name != f"{self.holder:x}")
+        others = connection.execute(
+            text(
+                "select count(*) from pg_locks where locktype = 'advisory' and pid <> pg_backend_pid()"
+                " and database = (select oid from pg_database where datname = current_database())"
+            )
+        ).scalar_one()
+        return not others
 
     def _write_on(self) -> None:
         while (first := self._queue.get()) is not None:
@@ -208,7 +222,7 @@ class Database:
                 self._writing.execute(text("select pg_advisory_lock(:holder)"), {"holder": self.holder})
                 self._writing.commit()
 
-    def _prepare_file(self, server: bool) -> None:
+    def _prepare_file(self, role: Role) -> None:
         name = self._engine.url.database
         if not name or name == ":memory:":
             raise ConfigError("--database: a SQLite database needs a file, sqlite:///PATH")
@@ -216,9 +230,12 @@ class Database:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            if server:
-                self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._holders = Path(f"{path}.holders")
+            self._holders.mkdir(exist_ok=True, mode=0o700)
+            wanted = [Path(f"{path}.lock")] if role == "server" else []
+            for file in [*wanted, self._holders / f"{self.holder:x}"] if self.holder else []:
+                self._locks.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+                fcntl.flock(self._locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._release()
             raise ConfigError(
@@ -246,9 +263,26 @@ class Database:
 
     def _release(self) -> None:
         self._engine.dispose()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self.is_sqlite and self.holder:
+            (self._holders / f"{self.holder:x}").unlink(missing_ok=True)
+        for lock in self._locks:
+            os.close(lock)
+        self._locks = []
+
+
+def _is_locked(file: Path) -> bool:
+    """Whether the process that made a holder's file is alive."""
+    try:
+        descriptor = os.open(file, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _one_by_one(connection: Connection, operations: list[Operation[Any]]) -> list[Any]:
@@ -304,9 +338,9 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def opened(url: str, *, server: bool = False) -> Iterator[Database]:
+def opened(url: str, *, role: Role = "visitor") -> Iterator[Database]:
     """A database that is closed at the end."""
-    database = Database(url, server=server)
+    database = Database(url, role=role)
     try:
         yield database
     finally:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from steelyard.errors import StorageError
+from steelyard.errors import DamagedError, StorageError
 
 MAGIC = b"SYAES1\x00\x00"
 CHUNK = 1 << 20
@@ -39,7 +39,12 @@ def unwrap(outer: bytes, wrapped: bytes, name: str) -> bytes:
     Raises:
         StorageError: another outer key, another name, or it was altered.
     """
-    return unseal_small(outer, wrapped, name)
+    try:
+        return unseal_small(outer, wrapped, name)
+    except DamagedError:
+        raise StorageError(
+            f"the key of '{name}' does not open: is this the secrets.json that it was made with?"
+        ) from None
 
 
 def seal(key: bytes, content: bytes, name: str) -> bytes:
@@ -52,14 +57,12 @@ def unseal_small(key: bytes, sealed: bytes, name: str) -> bytes:
     """What `seal` was given.
 
     Raises:
-        StorageError: another key, another name, or it was altered.
+        DamagedError: another key, another name, or it was altered.
     """
     try:
         return AESGCM(key).decrypt(sealed[:NONCE], sealed[NONCE:], name.encode())
     except (InvalidTag, ValueError):
-        raise StorageError(
-            f"what is sealed of '{name}' does not open: it was altered, or the secrets are others"
-        ) from None
+        raise DamagedError(f"what is sealed of '{name}' does not open: it was altered") from None
 
 
 class Sealer:
@@ -97,19 +100,19 @@ def unseal(file: BinaryIO, project_key: bytes, name: str) -> Iterator[bytes]:
     """An object's text, chunk by chunk, each checked before it is given out.
 
     Raises:
-        StorageError: it was altered or cut off, or the key is another's.
+        DamagedError: it was altered or cut off, or the key is another's.
     """
     header = file.read(len(MAGIC) + WRAPPED)
     if len(header) != len(MAGIC) + WRAPPED or header[: len(MAGIC)] != MAGIC:
-        raise StorageError(f"the stored object '{name}' is damaged: it has no header")
-    cipher = AESGCM(unwrap(project_key, header[len(MAGIC) :], name))
+        raise DamagedError(f"the stored object '{name}' is damaged: it has no header")
+    cipher = AESGCM(unseal_small(project_key, header[len(MAGIC) :], name))
     content, number = _read(file, CHUNK + TAG), 0
     while True:
         following = _read(file, CHUNK + TAG) if len(content) == CHUNK + TAG else b""
         try:
             yield cipher.decrypt(_nonce(number), content, _position(not following))
         except (InvalidTag, ValueError):
-            raise StorageError(f"the stored object '{name}' was altered or cut off") from None
+            raise DamagedError(f"the stored object '{name}' was altered or cut off") from None
         if not following:
             return
         content, number = following, number + 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from steelyard.atomic import file_aside
 from steelyard.errors import ConfigError
 
 HOME_VARIABLE = "STEELYARD_HOME"
@@ -31,14 +32,32 @@ class Secrets(msgspec.Struct, frozen=True):
     """Of the ledger's and the audit log's hash chains."""
     root: bytes
     """Wraps the keys that artifacts are encrypted with."""
+    old_root: bytes | None = None
+    """The one before, while it is taken out of use."""
 
     def __repr__(self) -> str:
         return "Secrets(...)"
 
+    @property
+    def serving_root(self) -> bytes:
+        """The root key, for a server.
+
+        Raises:
+            ConfigError: another one is being taken: the database has keys of both.
+        """
+        if self.old_root is not None:
+            raise ConfigError("the root key is just being changed: end that by `steelyard secrets rotate`")
+        return self.root
+
     @classmethod
     def make(cls) -> Secrets:
         """Fresh ones."""
-        return cls(*(secrets.token_bytes(LENGTH) for _ in range(3)))
+        return cls(new_secret(), new_secret(), new_secret())
+
+
+def new_secret() -> bytes:
+    """32 random bytes."""
+    return secrets.token_bytes(LENGTH)
 
 
 def home(environment: Mapping[str, str] = os.environ) -> Path:
@@ -53,8 +72,7 @@ def open_secrets(environment: Mapping[str, str] = os.environ) -> Secrets:
     Raises:
         ConfigError: the file cannot be read or made, others may read it, or it is broken.
     """
-    named = environment.get(SECRETS_VARIABLE)
-    path = Path(named) if named else home(environment) / "secrets.json"
+    path = _path(environment)
     try:
         if not path.exists():
             _create(path, msgspec.json.encode(Secrets.make()))
@@ -64,6 +82,25 @@ def open_secrets(environment: Mapping[str, str] = os.environ) -> Secrets:
             f"the server's secrets cannot be kept in '{path}' ({error.strerror}): set {HOME_VARIABLE} to a folder of"
             " your own"
         ) from None
+
+
+def replace_secrets(changed: Secrets, environment: Mapping[str, str] = os.environ) -> None:
+    """Write changed secrets in the place of the old ones: those or these are there, whatever happens.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    path = _path(environment)
+    try:
+        with file_aside(path, 0o600) as file:
+            file.write(msgspec.json.encode(changed))
+    except OSError as error:
+        raise ConfigError(f"the server's secrets cannot be written to '{path}' ({error.strerror})") from None
+
+
+def _path(environment: Mapping[str, str]) -> Path:
+    named = environment.get(SECRETS_VARIABLE)
+    return Path(named) if named else home(environment) / "secrets.json"
 
 
 def _create(path: Path, content: bytes) -> None:
@@ -97,6 +134,6 @@ def _read(path: Path) -> Secrets:
         found = msgspec.json.decode(content, type=Secrets)
     except msgspec.MsgspecError:
         found = None
-    if found is None or any(len(value) != LENGTH for value in msgspec.structs.astuple(found)):
+    if found is None or any(len(value) != LENGTH for value in msgspec.structs.astuple(found) if value is not None):
         raise ConfigError(f"'{path}' is no file of secrets, or was damaged: put it back from your backup")
     return found

@@ -129,7 +129,7 @@ jobs = Table(
     Column("started_at", BigInteger),
     Column("finished_at", BigInteger),
     Column("estimated_finish", BigInteger),
-    Column("holder", BigInteger),  # the server that works on it
+    Column("holder", BigInteger),  # the process that works on it
     Index("jobs_by_project", "project_id", "created_at"),
     Index("jobs_by_status", "status", "created_at"),
 )

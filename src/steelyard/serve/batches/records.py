@@ -92,20 +92,16 @@ def move(connection: Connection, row: Row, status: Status, now: int, **values: A
     return {**row, **changed}
 
 
-def next_batch(connection: Connection) -> Row | None:
-    """The oldest batch that there is something to do for."""
+def open_batches(connection: Connection) -> list[Row]:
+    """Of each project the oldest batch that there is something to do for, the oldest first."""
     open_statuses = ("validating", "in_progress", "finalizing", "cancelling")
-    row = (
-        connection.execute(
-            select(tables.batches)
-            .where(columns.status.in_(open_statuses))
-            .order_by(columns.created_at, columns.id)
-            .limit(1)
-        )
-        .mappings()
-        .first()
+    rows = connection.execute(
+        select(tables.batches).where(columns.status.in_(open_statuses)).order_by(columns.created_at, columns.id)
     )
-    return None if row is None else dict(row)
+    found: dict[str, Row] = {}
+    for row in rows.mappings():
+        found.setdefault(row["project_id"], dict(row))
+    return list(found.values())
 
 
 def read_lines(path: Path, endpoint: str) -> tuple[list[Line], list[Row]]:

@@ -24,8 +24,9 @@ from steelyard.serve.files import Files
 from steelyard.serve.files import get as get_file
 from steelyard.store import tables
 
+BATCHES_AT_ONCE = 4
 AT_ONCE = 16
-"""Lines under way together."""
+"""Lines of a batch under way together; the engine shares its time between projects."""
 IDLE_SECONDS = 0.5
 RETRY_SECONDS = 1.0
 """Before a line whose engine is not there is asked again."""
@@ -37,7 +38,7 @@ log = logging.getLogger("steelyard.batches")
 
 
 class BatchRunner:
-    """Works on one batch at a time.
+    """Works on one batch of each project, several projects' at once.
 
     Args:
         files: for inputs and outputs.
@@ -50,6 +51,7 @@ class BatchRunner:
     def __init__(self, files: Files, clock: Callable[[], float]) -> None:
         self.files, self.database, self._clock = files, files.database, clock
         self._wake = asyncio.Event()
+        self._working: dict[str, asyncio.Task[None]] = {}
 
     def wake(self) -> None:
         """There is something to do."""
@@ -57,33 +59,76 @@ class BatchRunner:
 
     async def work(self) -> None:
         """Work on whatever there is until it is cancelled."""
-        while True:
-            try:
-                batch = await self.database.read(records.next_batch)
-                if batch is not None:
-                    await self._advance(batch)
-                    continue
-            except StorageError as error:
-                log.error("batches wait: %s", error)
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
+        try:
+            while True:
+                self._wake.clear()
+                try:
+                    await self._begin_some()
+                except StorageError as error:
+                    log.error("batches wait: %s", error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
+        finally:
+            for task in self._working.values():
+                task.cancel()
+            await asyncio.gather(*self._working.values(), return_exceptions=True)
+
+    async def _begin_some(self) -> None:
+        for batch in await self.database.read(records.open_batches):
+            if batch["project_id"] not in self._working and len(self._working) < BATCHES_AT_ONCE:
+                task = asyncio.create_task(self._work_on(batch), name=f"batch {batch['id']}")
+                self._working[batch["project_id"]] = task
+
+    async def _work_on(self, batch: Row) -> None:
+        """Bring a batch a status on. What goes wrong ends it, and no other; but where the store is away, it waits."""
+        try:
+            await self._advance(batch)
+        except StorageError as error:
+            log.error("the batch %s waits: %s", batch["id"], error)
+            await asyncio.sleep(IDLE_SECONDS)
+        except Exception:
+            log.exception("%s", batch["id"])
+            await self._fail(batch, INTERNAL)
+        finally:
+            del self._working[batch["project_id"]]
+            self.wake()
 
     async def _advance(self, batch: Row) -> None:
         """Bring a batch as far as it goes now."""
+        lines: list[Line] = []
         try:
             lines, errors = await asyncio.to_thread(self._read, batch)
+        except StorageError:
+            raise
         except SteelyardError as error:
-            lines, errors = (
-                [],
-                [{"line": None, "code": "invalid_file", "message": str(error), "param": "input_file_id"}],
-            )
+            errors = [_error("invalid_file", str(error), "input_file_id")]
         if batch["status"] == "validating":
             await self._begin(batch, lines, errors)
+        elif batch["status"] == "in_progress" and errors:
+            await self._fail(batch, errors[0])
+        else:
+            if batch["status"] == "in_progress":
+                await self._run(batch, lines)
+            await self._finish(batch, lines)
+
+    async def _fail(self, batch: Row, error: Row) -> None:
+        """End a batch that cannot go on; the answers that it has are kept, and its owner is told why."""
+        made: Row = {}
+        try:
+            made = await self._write_files(batch)
+        except StorageError as away:  # it is tried again
+            log.error("the batch %s waits: %s", batch["id"], away)
             return
-        if batch["status"] == "in_progress":
-            await self._run(batch, lines)
-        await self._finish(batch, lines)
+        except Exception:
+            log.exception("the answers of %s are lost", batch["id"])
+
+        def end(connection: Connection) -> None:
+            row = records.get(connection, batch["project_id"], batch["id"])
+            records.move(connection, row, "failed", self._now(), errors=[error], **made)
+            connection.execute(delete(tables.batch_lines).where(tables.batch_lines.c.batch_id == batch["id"]))
+
+        with contextlib.suppress(StorageError):
+            await self.database.write(end)
 
     def _read(self, batch: Row) -> tuple[list[Line], list[Row]]:
         row = self.database.read_now(
@@ -140,6 +185,10 @@ class BatchRunner:
                 await asyncio.sleep(RETRY_SECONDS)
                 if await self._ended(batch):
                     return
+            except Exception:  # a fault of ours costs one line
+                log.exception("%s", attempt)
+                status, request_id, body = 500, f"req_{secrets.token_hex(16)}", {"error": FAULT}
+                break
         failed = status != 200
         content = {
             "id": f"batch_req_{line_id(batch, line)}",
@@ -172,10 +221,7 @@ class BatchRunner:
         expired = count < row["total"] and row["status"] == "finalizing"
         if expired:
             await self._mark_expired(batch, lines)
-        made = {
-            name: await asyncio.to_thread(self._write_file, batch, failed)
-            for name, failed in (("output_file_id", False), ("error_file_id", True))
-        }
+        made = await self._write_files(batch)
         end: records.Status = "cancelled" if row["status"] == "cancelling" else "expired" if expired else "completed"
 
         def end_it(connection: Connection) -> None:
@@ -200,6 +246,12 @@ class BatchRunner:
             row = {"batch_id": batch["id"], "number": line.number, "failed": True}
             row["content"] = await asyncio.to_thread(self._seal, batch, content)
             await self.database.write(partial(_insert_line, row=row))
+
+    async def _write_files(self, batch: Row) -> Row:
+        return {
+            name: await asyncio.to_thread(self._write_file, batch, failed)
+            for name, failed in (("output_file_id", False), ("error_file_id", True))
+        }
 
     def _write_file(self, batch: Row, failed: bool) -> str | None:
         """The answers of one kind as a file of the project, in the order of the input; None where there are none."""
@@ -237,6 +289,16 @@ class BatchRunner:
 
     def _now(self) -> int:
         return int(self._clock())
+
+
+def _error(code: str, message: str, param: str | None = None) -> Row:
+    return {"line": None, "code": code, "message": message, "param": param}
+
+
+OURS = "an internal error: the server's log has it under the batch's id"
+INTERNAL = _error("internal_error", OURS)
+FAULT: Row = {"message": OURS, "type": "server_error", "param": None, "code": "internal_error"}
+"""Of a batch, and of one of its lines."""
 
 
 def line_id(batch: Row, line: Line) -> str:

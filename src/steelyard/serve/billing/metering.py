@@ -89,7 +89,7 @@ class Meter:
         """The cost in nano-dollars, once every request is over and the entry would survive a crash.
 
         Raises:
-            StorageError: the entry could not be written; it is settled when the server starts again.
+            StorageError: the entry could not be written; it is tried again every second, and when the server starts.
         """
         settled = await asyncio.shield(self._over)
         return await asyncio.wrap_future(settled) or 0
@@ -179,8 +179,3 @@ class Metering:
             if counts != told and now - since >= PERSIST_SECONDS:
                 self._open[reservation] = meter, since, counts
                 yield self.ledger.progress(reservation, counts)
-
-
-def worst(prompts: Iterable[int], choices: int, max_tokens: Iterable[int]) -> Counts:
-    """The most that requests may come to, from the lengths of their prompts and the most tokens of their choices."""
-    return Counts(sum(prompts), 0, choices * sum(max_tokens))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from steelyard.errors import SteelyardError
@@ -22,11 +24,13 @@ from steelyard.errors import SteelyardError
 POLL_SECONDS = 0.3
 GRACE_SECONDS = 30
 """Between SIGTERM, at which a run saves its state, and SIGKILL."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "STEELYARD_CACHE", "STEELYARD_KERNELS", "LD_LIBRARY_PATH")
 INTERRUPTED = 130
 LOG_TAIL = 4000
 """Characters of what a run printed that go to the server's log, if it ends without a word."""
 
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # found before the fork
 log = logging.getLogger("steelyard.jobs")
 
 
@@ -42,7 +46,7 @@ async def start(folder: Path, arguments: Sequence[str], threads: int) -> Process
             stdout=PIPE,
             stderr=printed,
             start_new_session=True,
-            preexec_fn=_humble,
+            preexec_fn=partial(_humble, os.getpid()),
         )
 
 
@@ -83,8 +87,12 @@ async def end(process: Process) -> None:
         await process.wait()
 
 
-def _humble() -> None:
-    """In the run's process, before it becomes one: everything else goes first."""
+def _humble(parent: int) -> None:
+    """In the run's process, before it becomes one: everything else goes first, and nothing outlives its parent."""
+    if _prctl is not None:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died just before
+            os._exit(1)
     os.nice(19)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):  # of Linux

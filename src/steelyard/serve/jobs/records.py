@@ -132,6 +132,17 @@ def move(
     return True
 
 
+def claim(connection: Connection, job: Row, holder: int) -> bool:
+    """Let a process have a job that nobody works on, as it was read; returns whether it still was so."""
+    before = columns.holder.is_(None) if job["holder"] is None else columns.holder == job["holder"]
+    result = connection.execute(
+        update(tables.jobs)
+        .where(columns.id == job["id"], columns.status == job["status"], before)
+        .values(holder=holder)
+    )
+    return result.rowcount == 1
+
+
 def say(
     connection: Connection,
     job_id: str,

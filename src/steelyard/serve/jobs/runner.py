@@ -45,7 +45,8 @@ class JobRunner:
     Args:
         database: where they are.
         kinds: what can be worked on, by the name of its kind.
-        money: the ledger and the prices of now.
+        ledger: where they are paid.
+        prices: those of now.
         folder: where jobs have their folders.
         clock: Unix seconds.
         knows: whether this process has a model.
@@ -58,7 +59,8 @@ class JobRunner:
         self,
         database: Database,
         kinds: Mapping[str, Kind],
-        money: Callable[[], tuple[Ledger, PriceList]],
+        ledger: Ledger,
+        prices: Callable[[], PriceList],
         folder: Path,
         clock: Callable[[], float],
         *,
@@ -67,7 +69,7 @@ class JobRunner:
         slots: int = 1,
         threads: int | None = None,
     ) -> None:
-        self.database, self.kinds, self.money = database, kinds, money
+        self.database, self.kinds, self.ledger, self._prices = database, kinds, ledger, prices
         self.folder, self._clock = folder, clock
         self._knows, self._serve_model = knows, serve
         self.slots = slots
@@ -128,7 +130,7 @@ class JobRunner:
 
     def _is_held(self, connection: Connection, holder: int | None) -> bool:
         """Whether somebody else works on it."""
-        return holder not in (None, self.database.holder) and self.database.is_held(connection, holder)
+        return holder is not None and holder != self.database.holder and self.database.is_held(connection, holder)
 
     @contextlib.asynccontextmanager
     async def _failing(self, job: Row, param: str | None = None) -> AsyncIterator[None]:
@@ -150,10 +152,13 @@ class JobRunner:
     # Checking.
 
     async def _check_next(self) -> bool:
-        waiting = await self._waiting("validating_files")
-        if not waiting:
-            return False
-        job = waiting[0]
+        for job in await self._waiting("validating_files"):
+            if await self.database.write(partial(records.claim, job=job, holder=self.database.holder)):
+                await self._check(job)
+                return True
+        return False
+
+    async def _check(self, job: Row) -> None:
         async with self._failing(job, param="training_file" if job["training_file"] else "model"):
             checked = await asyncio.to_thread(self.kinds[job["kind"]].check, job)
             most = memory.total()
@@ -165,22 +170,25 @@ class JobRunner:
                 )
             await self._reserve(job, checked)
             values: Row = {"resolved": checked.resolved, "tokens": checked.tokens, "memory": checked.memory}
-            if not await self._move(job, ("validating_files",), checked.message, status="queued", **values):
+            if not await self._move(
+                job, ("validating_files",), checked.message, status="queued", holder=None, **values
+            ):
                 await self._settle(job, 0)  # cancelled meanwhile
-        return True
 
     async def _reserve(self, job: Row, checked: Checked) -> None:
-        ledger, prices = self.money()
-        quote = prices.quote(job["model"])
+        """Hold what it may cost; a check that was cut off has held it before."""
+        quote = self._prices().quote(job["model"])
         amount = quote.cost(Counts(training_tokens=checked.tokens))
         service = self.kinds[job["kind"]].service
-        await ledger.reserve(
-            Reservation(job["id"], job["project_id"], job["key_id"], job["model"], service, quote, amount)
-        )
+        held = tables.reservations.c
+        query = select(held.id).where(held.id == job["id"])
+        if await self.database.read(lambda connection: connection.execute(query).first()) is None:
+            await self.ledger.reserve(
+                Reservation(job["id"], job["project_id"], job["key_id"], job["model"], service, quote, amount)
+            )
 
     async def _settle(self, job: Row, tokens: int) -> None:
-        ledger, _ = self.money()
-        await asyncio.wrap_future(ledger.settle(job["id"], Counts(training_tokens=tokens)))
+        await asyncio.wrap_future(self.ledger.settle(job["id"], Counts(training_tokens=tokens)))
 
     # Running.
 
@@ -283,8 +291,7 @@ class JobRunner:
             connection.execute(update(tables.jobs).where(tables.jobs.c.id == job["id"]).values(**values))
 
         await self.database.write(tell)
-        ledger, _ = self.money()
-        ledger.progress(job["id"], Counts(training_tokens=progress.tokens))
+        self.ledger.progress(job["id"], Counts(training_tokens=progress.tokens))
         return fresh[-1].step
 
     async def _last_told(self, job: Row) -> int:
@@ -377,8 +384,13 @@ class JobRunner:
     # Rows.
 
     async def _waiting(self, status: records.Status) -> list[Row]:
-        """Jobs of this status whose models are known here, those of projects with the fewest runs first."""
-        found = await self.database.read(partial(records.waiting, status=status))
+        """Jobs of this status that are this process's to work on, those of projects with the fewest runs first."""
+
+        def ours(connection: Connection) -> list[Row]:
+            found = records.waiting(connection, status)
+            return [job for job in found if not self._is_held(connection, job["holder"])]
+
+        found = await self.database.read(ours)
         return await asyncio.to_thread(lambda: [job for job in found if self._knows(job["project_id"], job["model"])])
 
     async def _status(self, job: Row) -> str:
