@@ -335,7 +335,7 @@ def _chores(service: Service, heads: Path | None) -> list[Any]:
             await asyncio.sleep(HEAD_SECONDS)
 
     heading = [] if heads is None else [write_heads(heads)]
-    return [reload(), tidy(), serve_made(), *heading, service.metering.persist()]
+    return [reload(), tidy(), serve_made(), *heading, service.energy.watch(), service.metering.persist()]
 
 
 class Server(uvicorn.Server):

@@ -20,7 +20,7 @@ def scrape(service: Service) -> dict[str, float]:
         assert family.documentation
         for sample in family.samples:
             assert sample.name.startswith("steelyard:")
-            assert sample.labels["model_name"] == "tiny"
+            assert sample.labels.get("model_name", "tiny") == "tiny"
             rest = [value for name, value in sample.labels.items() if name != "model_name"]
             found[" ".join([sample.name, *rest])] = sample.value
     return found
