@@ -93,6 +93,7 @@ def serving(
     database: str | None = None,
     secrets: Secrets | None = None,
     state: Path | None = None,
+    tracing: Any = None,
 ) -> Iterator[Service]:
     """A running service, ready within `seconds`."""
     models = load_models([checkpoint], adapters, command=command)
@@ -114,7 +115,7 @@ def serving(
             new_engine=partial(EngineClient, command=command),
             environment=environment,
         )
-        app = create_app(behind, adapters=changing)
+        app = create_app(behind, adapters=changing, tracing=tracing)
         with running(app, models, seconds) as url:
             yield Service(url, key, checkpoint, models, app, admin_key, behind)
 

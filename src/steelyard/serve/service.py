@@ -131,7 +131,8 @@ class Service:
         finally:
             request.state.headers = self.limits.headers(caller.project, served.id)
         request.state.at_end = admission.close
-        return served, Payer(caller.project, caller.key_id, admission, *money)
+        trace = getattr(request.state, "trace", None)
+        return served, Payer(caller.project, caller.key_id, admission, *money, trace=trace)
 
     def actor(self, request: Request) -> Actor:
         """Who changes something, for the audit log."""
