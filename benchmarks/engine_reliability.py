@@ -40,7 +40,7 @@ from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.plan import PlanCache
 from steelyard.infer.request import Abort, Output, Request, Sampling
 from steelyard.infer.wire import EngineSocket
-from steelyard.infer.worker import Inbox, serve
+from steelyard.infer.worker import Inbox, receive, serve
 from steelyard.kernels.reference import BLOCK
 from steelyard.serve.engine_client import EngineClient
 
@@ -296,12 +296,8 @@ def aborted_by_wire(sizes: Sizes) -> dict[str, Any]:
 
     engine.step = timed  # type: ignore[method-assign]
 
-    def read() -> None:
-        while (message := end.receive()) is not None:
-            inbox.put(message)
-        inbox.put(None)
-
-    threads = [threading.Thread(target=read), threading.Thread(target=serve, args=(engine, inbox, end))]
+    threads = [threading.Thread(target=receive, args=(end, inbox))]
+    threads.append(threading.Thread(target=serve, args=(engine, inbox, end)))
     threads.append(threading.Thread(target=lambda: [None for _ in iter(lambda: ours.recv(1 << 16), b"")]))
     for thread in threads:
         thread.start()

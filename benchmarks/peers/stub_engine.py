@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from steelyard.infer.request import Abort, Aborted, EngineStats, Output, Ready, Request, ToEngine
+from steelyard.infer.request import Abort, Aborted, EngineStats, Output, Ready, Request, Timeline, ToEngine
 from steelyard.infer.wire import EngineSocket
 
 CONTEXT, VOCABULARY = 8192, 49152
@@ -23,19 +23,24 @@ class Running:
 
     def __init__(self, request: Request) -> None:
         self.request, self.made, self.due = request, 0, time.monotonic()
+        self.arrived = self.due
 
     def step(self) -> Output:
         """Its next token."""
         self.made += 1
+        ends, now, arrived = self.made >= self.request.sampling.max_tokens, time.monotonic(), self.arrived
         self.due += (self.request.sampling.seed or 0) / 1000
         return Output(
             id=self.request.id,
             choice=0,
             text="hi ",
             tokens=[self.made],
-            finish_reason="length" if self.made >= self.request.sampling.max_tokens else None,
+            finish_reason="length" if ends else None,
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self.made,
+            timeline=Timeline(arrived=arrived, scheduled=arrived, first_token=arrived, last_token=now)
+            if ends
+            else None,
         )
 
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -92,8 +92,12 @@ from steelyard.serve.protocol.organization import (
 )
 from steelyard.serve.protocol.parameters import storable
 from steelyard.serve.service import Service, export_head, open_service
+from steelyard.serve.tracing import open_tracing
 from steelyard.store.database import opened, sqlite_url
 from steelyard.store.secrets import home, open_secrets
+
+if TYPE_CHECKING:
+    from steelyard.serve.spans import Tracing
 
 DRAIN_SECONDS = 30
 """How long requests may go on after SIGTERM."""
@@ -243,6 +247,7 @@ def create_app(
     adapters: AdapterFolder | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     heads: Path | None = None,
+    tracing: Tracing | None = None,
 ) -> Starlette:
     """The application; its lifespan is that of the engines.
 
@@ -251,6 +256,7 @@ def create_app(
         adapters: where adapters may be loaded from while the server runs; None: they may not.
         max_body_bytes: the largest request.
         heads: the folder in which the ledger's heads are written down; None: nowhere.
+        tracing: tells OpenTelemetry of requests, and ends with the application; None: nobody is told.
     """
     models = service.models
 
@@ -277,6 +283,8 @@ def create_app(
             for model in models.values():
                 if model.template is not None:
                     model.template.close()
+            if tracing is not None:
+                await tracing.close()
 
     routes = [*ENDPOINTS]
     if adapters is not None:
@@ -288,6 +296,7 @@ def create_app(
     app = Starlette(
         routes=[_route(endpoint, service) for endpoint in routes],
         middleware=[
+            *([] if tracing is None else [Middleware(tracing.around)]),
             Middleware(AccessLog),
             Middleware(Authentication, keys=service.keys),
             Middleware(BodyLimit, max_bytes=max_body_bytes, larger={"/v1/files": (UPLOAD_BYTES, UPLOAD_SECONDS)}),
@@ -335,7 +344,7 @@ def _chores(service: Service, heads: Path | None) -> list[Any]:
             await asyncio.sleep(HEAD_SECONDS)
 
     heading = [] if heads is None else [write_heads(heads)]
-    return [reload(), tidy(), serve_made(), *heading, service.metering.persist()]
+    return [reload(), tidy(), serve_made(), *heading, service.energy.watch(), service.metering.persist()]
 
 
 class Server(uvicorn.Server):
@@ -410,9 +419,11 @@ def run(
 
     Raises:
         CheckpointError: a folder is missing, no checkpoint, or broken.
-        ConfigError: a wrong adapter or draft, an address that is not free, a state folder that cannot be used.
+        ConfigError: a wrong adapter or draft, an address that is not free, a state folder that cannot be used, a wrong
+            setting of OpenTelemetry.
         EngineUnavailableError: an engine cannot start; it said why.
     """
+    tracing = open_tracing(environment)
     models = load_models(checkpoints, adapters, drafts, kv_cache=kv_cache, command=command)
     changing = None if adapter_folder is None else AdapterFolder(adapter_folder, models)
     state = home(environment)
@@ -436,7 +447,7 @@ def run(
             handler.setFormatter(JsonLines() if json_log else plain)
             logging.basicConfig(handlers=[handler])
             logging.getLogger("steelyard").setLevel(logging.INFO)
-            app = create_app(service, adapters=changing, heads=state)
+            app = create_app(service, adapters=changing, heads=state, tracing=tracing)
             sys.setswitchinterval(SWITCH_SECONDS)
             asyncio.run(_serve(configure(app), listener, models, announce))
 

@@ -117,6 +117,19 @@ def test_a_refusal_names_the_field_and_hurts_nobody(worker: Worker) -> None:
     assert len(worker.tokens("a")["a"]) == 8
 
 
+def test_the_moments_of_a_request_are_on_the_clock_of_whoever_asks(worker: Worker) -> None:
+    assert isinstance(worker.receive(), Ready)
+    began = time.monotonic()
+    worker.send(Request(id="a", prompt=[5, 6], sampling=GREEDY))
+    while (output := worker.receive()) is not None and output.finish_reason is None:
+        assert isinstance(output, Output)
+        assert output.timeline is None
+    assert isinstance(output, Output)
+    told = output.timeline
+    assert told is not None
+    assert began <= told.arrived <= told.scheduled < told.first_token < told.last_token <= time.monotonic()
+
+
 def test_an_abort_ends_the_answer(worker: Worker) -> None:
     assert isinstance(worker.receive(), Ready)
     worker.send(Request(id="a", prompt=[5], sampling=Sampling(max_tokens=500, temperature=0, ignore_eos=True)))

@@ -94,6 +94,7 @@ def serving(
     secrets: Secrets | None = None,
     state: Path | None = None,
     job_slots: int = 1,
+    tracing: Any = None,
 ) -> Iterator[Service]:
     """A running service, ready within `seconds`."""
     models = load_models([checkpoint], adapters, command=command)
@@ -116,7 +117,7 @@ def serving(
             new_engine=partial(EngineClient, command=command),
             environment=environment,
         )
-        app = create_app(behind, adapters=changing)
+        app = create_app(behind, adapters=changing, tracing=tracing)
         with running(app, models, seconds) as url:
             yield Service(url, key, checkpoint, models, app, admin_key, behind)
 

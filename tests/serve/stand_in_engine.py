@@ -33,6 +33,7 @@ from steelyard.infer.request import (
     PromptLogprob,
     Ready,
     Request,
+    Timeline,
     ToEngine,
     TokenLogprob,
 )
@@ -46,16 +47,19 @@ CONTEXT = 256
 
 
 class Choice:
-    def __init__(self, request: Request, number: int, tokenizer: Tokenizer) -> None:
-        self.request, self.number, self.tokenizer = request, number, tokenizer
+    def __init__(self, request: Request, number: int, tokenizer: Tokenizer, choices: list[Choice]) -> None:
+        self.request, self.number, self.tokenizer, self.choices = request, number, tokenizer, choices
         self.detokenizer, self.stop = Detokenizer(tokenizer), StopStrings(request.sampling.stop)
         self.generated, self.due = 0, time.monotonic()
+        self.arrived, self.first_token, self.ended = self.due, 0.0, False
 
     def step(self, sentence: list[int]) -> Output:
         sampling = self.request.sampling
         token = sentence[(self.number + self.generated) % len(sentence)]
         self.generated += 1
-        self.due = time.monotonic() + (sampling.seed or 0) / 1000
+        now = time.monotonic()
+        self.first_token = self.first_token or now
+        self.due = now + (sampling.seed or 0) / 1000
         text, stopped = self.stop.push(self.detokenizer.push(token))
         full = self.generated >= sampling.max_tokens or self.generated + len(self.request.prompt) >= CONTEXT
         if full and not stopped:
@@ -64,6 +68,7 @@ class Choice:
         if sampling.logprobs is not None:
             top = [(token + n, self.tokenizer.token_text(token + n), -0.25 - n) for n in range(sampling.logprobs)]
             logprobs = [TokenLogprob(token, self.tokenizer.token_text(token), -0.25, top)]
+        self.ended = stopped or full
         return Output(
             id=self.request.id,
             choice=self.number,
@@ -73,7 +78,16 @@ class Choice:
             finish_reason="stop" if stopped else "length" if full else None,
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self.generated,
+            timeline=timeline(self.arrived, self.choices[0].first_token, now) if self.over else None,
         )
+
+    @property
+    def over(self) -> bool:
+        return all(choice.ended for choice in self.choices)
+
+
+def timeline(arrived: float, first_token: float, last_token: float) -> Timeline:
+    return Timeline(arrived=arrived, scheduled=arrived, first_token=first_token, last_token=last_token)
 
 
 def main() -> None:
@@ -171,14 +185,24 @@ def take(message: ToEngine, running: list[Choice], tokenizer: Tokenizer, wire: E
         for piece in (told[:2], told[2:]):  # long prompts come in pieces
             wire.send([Output(id=message.id, choice=0, text="", tokens=[], prompt_logprobs=piece or None)])
     if message.sampling.max_tokens == 0:
-        size = len(message.prompt)
+        size, now = len(message.prompt), time.monotonic()
         ends = [
-            Output(id=message.id, choice=n, text="", tokens=[], finish_reason="length", prompt_tokens=size)
+            Output(
+                id=message.id,
+                choice=n,
+                text="",
+                tokens=[],
+                finish_reason="length",
+                prompt_tokens=size,
+                timeline=timeline(now, now, now) if n == message.n - 1 else None,
+            )
             for n in range(message.n)
         ]
         wire.send(ends)
         return running
-    return running + [Choice(message, number, tokenizer) for number in range(message.n)]
+    choices: list[Choice] = []
+    choices += [Choice(message, number, tokenizer, choices) for number in range(message.n)]
+    return running + choices
 
 
 def scored(request: Request, place: int, tokenizer: Tokenizer) -> PromptLogprob:

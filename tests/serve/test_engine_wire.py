@@ -28,6 +28,7 @@ from steelyard.infer.request import (
     Ready,
     Request,
     Sampling,
+    Timeline,
     ToEngine,
     TokenLogprob,
 )
@@ -63,6 +64,8 @@ from_engine = st.one_of(
         logprobs=st.none() | st.lists(logprobs, max_size=3),
         prompt_logprobs=st.none() | st.lists(scored, max_size=3),
         finish_reason=st.sampled_from([None, "stop", "length"]),
+        timeline=st.none()
+        | st.builds(Timeline, arrived=number, scheduled=number, first_token=number, last_token=number),
     ),
     st.builds(Failure, id=text, message=text, param=st.none() | text),
     st.builds(AdapterChanged, id=text, digest=st.none() | text),

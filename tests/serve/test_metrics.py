@@ -20,7 +20,7 @@ def scrape(service: Service) -> dict[str, float]:
         assert family.documentation
         for sample in family.samples:
             assert sample.name.startswith("steelyard:")
-            assert sample.labels["model_name"] == "tiny"
+            assert sample.labels.get("model_name", "tiny") == "tiny"
             rest = [value for name, value in sample.labels.items() if name != "model_name"]
             found[" ".join([sample.name, *rest])] = sample.value
     return found
@@ -61,4 +61,21 @@ def test_what_requests_were_like(service: Service, client: openai.OpenAI) -> Non
     assert more("steelyard:request_success_total length") == 4
     assert more("steelyard:time_to_first_token_seconds_count") == 2
     assert more("steelyard:inter_token_latency_seconds_count") > 0
-    assert scrape(service).get("steelyard:requests_without_usage_total", 0) == 0
+    for phase in ("queue", "prefill", "decode"):
+        assert more(f"steelyard:request_{phase}_time_seconds_count") == 2
+    assert scrape(service)["steelyard:requests_without_usage_total"] == 0
+
+
+def test_the_phases_of_a_request_are_the_engines(service: Service, client: openai.OpenAI) -> None:
+    """Each prompt is one observation, of what the engine says: here 20 ms from token to token."""
+    before = scrape(service)
+    client.completions.create(model="tiny", prompt=["a", "b", "c"], max_tokens=6, n=2, seed=20)
+
+    def more(name: str) -> float:
+        return scrape(service)[f"steelyard:request_{name}"] - before.get(f"steelyard:request_{name}", 0)
+
+    for phase in ("queue", "prefill", "decode"):
+        assert more(f"{phase}_time_seconds_count") == 3
+    assert 3 * 5 * 0.02 <= more("decode_time_seconds_sum") < 10
+    assert more("queue_time_seconds_sum") == 0
+    assert more("prefill_time_seconds_sum") < more("decode_time_seconds_sum")

@@ -1,9 +1,10 @@
-"""The engine: requests in, tokens out, one step at a time. It knows neither HTTP nor processes nor the clock."""
+"""The engine: requests in, tokens out, one step at a time. It knows neither HTTP nor processes nor what day it is."""
 
 from __future__ import annotations
 
 import itertools
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from steelyard.infer.request import (
     Output,
     PromptLogprob,
     Request,
+    Timeline,
     TokenLogprob,
 )
 from steelyard.infer.runner import CacheSizes, has_plan, open_runner
@@ -170,8 +172,12 @@ class Engine:
         """
         self.adapters.drop(name)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, arrived: float | None = None) -> None:
         """Queue a request.
+
+        Args:
+            request: what is asked.
+            arrived: when it came, in seconds of the monotonic clock; None: now.
 
         Raises:
             RequestError: it cannot be computed here; the field is named.
@@ -196,7 +202,8 @@ class Engine:
         if not all(0 <= token < vocabulary for token in request.sampling.logit_bias):
             raise RequestError(f"token ids must be 0 to {vocabulary - 1}", param="logit_bias")
         seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed % 2**64
-        choices = [Sequence(request, choice, seed, self.tokenizer, adapter) for choice in range(request.n)]
+        arrived = time.monotonic() if arrived is None else arrived
+        choices = [Sequence(request, choice, seed, self.tokenizer, adapter, arrived) for choice in range(request.n)]
         self.sequences[request.id] = choices
         for sequence in choices:
             self.scheduler.add(sequence)
@@ -237,8 +244,9 @@ class Engine:
         scored = self._score(batch, logits)  # before the draws, which add biases to the logits
         drawn = self._draw(batch, logits)
         self.scheduler.computed(batch)
+        now = time.monotonic()
         for parts in zip(batch, scored, drawn, strict=True):
-            outputs += self._deliver(*parts)
+            outputs += self._deliver(*parts, now)
         return outputs
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
@@ -317,9 +325,9 @@ class Engine:
         return [list(itertools.islice(drawn, work.draws)) for work in batch]
 
     def _deliver(
-        self, work: Scheduled, scored: list[PromptLogprob] | None, drawn: list[sampling.Drawn | None]
+        self, work: Scheduled, scored: list[PromptLogprob] | None, drawn: list[sampling.Drawn | None], now: float
     ) -> list[Output | Failure]:
-        """Take in what a step found for a sequence; of its drafted tokens, as far as the draws confirm them."""
+        """Take in what a step found for a sequence by now; of its drafted tokens, as far as the draws confirm them."""
         sequence = work.sequence
         if sequence.request.id not in self.sequences:
             return []  # another choice of it has just failed
@@ -335,15 +343,19 @@ class Engine:
             if sequence.finish_reason is not None or token.token != guess:
                 break
         if taken:
+            sequence.first_token = sequence.first_token or now
             self.scheduler.accept(sequence, len(taken) - 1)
             self._count(work, taken)
         elif sequence.request.sampling.max_tokens == 0 and sequence.computed == len(sequence.tokens):
             sequence.finish_reason = "length"
         elif not scored:
             return []
+        timeline: Timeline | None = None
         if sequence.finish_reason is not None:
             self._remove(sequence)
-            if all(choice.finish_reason is not None for choice in self.sequences[sequence.request.id]):
+            choices = self.sequences[sequence.request.id]
+            if all(choice.finish_reason is not None for choice in choices):
+                timeline = _timeline(choices, now)
                 del self.sequences[sequence.request.id]
         output = Output(
             id=sequence.request.id,
@@ -356,6 +368,7 @@ class Engine:
             prompt_tokens=len(sequence.request.prompt),
             completion_tokens=sequence.generated,
             cached_tokens=sequence.reused,
+            timeline=timeline,
         )
         return [output]
 
@@ -404,6 +417,16 @@ class Engine:
             if one.logprob is not None
         ]
         return found or None
+
+
+def _timeline(choices: list[Sequence], now: float) -> Timeline:
+    """The moments of a request whose last choice ends now."""
+    return Timeline(
+        arrived=choices[0].arrived,
+        scheduled=min(choice.scheduled for choice in choices),
+        first_token=min(choice.first_token or now for choice in choices),
+        last_token=now,
+    )
 
 
 def _row(work: Scheduled, ahead: int) -> sampling.Row:

@@ -129,6 +129,34 @@ class PromptLogprob(TokenLogprob, frozen=True):
     """Its place among all tokens, 1 for the likeliest."""
 
 
+class Timeline(msgspec.Struct, frozen=True, kw_only=True):
+    """The moments of a request in the engine: seconds of the monotonic clock, which a machine's processes share."""
+
+    arrived: float
+    """The engine's process received it."""
+    scheduled: float
+    """The first of its choices was let in; that a preempted one is let in again does not count."""
+    first_token: float
+    """Its first token was drawn; where it asks for none, the prompt was read."""
+    last_token: float
+    """The last of its choices ended."""
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long it waited for its turn."""
+        return self.scheduled - self.arrived
+
+    @property
+    def prefill_seconds(self) -> float:
+        """How long it took from there to its first token."""
+        return self.first_token - self.scheduled
+
+    @property
+    def decode_seconds(self) -> float:
+        """How long it took from there to its last, preemptions included."""
+        return self.last_token - self.first_token
+
+
 class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     """What one step added to one choice of one request."""
 
@@ -146,6 +174,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     """Tokens generated so far for this choice, the end token included."""
     cached_tokens: int = 0
     """Prompt tokens that were found in the cache, not computed."""
+    timeline: Timeline | None = None
+    """In the last output of a request."""
 
 
 class Failure(msgspec.Struct, frozen=True, tag="failure"):

@@ -10,6 +10,7 @@ nothing is lost but time. Knows nothing of tensors.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 
@@ -247,7 +248,7 @@ class Scheduler:
         sequence.block_table.extend(found)
         sequence.computed, sequence.kept = computed, len(found)
         if sequence.fresh:  # what a preempted one finds again it had computed itself
-            sequence.reused, sequence.fresh = computed, False
+            sequence.reused, sequence.fresh, sequence.scheduled = computed, False, time.monotonic()
             counted = sequence.choice == 0 and sequence.request.counted
             self.prompt_tokens += len(sequence.request.prompt) if counted else 0
             if self.pool.reuse:

@@ -21,10 +21,17 @@ class Sequence:
         seed: what its draws are keyed by.
         tokenizer: turns its tokens into text.
         adapter: the version that it wears to its end; None is the base model.
+        arrived: when the request came, in seconds of the monotonic clock.
     """
 
     def __init__(
-        self, request: Request, choice: int, seed: int, tokenizer: Tokenizer, adapter: Version | None = None
+        self,
+        request: Request,
+        choice: int,
+        seed: int,
+        tokenizer: Tokenizer,
+        adapter: Version | None = None,
+        arrived: float = 0.0,
     ) -> None:
         self.request, self.choice, self.seed, self.adapter = request, choice, seed, adapter
         self.tokens = list(request.prompt)
@@ -34,6 +41,7 @@ class Sequence:
         self.chain: list[bytes] = []  # links of its full blocks, as far as anybody has asked
         self.kept = 0  # of its full blocks, how many others can find
         self.fresh = True  # it has not run yet
+        self.arrived, self.scheduled, self.first_token = arrived, 0.0, 0.0  # moments; 0 is not yet
         self.reused = 0  # prompt tokens that were found in the cache when it first ran
         self.detokenizer = Detokenizer(tokenizer)
         self.stop_strings = StopStrings(request.sampling.stop)

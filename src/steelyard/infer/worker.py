@@ -41,7 +41,6 @@ from steelyard.infer.request import (
     Ready,
     Request,
     Sampling,
-    ToEngine,
 )
 from steelyard.infer.wire import EngineSocket
 
@@ -52,6 +51,14 @@ log = logging.getLogger("steelyard.engine")
 
 
 @dataclass(frozen=True)
+class Arrived:
+    """A request, and when it came, in seconds of the monotonic clock: it may wait here for the end of a step."""
+
+    request: Request
+    at: float
+
+
+@dataclass(frozen=True)
 class AdapterRead:
     """The thread has read what a `LoadAdapter` names, or failed to."""
 
@@ -59,14 +66,25 @@ class AdapterRead:
     read: Future[Prepared]
 
 
-Inbox = queue.SimpleQueue[ToEngine | AdapterRead | None]
+Message = Arrived | Abort | LoadAdapter | DropAdapter | AdapterRead
+Inbox = queue.SimpleQueue[Message | None]
+
+
+def receive(socket: EngineSocket, inbox: Inbox) -> None:
+    """Put what comes into the inbox, and None when the other side is gone."""
+    try:
+        while (message := socket.receive()) is not None:
+            inbox.put(Arrived(message, time.monotonic()) if isinstance(message, Request) else message)
+    except ArtifactError as error:
+        log.error("%s", error)
+    inbox.put(None)
 
 
 def serve(engine: Engine, inbox: Inbox, socket: EngineSocket) -> None:
     """Step while there is work, wait while there is none, until the other side is gone (None)."""
     told = 0.0
     while True:
-        messages: list[ToEngine | AdapterRead | None] = [] if engine.busy else [inbox.get()]
+        messages: list[Message | None] = [] if engine.busy else [inbox.get()]
         while not inbox.empty():
             messages.append(inbox.get())
         for message in messages:
@@ -85,7 +103,7 @@ def serve(engine: Engine, inbox: Inbox, socket: EngineSocket) -> None:
             engine.check_integrity()
 
 
-def _take(engine: Engine, message: ToEngine | AdapterRead, inbox: Inbox) -> Aborted | AdapterChanged | Failure | None:
+def _take(engine: Engine, message: Message, inbox: Inbox) -> Aborted | AdapterChanged | Failure | None:
     match message:
         case Abort(id=id):
             return engine.abort(id)
@@ -95,19 +113,26 @@ def _take(engine: Engine, message: ToEngine | AdapterRead, inbox: Inbox) -> Abor
             return None
         case AdapterRead(asked=asked, read=read):
             return _put(engine, asked, read)
-        case _:
-            return _ask(engine, message)
+        case DropAdapter():
+            return _drop(engine, message)
+        case Arrived(request=request, at=arrived):
+            return _add(engine, request, arrived)
 
 
-def _ask(engine: Engine, message: Request | DropAdapter) -> AdapterChanged | Failure | None:
+def _add(engine: Engine, request: Request, arrived: float) -> Failure | None:
     try:
-        if isinstance(message, Request):
-            engine.add(message)
-            return None
-        engine.drop_adapter(message.name)
-        return AdapterChanged(message.id, None)
+        engine.add(request, arrived)
     except RequestError as error:
-        return Failure(message.id, str(error), error.param, error.code)
+        return Failure(request.id, str(error), error.param, error.code)
+    return None
+
+
+def _drop(engine: Engine, asked: DropAdapter) -> AdapterChanged | Failure:
+    try:
+        engine.drop_adapter(asked.name)
+    except RequestError as error:
+        return Failure(asked.id, str(error), error.param, error.code)
+    return AdapterChanged(asked.id, None)
 
 
 def _put(engine: Engine, asked: LoadAdapter, read: Future[Prepared]) -> AdapterChanged | Failure:
@@ -169,16 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ending = threading.Event()
     threading.Thread(target=_populate, args=(engine, ending), name="cache").start()
     inbox: Inbox = queue.SimpleQueue()
-
-    def read() -> None:
-        try:
-            while (message := socket.receive()) is not None:
-                inbox.put(message)
-        except ArtifactError as error:
-            log.error("%s", error)
-        inbox.put(None)
-
-    threading.Thread(target=read, daemon=True, name="reader").start()
+    threading.Thread(target=receive, args=(socket, inbox), daemon=True, name="reader").start()
     try:
         serve(engine, inbox, socket)
     except (BrokenPipeError, ConnectionError):

@@ -55,7 +55,14 @@ DRAIN_POLL_SECONDS = 0.1
 LAST_WORDS = 0.5
 """Seconds to read on after the process has ended."""
 
-SECRET_VARIABLES = ("STEELYARD_API_KEY", "STEELYARD_ADMIN_KEY", "STEELYARD_SECRETS", "STEELYARD_DATABASE")
+SECRET_VARIABLES = (
+    "STEELYARD_API_KEY",
+    "STEELYARD_ADMIN_KEY",
+    "STEELYARD_SECRETS",
+    "STEELYARD_DATABASE",
+    "OTEL_EXPORTER_OTLP_HEADERS",
+    "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+)
 """What an engine process is not told."""
 
 Status = Literal["starting", "ready", "restarting", "failed", "stopped"]

@@ -58,12 +58,16 @@ class Generation:
             StorageError: nothing could be reserved, or the settlement not be written yet.
         """
         first = {request.id: number * self.choices for number, request in enumerate(self.requests)}
-        timing = self.bill.payer.meters.timing(self.served.id)
+        payer = self.bill.payer
+        timing = payer.meters.timing(self.served.id)
+        trace = None if payer.trace is None else payer.trace.generation(self.served.id, self.id)
         async with self.bill.metered({request.id: request.n for request in self.requests}) as meter:
             async with contextlib.aclosing(self.served.engine.submit(*self.requests, meter=meter)) as outputs:
                 async for together in _in_time(outputs):
                     numbered = [(first[output.id] + output.choice, output) for output in together]
                     timing.take(numbered)
+                    if trace is not None:
+                        trace.take(together)
                     yield numbered
             await self.bill.settle(meter)
         timing.end(self.bill.cost / NANO, self.bill.counts.input_tokens)

@@ -6,7 +6,7 @@ Names follow vLLM's under our prefix. What engines count comes from them (`endpo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -24,45 +24,40 @@ class RequestMeters:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        model, common = ["model_name"], {"namespace": "steelyard", "registry": self.registry}
-        self.ended = Counter(
-            "request_success",
-            "Choices that ended, by why.",
-            [*model, "finished_reason"],
-            **common,  # type: ignore[arg-type]
+        self.ended = self._counter("request_success", "Choices that ended, by why.", "finished_reason")
+        self.first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's admission to its first token.", FIRST_TOKEN
         )
-        self.first_token = Histogram(
-            "time_to_first_token_seconds",
-            "From a request's admission to its first token.",
-            model,
-            buckets=FIRST_TOKEN,
-            **common,  # type: ignore[arg-type]
+        self.between_tokens = self._histogram(
+            "inter_token_latency_seconds", "From one output of a choice to its next.", BETWEEN_TOKENS
         )
-        self.between_tokens = Histogram(
-            "inter_token_latency_seconds",
-            "From one output of a choice to its next.",
-            model,
-            buckets=BETWEEN_TOKENS,
-            **common,  # type: ignore[arg-type]
+        self.whole = self._histogram(
+            "e2e_request_latency_seconds", "From a request's admission to its settlement.", WHOLE
         )
-        self.whole = Histogram(
-            "e2e_request_latency_seconds",
-            "From a request's admission to its settlement.",
-            model,
-            buckets=WHOLE,
-            **common,  # type: ignore[arg-type]
+        self.queue = self._histogram(
+            "request_queue_time_seconds", "From a prompt's arrival in the engine until it is let in.", FIRST_TOKEN
         )
-        self.cost = Counter("cost_usd", "What answers cost, in dollars.", model, **common)  # type: ignore[arg-type]
-        self.without_usage = Counter(
+        self.prefill = self._histogram(
+            "request_prefill_time_seconds", "From a prompt's being let in until its first token.", FIRST_TOKEN
+        )
+        self.decode = self._histogram(
+            "request_decode_time_seconds", "From a prompt's first token until its last.", WHOLE
+        )
+        self.cost = self._counter("cost_usd", "What answers cost, in dollars.")
+        self.without_usage = self._counter(
             "requests_without_usage",
             "Requests that ended without the engine's count of their tokens: must stay 0.",
-            model,
-            **common,  # type: ignore[arg-type]
         )
 
     def timing(self, model: str) -> Timing:
         """A clock for one request."""
         return Timing(self, model)
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(name, meaning, ["model_name", *labels], namespace="steelyard", registry=self.registry)
+
+    def _histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, meaning, ["model_name"], namespace="steelyard", registry=self.registry, buckets=buckets)
 
 
 @dataclass
@@ -87,10 +82,13 @@ class Timing:
                 self.last[number] = now
             if output.finish_reason is not None:
                 meters.ended.labels(self.model, output.finish_reason).inc()
+            if output.timeline is not None:
+                meters.queue.labels(self.model).observe(output.timeline.queue_seconds)
+                meters.prefill.labels(self.model).observe(output.timeline.prefill_seconds)
+                meters.decode.labels(self.model).observe(output.timeline.decode_seconds)
 
     def end(self, dollars: float, prompt_tokens: int) -> None:
         """It is settled."""
         self.meters.whole.labels(self.model).observe(time.perf_counter() - self.began)
         self.meters.cost.labels(self.model).inc(dollars)
-        if not prompt_tokens:
-            self.meters.without_usage.labels(self.model).inc()
+        self.meters.without_usage.labels(self.model).inc(0 if prompt_tokens else 1)

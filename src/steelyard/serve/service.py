@@ -26,6 +26,7 @@ from steelyard.serve.billing.bill import BatchLine, Payer
 from steelyard.serve.billing.ledger import Clock, Ledger
 from steelyard.serve.billing.metering import Metering
 from steelyard.serve.billing.prices import PriceList
+from steelyard.serve.energy import Energy
 from steelyard.serve.engine_client import EngineClient
 from steelyard.serve.files import Files
 from steelyard.serve.jobs.compression import Compression
@@ -65,6 +66,7 @@ class Service:
     stored: StoredCompletions
     names: Names
     meters: RequestMeters = field(default_factory=RequestMeters)
+    energy: Energy = field(default_factory=Energy)
     first_keys: dict[str, str] = field(default_factory=dict)
     """Keys that were made at the first start, by what they are for: to be shown once."""
 
@@ -129,7 +131,8 @@ class Service:
         finally:
             request.state.headers = self.limits.headers(caller.project, served.id)
         request.state.at_end = admission.close
-        return served, Payer(caller.project, caller.key_id, admission, *money)
+        trace = getattr(request.state, "trace", None)
+        return served, Payer(caller.project, caller.key_id, admission, *money, trace=trace)
 
     def actor(self, request: Request) -> Actor:
         """Who changes something, for the audit log."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from steelyard.serve.billing.ledger import Reservation
 from steelyard.serve.billing.metering import Meter, Metering
@@ -12,6 +13,9 @@ from steelyard.serve.billing.prices import Counts, Price, PriceList, Quote
 from steelyard.serve.meters import RequestMeters
 from steelyard.serve.models import ServedModel
 from steelyard.serve.rate_limits import Admission, RateLimits
+
+if TYPE_CHECKING:
+    from steelyard.serve.spans import RequestTrace
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Payer:
     """The reservation's id of a batch's line: half price, idle slots, no limits; None: a request of its own."""
     free: bool = False
     """A line that was paid before its answer was lost."""
+    trace: RequestTrace | None = None
+    """Where OpenTelemetry is told what the engine did for the request; None: it is not."""
 
     def bill(self, id: str, served: ServedModel, most: Counts) -> Bill:
         """A bill for what comes to `most` at most, at the prices of now."""

@@ -1,4 +1,4 @@
-"""`GET /metrics`: what the engines do, in Prometheus's text format. Not public: it tells how much others use."""
+"""`GET /metrics`: engines, requests, energy, in Prometheus's text format. Not public: it tells how much others use."""
 
 from __future__ import annotations
 
@@ -52,14 +52,24 @@ METRICS: dict[str, tuple[Literal["counter", "gauge"], str, Callable[[EngineStats
 }
 """Kind, meaning and value, by the name that follows `steelyard:`."""
 
+ENERGY = """\
+# HELP steelyard:energy_joules_total Used by each processor since the start, for whomever. Absent if unreadable.
+# TYPE steelyard:energy_joules_total counter"""
+
 
 async def read(service: Service, request: Request) -> Response:
-    """Every metric: of each engine, as it last said, and of the requests that this process has served."""
+    """Every metric: of each engine, as it last said, of the requests that this process has served, and of energy."""
     lines: list[str] = []
     for name, (kind, meaning, value) in METRICS.items():
         lines += [f"# HELP steelyard:{name} {meaning}", f"# TYPE steelyard:{name} {kind}"]
         for engine in engines(service.models):
-            label = engine.model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-            lines.append(f'steelyard:{name}{{model_name="{label}"}} {value(engine.stats)}')
+            lines.append(f'steelyard:{name}{{model_name="{_escaped(engine.model)}"}} {value(engine.stats)}')
+    lines.append(ENERGY)
+    for package, joules in service.energy.joules().items():
+        lines.append(f'steelyard:energy_joules_total{{package="{_escaped(package)}"}} {joules}')
     own = OURS.sub(r"\1steelyard:", generate_latest(service.meters.registry).decode())
     return Response("\n".join(lines) + "\n" + own, media_type=MEDIA_TYPE)
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
