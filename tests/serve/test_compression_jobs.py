@@ -12,7 +12,9 @@ import pytest
 from running_service import Service, eventually, serving
 from test_fine_tuning import SECRETS, job_when, rows, upload
 
+from steelyard.serve import tuned
 from steelyard.serve.engine_client import worker_command
+from steelyard.serve.jobs import runner
 from steelyard.store.database import sqlite_url
 
 JOBS = "/v1/compression/jobs"
@@ -118,14 +120,14 @@ def test_a_model_of_its_own(service: Service) -> None:
 
 def test_what_was_tuned_and_the_next_server(checkpoint: Path, options: dict[str, Any], service: Service) -> None:
     client = service.sdk()
-    tuned = job_when(
+    made = job_when(
         service,
         client.fine_tuning.jobs.create(
             model="small", training_file=upload(client, rows(16)), suffix="pets", hyperparameters={"n_epochs": 1}
         ).id,
         "succeeded",
     ).fine_tuned_model
-    job = done(service, compress(service, model=tuned)["id"])
+    job = done(service, compress(service, model=made)["id"])
     assert job["status"] == "succeeded", job
     name = job["compressed_model"]
     assert name.startswith("int8:small:default:pets:")
@@ -220,3 +222,22 @@ def test_another_projects_model(service: Service) -> None:
     assert other.post("/v1/chat/completions", json={"model": name, "messages": HELLO}).status_code == 404
     assert other.post(JOBS, json={"model": name}).status_code == 404
     assert name in models(service)
+
+
+def test_a_model_without_room_for_its_engine_is_no_model(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "ENGINE_BYTES", 1 << 60)
+    monkeypatch.setattr(runner, "SERVE_SECONDS", 1)
+    job = done(service, compress(service)["id"])
+    assert (job["status"], job["compressed_model"]) == ("failed", None)
+    assert "no memory for the engine" in job["error"]["message"]
+    rows_of = service.behind.database.read_now(
+        lambda connection: connection.exec_driver_sql("select job_id from models").scalars().all()
+    )
+    assert job["id"] not in rows_of
+
+
+def test_an_alias_is_its_model(service: Service) -> None:
+    with service.admin_http() as http:
+        assert http.post("/v1/organization/model_aliases", json={"name": "best", "model": "small"}).status_code == 200
+    job = done(service, compress(service, model="best")["id"])
+    assert (job["status"], job["model"]) == ("succeeded", "small")

@@ -226,6 +226,7 @@ def open_service(
         clock,
         knows=tuned.knows,
         serve=tuned.serve,
+        drop=tuned.remove,
         slots=job_slots,
         threads=job_threads,
     )

@@ -82,6 +82,8 @@ class TunedModels:
         self.database, self.artifacts, self.folder, self.served = database, artifacts, folder, served
         self._new_engine = new_engine
         self._one_by_one = asyncio.Lock()
+        self._complaints: dict[str, str] = {}
+        """By model, why it could not be served the last time: said once."""
 
     def knows(self, project: str, model: str) -> bool:
         """Whether a model is served here, or comes from one that is; a name that nobody has is anybody's to refuse."""
@@ -201,8 +203,11 @@ class TunedModels:
                 continue
             try:
                 await self.serve(dict(row))
+                self._complaints.pop(row["id"], None)
             except SteelyardError as error:
-                log.error("the model '%s' cannot be served: %s", row["id"], error)
+                if self._complaints.get(row["id"]) != str(error):
+                    log.error("the model '%s' cannot be served: %s", row["id"], error)
+                self._complaints[row["id"]] = str(error)
         listed = {row["id"] for row in rows}
         for name, model in list(self.served.items()):
             if model.project is not None and name not in listed:

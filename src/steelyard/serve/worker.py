@@ -66,6 +66,7 @@ def run(
             time.time,
             knows=tuned.knows,
             serve=_nobody,
+            drop=tuned.remove,
             slots=slots,
             threads=threads,
         )

@@ -22,6 +22,7 @@ from steelyard.serve import files
 from steelyard.serve.auth import Caller
 from steelyard.serve.connection import DONE, EventStream, event
 from steelyard.serve.jobs import records, training
+from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.compression import CompressionJob, CompressionRequest
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import parse
@@ -71,7 +72,7 @@ async def fine_tune(service: Service, request: Request) -> Response:
     except CheckpointError as error:
         raise RequestError(str(error), param="model", code="model_not_trainable") from None
     asked = {
-        **_asked(body, caller),
+        **_asked(body, caller, served),
         "training_file": body.training_file,
         "validation_file": body.validation_file,
         "settings": {"hyperparameters": body.asked},
@@ -93,8 +94,8 @@ async def compress(service: Service, request: Request) -> Response:
     """A new compression job: its model is checked, it waits its turn, it runs."""
     body = parse(CompressionRequest, await request.body())
     caller: Caller = request.state.caller
-    await service.found(body.model, caller.project)
-    asked = {**_asked(body, caller), "settings": body.settings, "seed": 0}
+    served = await service.found(body.model, caller.project)
+    asked = {**_asked(body, caller, served), "settings": body.settings, "seed": 0}
     made = await service.database.write(
         lambda connection: records.create(connection, "compression", asked, service.now())
     )
@@ -102,11 +103,11 @@ async def compress(service: Service, request: Request) -> Response:
     return json_response(CompressionJob.of(made))
 
 
-def _asked(body: JobRequest | CompressionRequest, caller: Caller) -> Row:
+def _asked(body: JobRequest | CompressionRequest, caller: Caller, served: ServedModel) -> Row:
     return {
         "project_id": caller.project,
         "key_id": caller.key_id,
-        "model": body.model,
+        "model": served.id,
         "suffix": body.suffix,
         "metadata": body.metadata,
     }

@@ -18,6 +18,8 @@ from steelyard.serve.jobs import training
 from steelyard.serve.jobs.kind import Advance, Checked, Made, Progress
 from steelyard.serve.tuned import TunedModels, model_name
 
+COMMAND = ["train", "run.toml", "--json"]
+
 Row = dict[str, Any]
 
 
@@ -60,6 +62,8 @@ class FineTuning:
 
     def prepare(self, job: Row, folder: Path, threads: int) -> list[str]:
         """Its rows, clear, and its run.toml."""
+        if (folder / "run.toml").exists():  # it goes on as it began, whoever had begun it
+            return COMMAND
         paths = {kind: self._written(job, kind, folder) for kind in ("training", "validation")}
         assert paths["training"] is not None
         training.write_configuration(
@@ -72,7 +76,7 @@ class FineTuning:
             seed=job["seed"],
             threads=threads,
         )
-        return ["train", "run.toml", "--json"]
+        return COMMAND
 
     def progress(self, job: Row, folder: Path, *, ended: bool) -> Progress:
         """From what the run has measured. The newest step may still be evaluated: it waits for the next one."""

@@ -51,6 +51,7 @@ class JobRunner:
         clock: Unix seconds.
         knows: whether this process has a model.
         serve: lets requests name a model that a job made.
+        drop: forgets one that cannot be served.
         slots: runs at once.
         threads: of a run; None: half of the processor's, for all slots together.
     """
@@ -66,12 +67,13 @@ class JobRunner:
         *,
         knows: Callable[[str, str], bool],
         serve: Callable[[Row], Awaitable[None]],
+        drop: Callable[[str, str], Awaitable[None]],
         slots: int = 1,
         threads: int | None = None,
     ) -> None:
         self.database, self.kinds, self.ledger, self._prices = database, kinds, ledger, prices
         self.folder, self._clock = folder, clock
-        self._knows, self._serve_model = knows, serve
+        self._knows, self._serve_model, self._drop = knows, serve, drop
         self.slots = slots
         self.threads = threads or max(1, (os.cpu_count() or 2) // 2 // max(1, slots))
         self._wake = asyncio.Event()
@@ -308,8 +310,14 @@ class JobRunner:
         kind, now = self.kinds[job["kind"]], self._now()
         tokens = (await asyncio.to_thread(kind.progress, job, folder, ended=True)).tokens
         made = await asyncio.to_thread(kind.publish, job, folder, now)
-        for row in made.models:
-            await self._serve(row)
+        try:
+            for row in made.models:
+                await self._serve(row)
+        except SteelyardError:
+            for row in made.models:
+                with contextlib.suppress(SteelyardError):
+                    await self._drop(job["project_id"], row["id"])
+            raise
         await self._settle(job, tokens)
         if made.message is not None:
             await self._say(job, made.message)

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
 from steelyard.data import chat
 from steelyard.data.chat import FormatConfig
@@ -152,7 +153,7 @@ def write_configuration(
         data["validation"] = str(validation)
     optimizer = {"name": "adamw", "learning_rate": LEARNING_RATE * resolved.learning_rate_multiplier}
     lines = [*_table(top), "", "[data]", *_table(data), "", "[optimizer]", *_table(optimizer)]
-    path.write_text("\n".join(lines) + "\n")
+    write_file(path, "\n".join(lines) + "\n")
 
 
 def described(values: Row, steps: int) -> str:
