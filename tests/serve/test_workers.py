@@ -17,8 +17,8 @@ from running_service import Service, eventually, serving
 from sqlalchemy import update
 from test_fine_tuning import job_when, rows, settlement, upload
 
+from steelyard import memory
 from steelyard.errors import StorageError
-from steelyard.serve import memory
 from steelyard.serve.engine_client import worker_command
 from steelyard.serve.jobs import records
 from steelyard.store import tables

@@ -19,13 +19,15 @@ from steelyard.checkpoint import manifest
 from steelyard.data.rows import TokenRow
 from steelyard.errors import TrainingError
 from steelyard.models import weights
+from steelyard.models.decoder import Decoder
 from steelyard.runs import Run
 from steelyard.train import lora, losses
 from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.language_model import Evaluator, LanguageModelling
 from steelyard.train.lora import LoraConfig
 from steelyard.train.optimizers import OptimizerConfig
 from steelyard.train.schedules import ScheduleConfig
-from steelyard.train.trainer import Evaluator, Lineage, Progress, Trainer
+from steelyard.train.trainer import Lineage, Progress, Trainer
 
 CONSTANT = ScheduleConfig(name="constant", warmup=0)
 
@@ -57,7 +59,14 @@ def trainer(
     decoder = weights.load(base, getattr(torch, config.dtype))
     adapter = lora.start(decoder, config.lora, config.seed) if config.method == "lora" else None
     run = Run(folder, msgspec.to_builtins(config))
-    return Trainer(decoder, adapter, rows, config, run, Lineage(base=base, parent="base", data={}), evaluator)
+    task = LanguageModelling(decoder, adapter, rows, base, evaluator)
+    return Trainer(task, config, run, Lineage(parent="base", data={}))
+
+
+def decoder_of(ours: Trainer) -> Decoder:
+    task = ours.task
+    assert isinstance(task, LanguageModelling)
+    return task.decoder
 
 
 def mean_loss(reference: torch.nn.Module, rows: list[TokenRow]) -> torch.Tensor:
@@ -79,7 +88,7 @@ def test_the_gradient_is_that_of_the_mean_over_trained_tokens(
     loss = mean_loss(reference, rows)
     loss.backward()
     ours = trainer(base, tmp_path, rows, micro_batch_tokens=micro_batch_tokens)
-    assert ours._gradient(rows) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert ours._gradient(range(len(rows))) == pytest.approx(float(loss.detach()), rel=1e-5)
     for name, expected in reference.named_parameters():
         torch.testing.assert_close(ours.masters[name].grad, expected.grad, atol=1e-6, rtol=1e-4, msg=name)
 
@@ -128,9 +137,9 @@ def test_it_learns_a_few_rows_by_heart(tiny_model: Path, tmp_path: Path, fields:
 
 def test_lora_leaves_the_base_alone(base: Path, tmp_path: Path) -> None:
     ours = trainer(base, tmp_path, token_rows(4), method="lora", epochs=2)
-    before = copy.deepcopy(ours.decoder.state_dict())
+    before = copy.deepcopy(decoder_of(ours).state_dict())
     assert ours.fit()
-    after = ours.decoder.state_dict()
+    after = decoder_of(ours).state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert (tmp_path / "best" / "adapter_model.safetensors").is_file()
 
@@ -186,7 +195,7 @@ def test_what_is_not_finite_never_reaches_the_weights(
     base: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = trainer(base, tmp_path, token_rows(8), method="lora", batch_size=2, checkpoint_every=1)
-    whole = ours._loss
+    whole = ours.task.loss
 
     def broken(batch: Any) -> torch.Tensor:
         loss = whole(batch)
@@ -195,7 +204,7 @@ def test_what_is_not_finite_never_reaches_the_weights(
         # A square root at 0 has an infinite slope, and a finite value.
         return loss * math.nan if what == "loss" else loss + (loss - loss.detach()).abs().sqrt()
 
-    monkeypatch.setattr(ours, "_loss", broken)
+    monkeypatch.setattr(ours.task, "loss", broken)
     with pytest.raises(TrainingError, match=rf"{what} is (nan|inf) at step 3: lower optimizer.learning_rate"):
         ours.fit()
     assert all(bool(tensor.isfinite().all()) for tensor in ours.parameters.values())
@@ -240,7 +249,8 @@ def test_logits_are_computed_where_the_loss_counts_and_nowhere_else(base: Path, 
     rows = token_rows(9)
     ours = trainer(base, tmp_path, rows)
     seen: list[int] = []
-    whole = ours.decoder.logits
-    ours.decoder.logits = lambda states: seen.append(len(states)) or whole(states)  # type: ignore[method-assign]
-    ours._gradient(rows)
+    decoder = decoder_of(ours)
+    whole = decoder.logits
+    decoder.logits = lambda states: seen.append(len(states)) or whole(states)  # type: ignore[method-assign]
+    ours._gradient(range(len(rows)))
     assert sum(seen) == sum(row.targets for row in rows) < sum(len(row.tokens) for row in rows)

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, delete, insert, select
 
+from steelyard import memory
 from steelyard.atomic import folder_aside
 from steelyard.checkpoint import manifest
 from steelyard.errors import ConflictError, EngineUnavailableError, ModelNotFoundError, NotFoundError, SteelyardError
-from steelyard.serve import memory
 from steelyard.serve.engine_client import EngineClient
 from steelyard.serve.models import ServedModel, adapter_model, whole_model
 from steelyard.serve.references import unused

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
+from steelyard import memory
 from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
@@ -25,10 +26,11 @@ from steelyard.models.lora import Adapter
 from steelyard.runs import Run, clear
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
-from steelyard.train import lora
+from steelyard.train import choice, lora
 from steelyard.train.config import TrainConfig, check
+from steelyard.train.language_model import Evaluator, LanguageModelling
 from steelyard.train.report import training_report
-from steelyard.train.trainer import Evaluator, Lineage, Progress, Trainer
+from steelyard.train.trainer import Lineage, Progress, Trainer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -89,8 +91,10 @@ def train(
         _check_dense(decoder)
         adapter = lora.start(decoder, config.lora, config.seed) if config.method == "lora" else None
         evaluator = _evaluator(validation_rows, validation, config, tokenizer, template)
-        lineage = Lineage(base=base.resolve(), parent=manifest.read(base).id, data=_digests(config))
-        trainer = Trainer(decoder, adapter, rows, config, run, lineage, evaluator)
+        task = LanguageModelling(decoder, adapter, rows, base.resolve(), evaluator)
+        config = _decided(config, task, run)
+        lineage = Lineage(parent=manifest.read(base).id, data=_digests(config))
+        trainer = Trainer(task, config, run, lineage)
         counts = {**token_counts(rows), "validation_rows": len(validation_rows)}
         run.log(f"data: {counts}")
         begun(trainer, counts)
@@ -112,6 +116,24 @@ def train(
         metrics=found.metrics if found else {},
         report=str(page),
     )
+
+
+def _decided(config: TrainConfig, task: LanguageModelling, run: Run) -> TrainConfig:
+    """With an optimizer, where it was left to us; why it is this one stands in the run's log."""
+    if config.optimizer.name != choice.AUTO:
+        return config
+    batches = -(-task.rows // (config.batch_size or task.rows))
+    situation = choice.Situation.of(
+        task.parameters,
+        adapter=task.adapter is not None,
+        pretrained=True,
+        steps=config.epochs * batches,
+        whole=batches == 1,
+        memory=memory.total(),
+    )
+    optimizer, why = choice.choose(config.optimizer, situation)
+    run.log(f"optimizer: {why}")
+    return msgspec.structs.replace(config, optimizer=optimizer)
 
 
 def _check_dense(decoder: Decoder) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError
 from steelyard.models.lora import MAX_RANK
-from steelyard.train import optimizers, schedules
+from steelyard.train import choice, optimizers, schedules
 from steelyard.train.lora import LoraConfig
 from steelyard.train.optimizers import OptimizerConfig
 from steelyard.train.schedules import ScheduleConfig
@@ -61,6 +61,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Steps between resumable states: the most that a kill can lose."""
     keep_checkpoints: int = 0
     """How many of the last evaluations' checkpoints are kept, in `checkpoints/`, besides best and last."""
+    patience: int = 0
+    """End the run after so many evaluations in a row that are no better than the best; 0 never does."""
+    ema: float = 0.0
+    """Decay of an exponential average of the weights, which is what is evaluated and kept; 0 keeps the last weights."""
     threads: int | None = None
     """CPU threads; unset takes all cores. Another number can round differently."""
     lora: LoraConfig = LoraConfig()
@@ -74,14 +78,19 @@ def check(config: TrainConfig) -> None:
     Raises:
         ConfigError: the key and what it should be.
     """
-    optimizers.check(config.optimizer)
+    if config.optimizer.name != choice.AUTO:
+        optimizers.check(config.optimizer)
     schedules.check(config.schedule)
     for key, least in (("epochs", 1), ("batch_size", 0), ("micro_batch_tokens", 1), ("checkpoint_every", 1)):
         if getattr(config, key) < least:
             raise ConfigError(f"{key} must be at least {least}, not {getattr(config, key)}")
-    for key in ("evaluate_every", "keep_checkpoints"):
+    for key in ("evaluate_every", "keep_checkpoints", "patience"):
         if getattr(config, key) < 0:
             raise ConfigError(f"{key} must be at least 0, not {getattr(config, key)}")
+    if not 0 <= config.ema < 1:
+        raise ConfigError(f"ema must be at least 0 and below 1, not {config.ema}")
+    if config.ema and config.optimizer.name == "schedule-free":
+        raise ConfigError("ema means nothing to schedule-free, which has an average of its own")
     if not 0 <= config.clip < math.inf:
         raise ConfigError(f"clip must be at least 0, not {config.clip}; 0 does not clip")
     if not 0 <= config.seed < 1 << 63:

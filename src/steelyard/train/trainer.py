@@ -1,7 +1,6 @@
 """The training loop: batches in, a better model out, resumable at any step with identical weights.
 
-It is told what to learn from (token rows), what to change (an adapter, or all weights) and how to measure on the way
-(callables); it knows no data format and no metric.
+It is told what is learnt from which rows (a `Task`); it knows no network, no data format and no metric.
 """
 
 from __future__ import annotations
@@ -20,19 +19,14 @@ import torch
 from steelyard.atomic import sweep
 from steelyard.checkpoint import manifest
 from steelyard.data.loader import Loader
-from steelyard.data.packing import Pack, bins, pack
-from steelyard.data.rows import TokenRow
+from steelyard.data.packing import bins
 from steelyard.errors import TrainingError
-from steelyard.models import weights
-from steelyard.models.attention import PackedAttention
-from steelyard.models.decoder import Decoder
-from steelyard.models.lora import Adapter
 from steelyard.runs import Run
 from steelyard.train import optimizers, schedules, state
+from steelyard.train.averages import Averages
 from steelyard.train.config import TrainConfig
-from steelyard.train.losses import cross_entropy
+from steelyard.train.task import Task
 
-Evaluator = Callable[[Decoder, Adapter | None], Mapping[str, float]]
 BEST_BY = "validation_loss"
 
 
@@ -56,8 +50,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 class Lineage(msgspec.Struct, frozen=True, kw_only=True):
     """What a trained checkpoint says of its origin."""
 
-    base: Path
-    parent: str
+    parent: str | None
     data: dict[str, str]
 
 
@@ -65,39 +58,23 @@ class Trainer:
     """One run.
 
     Args:
-        decoder: the base model; changed in place by a full run, left alone by LoRA.
-        adapter: what a LoRA run learns; None trains all weights.
-        rows: what to learn from.
+        task: what is learnt, from which rows.
         config: how.
         run: the run's folder.
         lineage: for the manifests.
-        evaluator: measures on the way; its `validation_loss` decides which checkpoint is best.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        adapter: Adapter | None,
-        rows: Sequence[TokenRow],
-        config: TrainConfig,
-        run: Run,
-        lineage: Lineage,
-        evaluator: Evaluator | None = None,
-    ) -> None:
-        if not rows:
-            raise TrainingError("no row is left to learn from")
-        self.decoder, self.adapter, self.rows = decoder, adapter, rows
-        self.config, self.run, self.lineage, self.evaluator = config, run, lineage, evaluator
-        self.loader = Loader(len(rows), config.batch_size, config.seed)
+    def __init__(self, task: Task, config: TrainConfig, run: Run, lineage: Lineage) -> None:
+        self.task, self.config, self.run, self.lineage = task, config, run, lineage
+        self.loader = Loader(task.rows, config.batch_size, config.seed)
         self.steps = config.epochs * self.loader.batches_per_epoch
         self.step, self.best, self.stopping = 0, math.inf, False
-        self.parameters = dict(adapter.parameters() if adapter else decoder.named_parameters())
-        for name, tensor in self.parameters.items():
-            if not adapter:  # weights may be mapped from a file: train a copy
-                tensor.data = tensor.data.clone()
-            self.parameters[name] = tensor.requires_grad_(True)
+        self.parameters = {name: tensor.requires_grad_(True) for name, tensor in task.parameters.items()}
         self.masters = {name: tensor.detach().float().clone() for name, tensor in self.parameters.items()}
-        self.optimizer = optimizers.build(self.masters.values(), config.optimizer)
+        self.optimizer = optimizers.build(self.masters, config.optimizer)
+        self.averages = Averages(self.masters, self.optimizer, config.ema)
+        self._worse = 0
+        """Evaluations since the best one."""
         self._seconds, self._tokens = 0.0, 0
         self.first = 0  # steps that were done before this call
 
@@ -109,15 +86,16 @@ class Trainer:
         """
         with _deterministic(self.config.seed):
             self._resume()
-            while self.step < self.steps and not self.stopping:
+            while not self.finished and not self.stopping:
                 started = time.perf_counter()
-                batch = [self.rows[index] for index in self.loader.next()]
+                batch = self.loader.next()
                 loss = self._gradient(batch)
                 norm = self._clip()
                 rate = self._set_learning_rate()
                 self.optimizer.step()
-                self._publish()
                 self.step += 1
+                self.averages.update(self.step)
+                self._publish()
                 self._record(batch, loss, norm, rate, time.perf_counter() - started, report)
                 if self._due(self.config.evaluate_every or self.loader.batches_per_epoch):
                     self._evaluate()
@@ -125,18 +103,22 @@ class Trainer:
                     self._save_state()
             if self.step < self.steps:
                 self._save_state()
-        return self.step == self.steps
+        return self.finished
 
-    def _gradient(self, batch: Sequence[TokenRow]) -> float:
-        """Gradient of the mean loss over the batch's trained tokens, into the masters; returns that loss.
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or so many evaluations were no better that the run ends early."""
+        return self.step == self.steps or 0 < self.config.patience <= self._worse
+
+    def _gradient(self, batch: Sequence[int]) -> float:
+        """Gradient of the mean loss over the targets of a batch's rows, into the masters; returns that loss.
 
         Forward passes take `micro_batch_tokens` at most; their sums are added in float32, so that how a batch is cut
         changes nothing but rounding.
         """
-        targets = sum(row.targets for row in batch)
-        total = 0.0
-        for group in bins([len(row.tokens) for row in batch], self.config.micro_batch_tokens):
-            loss = self._loss(pack([batch[index] for index in group])) / targets
+        targets, total = self.task.targets(batch), 0.0
+        for group in bins([self.task.size(row) for row in batch], self.config.micro_batch_tokens):
+            loss = self.task.loss([batch[place] for place in group]) / targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             for name, parameter in self.parameters.items():
@@ -147,10 +129,6 @@ class Trainer:
                     parameter.grad = None
         self._demand_finite("loss", total)
         return total
-
-    def _loss(self, batch: Pack) -> torch.Tensor:
-        hidden_states = self.decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths), self.adapter)
-        return cross_entropy(self.decoder, hidden_states.index_select(0, batch.places), batch.targets)
 
     def _clip(self) -> float:
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip or math.inf))
@@ -167,9 +145,13 @@ class Trainer:
 
     def _set_learning_rate(self) -> float:
         factor = schedules.factor(self.config.schedule, self.step, self.steps)
-        rate = self.config.optimizer.learning_rate * factor
+        rate = optimizers.rate(self.config.optimizer) * factor
+        epochs = self.step / self.loader.batches_per_epoch
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
+            if group["scale"] == 0 or epochs < group["start"]:  # it does not learn, or not yet
+                for master in group["params"]:
+                    master.grad = None
         return rate
 
     @torch.no_grad()
@@ -184,14 +166,14 @@ class Trainer:
 
     def _record(
         self,
-        batch: Sequence[TokenRow],
+        batch: Sequence[int],
         loss: float,
         norm: float,
         rate: float,
         seconds: float,
         report: Callable[[Progress], None],
     ) -> None:
-        tokens = sum(len(row.tokens) for row in batch)
+        tokens = sum(map(self.task.size, batch))
         self._seconds += seconds
         self._tokens += tokens
         done = self.step - self.first
@@ -211,25 +193,31 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Measure, keep the last checkpoint, and the best one if this is it."""
-        found = self._measure()
-        if found:
-            self.run.measure(step=self.step, **found)
-            self.run.log(f"step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
-        self.write_checkpoint(self.run.folder / "last", found)
-        if self.config.keep_checkpoints:
-            self._keep_checkpoint(found)
-        score = found.get(BEST_BY, -self.step)  # without validation the last one is the best
-        if score <= self.best:
-            self.best = score
-            self.write_checkpoint(self.run.folder / "best", found)
+        with self.averages.worn() as different:
+            if different:
+                self._publish()
+            found = self._measure()
+            if found:
+                self.run.measure(step=self.step, **found)
+                self.run.log(f"step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+            self.write_checkpoint(self.run.folder / "last", found)
+            if self.config.keep_checkpoints:
+                self._keep_checkpoint(found)
+            score = found.get(BEST_BY, -self.step)  # without validation the last one is the best
+            self._worse = 0 if score < self.best else self._worse + 1
+            if score <= self.best:
+                self.best = score
+                self.write_checkpoint(self.run.folder / "best", found)
+        if different:
+            self._publish()
+        if self.finished and self.step < self.steps:
+            self.run.log(f"step {self.step}: no better for {self._worse} evaluations: the run ends")
 
     def _measure(self) -> dict[str, float]:
-        if self.evaluator is None:
-            return {}
-        self._training(False)
+        self.task.train(False)
         with torch.no_grad():
-            found = dict(self.evaluator(self.decoder, self.adapter))
-        self._training(True)
+            found = dict(self.task.evaluate())
+        self.task.train(True)
         return found
 
     def _keep_checkpoint(self, metrics: Mapping[str, float]) -> None:
@@ -239,7 +227,7 @@ class Trainer:
             shutil.rmtree(old)
 
     def write_checkpoint(self, path: Path, metrics: Mapping[str, float]) -> None:
-        """Write what was learnt so far, with its lineage: an adapter, or a whole model."""
+        """Write what was learnt so far, with its lineage."""
         recipe: dict[str, Any] = msgspec.to_builtins(self.config)
         lineage = self.lineage
         with manifest.writing(
@@ -249,17 +237,15 @@ class Trainer:
             recipe={"train": recipe},
             metrics={"step": self.step, **metrics},
         ) as folder:
-            if self.adapter is not None:
-                self.adapter.save(folder, str(lineage.base))
-            else:
-                weights.save(self.decoder, folder, lineage.base)
+            self.task.save(folder)
 
     def _save_state(self) -> None:
         tensors = {f"master.{name}": master for name, master in self.masters.items()}
+        tensors |= {f"average.{name}": average for name, average in self.averages.values.items()}
         tensors |= state.flatten(self.optimizer)
         tensors["random"] = torch.get_rng_state()
         best = None if math.isinf(self.best) else self.best
-        info = {"loader": self.loader.state(), "best": best, "lineage": self._origin()}
+        info = {"loader": self.loader.state(), "best": best, "worse": self._worse, "lineage": self._origin()}
         state.save(self.run.folder / "state", self.step, tensors, info)
 
     def _resume(self) -> None:
@@ -275,19 +261,18 @@ class Trainer:
                 )
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master.{name}"])
+            for name, average in self.averages.values.items():
+                average.copy_(tensors[f"average.{name}"])
             state.restore(self.optimizer, tensors.items())
             torch.set_rng_state(tensors["random"])
             self.loader.restore(info["loader"])
+            self._worse = int(info.get("worse", 0))
             self.step, self.best = int(info["step"]), math.inf if info["best"] is None else float(info["best"])
             self._publish()
             self.run.log(f"resumed at step {self.step} of {self.steps}")
         self.run.rewind(self.step)
         self.first = self.step
-        self._training(True)
-
-    def _training(self, on: bool) -> None:
-        if self.adapter is not None:
-            self.adapter.training = on
+        self.task.train(True)
 
     def _origin(self) -> dict[str, Any]:
         return {"parent": self.lineage.parent, "data": self.lineage.data}

@@ -20,8 +20,8 @@ from typing import Any
 
 from sqlalchemy import Connection, select, update
 
+from steelyard import memory
 from steelyard.errors import EngineUnavailableError, QuotaError, RequestError, SteelyardError, StorageError
-from steelyard.serve import memory
 from steelyard.serve.billing.ledger import Ledger, Reservation
 from steelyard.serve.billing.prices import Counts, PriceList
 from steelyard.serve.jobs import process, records

@@ -1,4 +1,4 @@
-"""How much memory runs may take: what the machine has left, and whether one more fits beside those that run."""
+"""How much memory runs may take: what the machine has, what it has left, and whether one more fits."""
 
 from __future__ import annotations
 

@@ -1,0 +1,81 @@
+"""The task of a decoder: the next token of rows, learnt by an adapter or by all weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from steelyard.data.packing import pack
+from steelyard.data.rows import TokenRow
+from steelyard.errors import TrainingError
+from steelyard.models import weights
+from steelyard.models.attention import PackedAttention
+from steelyard.models.decoder import Decoder
+from steelyard.models.lora import Adapter
+from steelyard.train.losses import cross_entropy
+
+Evaluator = Callable[[Decoder, Adapter | None], Mapping[str, float]]
+
+
+class LanguageModelling:
+    """See `Task`.
+
+    Args:
+        decoder: the base model; changed in place without an adapter, left alone with one.
+        adapter: what is learnt; None trains all weights.
+        rows: what to learn from.
+        base: the base's folder, for what is saved.
+        evaluator: measures on the way.
+
+    Raises:
+        TrainingError: there is no row.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        adapter: Adapter | None,
+        rows: Sequence[TokenRow],
+        base: Path,
+        evaluator: Evaluator | None = None,
+    ) -> None:
+        if not rows:
+            raise TrainingError("no row is left to learn from")
+        self.decoder, self.adapter, self.base, self.evaluator = decoder, adapter, base, evaluator
+        self.rows, self._rows = len(rows), rows
+        self.parameters = dict(adapter.parameters() if adapter else decoder.named_parameters())
+        if adapter is None:  # weights may be mapped from a file: train a copy
+            for tensor in self.parameters.values():
+                tensor.data = tensor.data.clone()
+
+    def size(self, row: int) -> int:
+        """Tokens, trained or not."""
+        return len(self._rows[row].tokens)
+
+    def targets(self, rows: Sequence[int]) -> int:
+        """Tokens that the loss counts."""
+        return sum(self._rows[row].targets for row in rows)
+
+    def loss(self, rows: Sequence[int]) -> torch.Tensor:
+        """-log p of the trained tokens, in nats."""
+        batch = pack([self._rows[row] for row in rows])
+        hidden_states = self.decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths), self.adapter)
+        return cross_entropy(self.decoder, hidden_states.index_select(0, batch.places), batch.targets)
+
+    def train(self, on: bool) -> None:
+        """Dropout is the adapter's."""
+        if self.adapter is not None:
+            self.adapter.training = on
+
+    def evaluate(self) -> Mapping[str, float]:
+        """What the evaluator says."""
+        return {} if self.evaluator is None else self.evaluator(self.decoder, self.adapter)
+
+    def save(self, folder: Path) -> None:
+        """An adapter, or a whole model."""
+        if self.adapter is not None:
+            self.adapter.save(folder, str(self.base))
+        else:
+            weights.save(self.decoder, folder, self.base)

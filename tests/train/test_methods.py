@@ -1,0 +1,136 @@
+"""What a run may be told besides its optimizer: averages, an early end, layers that learn later or never."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import CONSTANT, base, decoder_of, token_rows, trainer
+
+from steelyard.errors import ConfigError
+from steelyard.models import weights
+from steelyard.train.config import DataConfig, TrainConfig, check
+from steelyard.train.optimizers import OPTIMIZERS, OptimizerConfig
+from steelyard.train.optimizers.groups import GroupConfig
+from steelyard.train.trainer import Trainer
+
+__all__ = ["base"]  # a fixture
+
+
+def stopped_at(ours: Trainer, step: int) -> None:
+    ours.fit(lambda progress: setattr(ours, "stopping", progress.step >= step))
+    ours.run.close()
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "ema"])
+def test_an_interrupted_run_ends_the_same(base: Path, tmp_path: Path, name: str) -> None:
+    """Whatever the optimizer remembers comes back to the bit."""
+    fields: dict[str, Any] = {"batch_size": 0 if name == "gd" else 3, "epochs": 6, "checkpoint_every": 2}
+    if name == "ema":
+        fields["ema"] = 0.9
+    else:
+        fields["optimizer"] = OptimizerConfig(name=name, learning_rate=1e-3)
+    rows = token_rows(6)
+    straight = trainer(base, tmp_path / "straight", rows, **fields)
+    assert straight.fit()
+    first = trainer(base, tmp_path / "cut", rows, **fields)
+    stopped_at(first, 3)
+    second = trainer(base, tmp_path / "cut", rows, **fields)
+    assert second.fit()
+    assert second.first == 3
+    for kept in ("best", "last"):
+        found, expected = (weights.read_tensors(tmp_path / run / kept) for run in ("cut", "straight"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found), kept
+    for key, master in straight.masters.items():
+        assert torch.equal(master, second.masters[key])
+
+
+def test_the_average_is_what_is_measured_and_kept(base: Path, tmp_path: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    masters: list[dict[str, torch.Tensor]] = []
+
+    def evaluator(decoder: torch.nn.Module, adapter: object) -> Mapping[str, float]:
+        seen.append({name: tensor.detach().clone() for name, tensor in decoder.named_parameters()})
+        return {"validation_loss": 1.0}
+
+    ours = trainer(base, tmp_path, token_rows(6), evaluator, ema=0.5, batch_size=3, epochs=3, evaluate_every=6)
+    began = {name: master.clone() for name, master in ours.masters.items()}
+    ours.fit(lambda progress: masters.append({name: master.clone() for name, master in ours.masters.items()}))
+    expected = began
+    for step, after in enumerate(masters, 1):
+        share = max(0.5, 1 / (step + 1))
+        expected = {name: (1 - share) * expected[name] + share * after[name] for name in expected}
+    (measured,) = seen
+    kept = weights.read_tensors(tmp_path / "best")
+    for name, average in expected.items():
+        torch.testing.assert_close(measured[name], average, atol=1e-6, rtol=1e-5)
+        assert torch.equal(kept[name], measured[name])
+        assert torch.equal(ours.masters[name], masters[-1][name]), "what learns is what it was"
+        assert torch.equal(ours.parameters[name].detach(), masters[-1][name])
+
+
+def test_schedule_free_keeps_its_average(base: Path, tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(name="schedule-free", learning_rate=1e-2)
+    ours = trainer(base, tmp_path, token_rows(6), optimizer=optimizer, batch_size=3, epochs=3)
+    ours.fit()
+    kept = weights.read_tensors(tmp_path / "last")
+    for name, master in ours.masters.items():
+        torch.testing.assert_close(kept[name], ours.optimizer.state[master]["average"])
+        assert not torch.equal(kept[name], master)
+
+
+def test_a_run_that_gets_no_better_ends(base: Path, tmp_path: Path) -> None:
+    scores = iter([3.0, 2.0, 2.5, 2.0, 2.2, 1.0, 0.5])
+
+    def evaluator(decoder: object, adapter: object) -> Mapping[str, float]:
+        return {"validation_loss": next(scores)}
+
+    fields: dict[str, Any] = {"batch_size": 2, "epochs": 10, "evaluate_every": 1, "patience": 3}
+    ours = trainer(base, tmp_path, token_rows(4), evaluator, **fields)
+    assert ours.fit(), "that is an end"
+    assert ours.step == 5, "2.0 was the best; three were no better, an equal one among them"
+    assert ours.best == 2.0
+    assert "no better for 3 evaluations" in (tmp_path / "log.txt").read_text()
+    ours.run.close()
+    again = trainer(base, tmp_path, token_rows(4), evaluator, **fields)
+    assert again.fit()
+    assert again.step == 5
+
+
+def test_what_is_frozen_stays_and_what_is_later_begins_later(base: Path, tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        unfreeze_epochs=1.0,
+        groups=(GroupConfig(match="embed_tokens", scale=0.0),),
+    )
+    ours = trainer(base, tmp_path, token_rows(4), optimizer=optimizer, batch_size=4, epochs=2, schedule=CONSTANT)
+    before = {name: master.clone() for name, master in ours.masters.items()}
+    changed: list[set[str]] = []
+
+    def report(progress: object) -> None:
+        changed.append({name for name, master in ours.masters.items() if not torch.equal(master, before[name])})
+
+    ours.fit(report)
+    layers = decoder_of(ours).config.layers
+    top = {name for name in before if f"layers.{layers - 1}." in name}
+    above = {name for name in before if "layers." not in name and "embed" not in name}
+    assert changed[0] == above
+    assert changed[1] == above | top
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"ema": 1.0}, "ema must be"),
+        ({"ema": 0.9, "optimizer": OptimizerConfig(name="schedule-free")}, "average of its own"),
+        ({"patience": -1}, "patience must be"),
+    ],
+)
+def test_what_is_wrong_is_named(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        check(TrainConfig(model="m", output="o", data=DataConfig(train="t"), **fields))
