@@ -25,7 +25,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-ma
 
 
 class BuildKernels(build_ext):
-    """Compiles `plan.cpp` once per form."""
+    """Compiles the sources once per form."""
 
     def build_extension(self, extension: Extension) -> None:
         """Write kernels-FORM.so beside the Python files; a compiler that fails is said, not fatal."""
@@ -38,16 +38,17 @@ class BuildKernels(build_ext):
                 print("no C++ compiler: steelyard is built without its native kernels", file=sys.stderr)
                 return
             target = folder / f"kernels-{form}.so"
-            aside = target.with_suffix(".o")
-            compile_ = [compiler, *FLAGS, *flags, "-c", str(SOURCES / "plan.cpp"), "-o", str(aside)]
-            link = [compiler, "-shared", "-static-libstdc++", "-static-libgcc", str(aside), "-o", str(target)]
+            parts = {source: folder / f"{source.stem}-{form}.o" for source in sorted(SOURCES.glob("*.cpp"))}
+            link = [compiler, "-shared", "-static-libstdc++", "-static-libgcc", *map(str, parts.values())]
             try:
-                subprocess.run(compile_, check=True)
-                subprocess.run(link, check=True)
+                for source, part in parts.items():
+                    subprocess.run([compiler, *FLAGS, *flags, "-c", str(source), "-o", str(part)], check=True)
+                subprocess.run([*link, "-o", str(target)], check=True)
             except (OSError, subprocess.CalledProcessError) as error:
                 print(f"the native kernels ({form}) were not built: {error}", file=sys.stderr)
             finally:
-                aside.unlink(missing_ok=True)
+                for part in parts.values():
+                    part.unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         """The files that were built."""
@@ -65,6 +66,6 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=[Extension("steelyard.kernels.native_", sources=[str(SOURCES / "plan.cpp")])],
+    ext_modules=[Extension("steelyard.kernels.native_", sources=[str(source) for source in sorted(SOURCES.glob("*.cpp"))])],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -21,7 +21,7 @@ from steelyard.errors import TrainingError
 from steelyard.models import weights
 from steelyard.models.decoder import Decoder
 from steelyard.runs import Run
-from steelyard.train import lora, losses
+from steelyard.train import lora
 from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.language_model import Evaluator, LanguageModelling
 from steelyard.train.lora import LoraConfig
@@ -224,33 +224,3 @@ def test_other_data_do_not_resume_a_run(base: Path, tmp_path: Path) -> None:
     again.lineage = msgspec.structs.replace(again.lineage, data={"rows.jsonl": "other"})
     with pytest.raises(TrainingError, match="the base model or the data changed"):
         again.fit()
-
-
-@pytest.mark.parametrize("count", [1, 511, 512, 513, 1300])
-def test_the_loss_in_chunks_is_the_loss(base: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = weights.load(base, torch.float32).requires_grad_(True)
-    generator = torch.Generator().manual_seed(count)
-    states = torch.randn(count, 48, generator=generator, requires_grad=True)
-    targets = torch.randint(97, (count,), generator=generator)
-    expected = F.cross_entropy(decoder.logits(states), targets, reduction="sum")
-    wanted = torch.autograd.grad(expected, [states, decoder.model.embed_tokens.weight])
-    rows: list[int] = []
-    whole = decoder.logits
-    monkeypatch.setattr(decoder, "logits", lambda chunk: rows.append(len(chunk)) or whole(chunk))
-    found = losses.cross_entropy(decoder, states, targets)
-    assert max(rows) <= losses.CHUNK
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    gradients = torch.autograd.grad(found, [states, decoder.model.embed_tokens.weight])
-    for ours, theirs in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_logits_are_computed_where_the_loss_counts_and_nowhere_else(base: Path, tmp_path: Path) -> None:
-    rows = token_rows(9)
-    ours = trainer(base, tmp_path, rows)
-    seen: list[int] = []
-    decoder = decoder_of(ours)
-    whole = decoder.logits
-    decoder.logits = lambda states: seen.append(len(states)) or whole(states)  # type: ignore[method-assign]
-    ours._gradient(range(len(rows)))
-    assert sum(seen) == sum(row.targets for row in rows) < sum(len(row.tokens) for row in rows)

@@ -39,32 +39,32 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         ctypes.CDLL(openmp_runtime(), ctypes.RTLD_GLOBAL)
-        self._library = ctypes.CDLL(str(path))
-        self._library.steelyard_isa.restype = ctypes.c_char_p
-        if not self._library.steelyard_prepare():
+        self.native = ctypes.CDLL(str(path))
+        self.native.steelyard_isa.restype = ctypes.c_char_p
+        if not self.native.steelyard_prepare():
             raise OSError("the system does not lend what the processor has")
         pointer = ctypes.c_void_p
-        self._library.steelyard_run.argtypes = (pointer, ctypes.c_int32, pointer, pointer, pointer)
-        self._library.steelyard_pack.argtypes = (pointer, ctypes.c_int64, ctypes.c_int64, pointer)
+        self.native.steelyard_run.argtypes = (pointer, ctypes.c_int32, pointer, pointer, pointer)
+        self.native.steelyard_pack.argtypes = (pointer, ctypes.c_int64, ctypes.c_int64, pointer)
         number = ctypes.c_int32
-        self._library.steelyard_draw.argtypes = (pointer, number, number, pointer, pointer)
-        self.form = str(self._library.steelyard_isa().decode())
+        self.native.steelyard_draw.argtypes = (pointer, number, number, pointer, pointer)
+        self.form = str(self.native.steelyard_isa().decode())
 
     def run(self, steps: int, count: int, buffers: int, batch: int, seconds: int | None = None) -> None:
         """Run `count` steps; all are addresses. `seconds`, where given, gets each step's time added (float64)."""
-        self._library.steelyard_run(steps, count, buffers, batch, seconds)
+        self.native.steelyard_run(steps, count, buffers, batch, seconds)
 
     def draw(self, logits: torch.Tensor, draws: int, tokens: torch.Tensor) -> None:
         """Logits `[N, V]` float32, the address of N draws -> tokens `[N]` int32, -1 where a row is not finite."""
         assert logits.is_contiguous()
-        self._library.steelyard_draw(logits.data_ptr(), *logits.shape, draws, tokens.data_ptr())
+        self.native.steelyard_draw(logits.data_ptr(), *logits.shape, draws, tokens.data_ptr())
 
     def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
         """`[N, K]` int8, K a multiple of 4 -> `[ceil(N / 32), K / 4, 32, 4]` uint8, each weight plus 128."""
         assert weight.is_contiguous()
         assert packed.is_contiguous()
         assert weight.shape[1] % 4 == 0
-        self._library.steelyard_pack(weight.data_ptr(), weight.shape[0], weight.shape[1], packed.data_ptr())
+        self.native.steelyard_pack(weight.data_ptr(), weight.shape[0], weight.shape[1], packed.data_ptr())
 
 
 @functools.cache

@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from steelyard.kernels.training import rms_norm, rotate, silu_mul
 from steelyard.models.attention import Attend
 from steelyard.models.config import DecoderConfig, rotary_frequencies
 
@@ -37,10 +37,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., size]` -> the same shape and dtype."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        normed: torch.Tensor = self.weight * wide.to(x.dtype)
-        return normed
+        return rms_norm(x, self.weight, self.epsilon)
 
 
 class Projections(nn.Module):
@@ -98,7 +95,7 @@ class FeedForward(Projections):
 
     def forward(self, x: torch.Tensor, adapters: Adapters | None) -> torch.Tensor:
         """`[T, D]` -> `[T, D]`."""
-        gated = F.silu(self.project("gate_proj", x, adapters)) * self.project("up_proj", x, adapters)
+        gated = silu_mul(self.project("gate_proj", x, adapters), self.project("up_proj", x, adapters))
         return self.project("down_proj", gated, adapters)
 
 
@@ -158,12 +155,12 @@ class Decoder(nn.Module):
         return self.model.norm.weight.dtype
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions `[T]` int64 -> cos and sin, each `[T, 1, E / 2]` in the model's dtype."""
+        """Positions `[T]` int64 -> cos and sin, each `[T, 1, E / 2]` float32."""
         if self._frequencies is None:
             self._frequencies = rotary_frequencies(self.config)
         frequencies, factor = self._frequencies
         angles = positions[:, None].float() * frequencies
-        return (angles.cos() * factor).to(self.dtype)[:, None], (angles.sin() * factor).to(self.dtype)[:, None]
+        return (angles.cos() * factor)[:, None], (angles.sin() * factor)[:, None]
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend, adapters: Adapters | None = None
@@ -190,9 +187,3 @@ class Decoder(nn.Module):
         """Hidden states `[N, D]` -> logits `[N, V]` in the model's dtype. Ask only for the rows you need."""
         logits: torch.Tensor = self.lm_head(hidden_states)
         return logits
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair `(x[i], x[i + E / 2])` of `[T, heads, E]` by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -62,7 +62,7 @@ class LanguageModelling:
         """-log p of the trained tokens, in nats."""
         batch = pack([self._rows[row] for row in rows])
         hidden_states = self.decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths), self.adapter)
-        return cross_entropy(self.decoder, hidden_states.index_select(0, batch.places), batch.targets)
+        return cross_entropy(hidden_states.index_select(0, batch.places), self.decoder.lm_head.weight, batch.targets)
 
     def train(self, on: bool) -> None:
         """Dropout is the adapter's."""

@@ -1,34 +1,54 @@
-"""Cross-entropy of the tokens that count, with logits computed for those alone and never all at once."""
+"""Cross-entropy of the tokens that count: logits for those alone, never all at once, and their gradient on the way.
 
-# N trained tokens  D model width
+The forward pass of a chunk already makes the gradients of its hidden states and of the head, so no logits are kept and
+none is computed twice.
+"""
+
+# N trained tokens  D model width  V vocabulary
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from typing import Any
 
-from steelyard.models.decoder import Decoder
+import torch
+
+from steelyard.kernels.training import cross_entropy_
 
 CHUNK = 512  # rows of logits in memory at a time
 
 
-def cross_entropy(decoder: Decoder, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropy(hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of -log p(target) in nats, float32.
 
     Args:
-        decoder: computes the logits.
         hidden_states: `[N, D]`, each of the token before its target.
+        head: `[V, D]`, of the same dtype; its logits are `hidden_states @ head.T`.
         targets: `[N]` int64.
     """
-
-    def chunk(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(decoder.logits(states).float(), wanted, reduction="sum")
-
-    if len(targets) <= CHUNK:
-        return chunk(hidden_states, targets)
-    total = hidden_states.new_zeros((), dtype=torch.float32)
-    for states, wanted in zip(hidden_states.split(CHUNK), targets.split(CHUNK), strict=True):  # type: ignore[no-untyped-call]
-        # The backward pass computes the chunk's logits again rather than keeping N x V of them.
-        total = total + checkpoint(chunk, states, wanted, use_reentrant=False)
+    total: torch.Tensor = _CrossEntropy.apply(hidden_states, head, targets)  # type: ignore[no-untyped-call]
     return total
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        needs_states, needs_head, _ = ctx.needs_input_grad
+        total = hidden_states.new_zeros((), dtype=torch.float32)
+        dstates = torch.empty_like(hidden_states) if needs_states else None
+        dhead = torch.zeros(head.shape, dtype=torch.float32) if needs_head else None
+        for begin in range(0, len(targets), CHUNK):
+            states = hidden_states[begin : begin + CHUNK]
+            logits = states @ head.T
+            total += cross_entropy_(logits, targets[begin : begin + CHUNK]).sum()
+            if dstates is not None:
+                torch.mm(logits, head, out=dstates[begin : begin + CHUNK])
+            if dhead is not None:
+                dhead += logits.T @ states
+        ctx.save_for_backward(dstates, None if dhead is None else dhead.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        by = float(gradient)  # in float32, rounded once
+        found = [None if kept is None else kept * by for kept in ctx.saved_tensors]
+        return found[0], found[1], None

@@ -1,0 +1,131 @@
+// What a decoder's forward and backward pass do between two products, in bfloat16 with float32 inside.
+//
+// Sums over rows are made in `parts` of fixed extent and added up by the caller, so that no result depends on how many
+// threads there are.
+
+#include <cmath>
+#include <cstdint>
+
+#include "simd.h"
+
+using namespace steelyard;
+
+namespace {
+
+INLINE F sigmoid(F x) { return div(set(1.0f), add(set(1.0f), exp(sub(zero(), x)))); }
+
+}  // namespace
+
+extern "C" {
+
+#define EXPORT __attribute__((visibility("default")))
+
+// y = w * (x / rms(x)), rounded once after the quotient and once after the product; width a multiple of 16.
+EXPORT void steelyard_rms_norm(const uint16_t* x, const uint16_t* weight, int64_t rows, int32_t width, float epsilon,
+                               uint16_t* y, float* inverse) {
+#pragma omp parallel for
+    for (int64_t t = 0; t < rows; t++) {
+        const uint16_t* in = x + t * width;
+        F squares = zero();
+        for (int i = 0; i < width; i += 16) {
+            const F v = load_bf16(in + i);
+            squares = fma(v, v, squares);
+        }
+        inverse[t] = 1.0f / std::sqrt(sum(squares) / (float)width + epsilon);
+        const F factor = set(inverse[t]);
+        for (int i = 0; i < width; i += 16)
+            store_bf16(y + t * width + i, mul(load_bf16(weight + i), round_bf16(mul(load_bf16(in + i), factor))));
+    }
+}
+
+// dx = r (w dy) - x r^3 / width sum(w dy x); dw [parts, width] = sums of dy x r over each part's rows, if it is wanted.
+EXPORT void steelyard_rms_norm_backward(const uint16_t* x, const uint16_t* weight, const float* inverse,
+                                        const uint16_t* dy, int64_t rows, int32_t width, uint16_t* dx, float* dw,
+                                        int32_t parts) {
+#pragma omp parallel for
+    for (int32_t part = 0; part < parts; part++) {
+        float* sums = dw ? dw + (int64_t)part * width : nullptr;
+        for (int64_t t = rows * part / parts; t < rows * (part + 1) / parts; t++) {
+            const uint16_t *in = x + t * width, *up = dy + t * width;
+            F dots = zero();
+            for (int i = 0; i < width; i += 16)
+                dots = fma(mul(load_bf16(weight + i), load_bf16(up + i)), load_bf16(in + i), dots);
+            const float r = inverse[t];
+            const F along = set(-r * r * r * sum(dots) / (float)width), factor = set(r);
+            for (int i = 0; i < width; i += 16) {
+                const F v = load_bf16(in + i), d = load_bf16(up + i);
+                store_bf16(dx + t * width + i, fma(along, v, mul(factor, mul(load_bf16(weight + i), d))));
+                if (sums) store(sums + i, fma(d, mul(v, factor), load(sums + i)));
+            }
+        }
+    }
+}
+
+// y = silu(gate) * value, rounded once after silu and once after the product; count a multiple of 16.
+EXPORT void steelyard_silu_mul(const uint16_t* gate, const uint16_t* value, int64_t count, uint16_t* y) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < count; i += 16) {
+        const F g = load_bf16(gate + i);
+        store_bf16(y + i, mul(round_bf16(mul(g, sigmoid(g))), load_bf16(value + i)));
+    }
+}
+
+EXPORT void steelyard_silu_mul_backward(const uint16_t* gate, const uint16_t* value, const uint16_t* dy, int64_t count,
+                                        uint16_t* dgate, uint16_t* dvalue) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < count; i += 16) {
+        const F g = load_bf16(gate + i), d = load_bf16(dy + i), s = sigmoid(g);
+        const F slope = mul(s, fma(g, sub(set(1.0f), s), set(1.0f)));
+        store_bf16(dvalue + i, mul(d, mul(g, s)));
+        store_bf16(dgate + i, mul(mul(d, load_bf16(value + i)), slope));
+    }
+}
+
+// Each pair (x[i], x[i + half]) of x [rows, heads, 2 half] turned by its row's angle, times `direction` (1 or -1).
+EXPORT void steelyard_rotate(const uint16_t* x, const float* cosine, const float* sine, int64_t rows, int32_t heads,
+                             int32_t half, float direction, uint16_t* y) {
+#pragma omp parallel for
+    for (int64_t t = 0; t < rows; t++)
+        for (int32_t h = 0; h < heads; h++) {
+            const int64_t at = (t * heads + h) * 2 * half;
+            for (int i = 0; i < half; i += 16) {
+                const F a = load_bf16(x + at + i), b = load_bf16(x + at + half + i);
+                const F c = load(cosine + t * half + i), s = mul(load(sine + t * half + i), set(direction));
+                store_bf16(y + at + i, sub(mul(a, c), mul(b, s)));
+                store_bf16(y + at + half + i, add(mul(b, c), mul(a, s)));
+            }
+        }
+}
+
+// losses[n] = -log softmax(logits[n])[target]; the logits become their gradient, softmax - onehot.
+EXPORT void steelyard_cross_entropy(uint16_t* logits, const int64_t* targets, int64_t rows, int32_t vocabulary,
+                                    float* losses) {
+    const int32_t whole = vocabulary / 16 * 16;
+#pragma omp parallel for
+    for (int64_t n = 0; n < rows; n++) {
+        uint16_t* row = logits + n * vocabulary;
+        const float wanted = from_bf16(row[targets[n]]);
+        F most = set(from_bf16(row[0]));
+        for (int i = 0; i < whole; i += 16) most = max(most, load_bf16(row + i));
+        float peak = largest(most);
+        for (int i = whole; i < vocabulary; i++) peak = peak > from_bf16(row[i]) ? peak : from_bf16(row[i]);
+        const F top = set(peak);
+        F sums = zero();
+        for (int i = 0; i < whole; i += 16) sums = add(sums, exp(sub(load_bf16(row + i), top)));
+        float total = sum(sums);
+        for (int i = whole; i < vocabulary; i++) total += std::exp(from_bf16(row[i]) - peak);
+        losses[n] = std::log(total) + peak - wanted;
+        const F share = set(1.0f / total);
+        for (int i = 0; i < whole; i += 16) store_bf16(row + i, mul(exp(sub(load_bf16(row + i), top)), share));
+        alignas(64) float rest[16] = {};
+        alignas(64) uint16_t rounded[16];
+        for (int i = whole; i < vocabulary; i++) rest[i - whole] = std::exp(from_bf16(row[i]) - peak) / total;
+        store_bf16(rounded, load(rest));
+        for (int i = whole; i < vocabulary; i++) row[i] = rounded[i - whole];
+        alignas(64) float one[16] = {std::exp(wanted - peak) / total - 1.0f};
+        store_bf16(rounded, load(one));
+        row[targets[n]] = rounded[0];
+    }
+}
+
+}  // extern "C"

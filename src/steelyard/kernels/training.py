@@ -1,0 +1,214 @@
+"""What a decoder does between two products, forward and backward, fused; and beside each its twin in PyTorch.
+
+bfloat16 in and out, float32 inside. What the native form does not take (another dtype, a width that is no multiple of
+16, no compiler) runs as the twin, under autograd.
+"""
+
+# T tokens  D model width  F feed-forward width  H heads  E head width  N rows of logits  V vocabulary
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from steelyard.kernels import library
+
+PARTS = 16
+"""Into which rows are cut where they are summed up, whatever the number of threads."""
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """X / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+    if _is_native(x, x.shape[-1]) and weight.dtype == x.dtype:
+        normed: torch.Tensor = _RmsNorm.apply(x.contiguous(), weight, epsilon)  # type: ignore[no-untyped-call]
+        return normed
+    return rms_norm_twin(x, weight, epsilon)
+
+
+def rms_norm_twin(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """See `rms_norm`."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+def silu_mul(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value, elementwise."""
+    if _is_native(gate, gate.numel()):
+        product: torch.Tensor = _SiluMul.apply(gate.contiguous(), value.contiguous())  # type: ignore[no-untyped-call]
+        return product
+    return silu_mul_twin(gate, value)
+
+
+def silu_mul_twin(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """See `silu_mul`."""
+    return F.silu(gate) * value
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Each pair `(x[i], x[i + E / 2])` of `[T, H, E]` turned by its row's angle.
+
+    Args:
+        x: of any dtype.
+        cos: `[T, 1, E / 2]` float32.
+        sin: likewise.
+    """
+    if _is_native(x, x.shape[-1] // 2):
+        turned: torch.Tensor = _Rotate.apply(x.contiguous(), cos.contiguous(), sin.contiguous(), 1.0)  # type: ignore[no-untyped-call]
+        return turned
+    return rotate_twin(x, cos, sin)
+
+
+def rotate_twin(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """See `rotate`."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[target] of each row, `[N]` float32; `logits` `[N, V]` become its gradient, softmax - onehot.
+
+    No autograd passes through it: the caller takes the gradient on.
+    """
+    if _is_native(logits, 16) and logits.is_contiguous():
+        losses = torch.empty(len(logits), dtype=torch.float32)
+        _library().cross_entropy(logits, targets, losses)
+        return losses
+    return cross_entropy_twin_(logits, targets)
+
+
+def cross_entropy_twin_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """See `cross_entropy_`."""
+    shares = logits.float().log_softmax(-1)
+    rows = torch.arange(len(targets))
+    losses = -shares[rows, targets]
+    shares.exp_()
+    shares[rows, targets] -= 1
+    logits.copy_(shares)
+    return losses
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        y, inverse = torch.empty_like(x), torch.empty(x.numel() // x.shape[-1], dtype=torch.float32)
+        _library().rms_norm(x, weight, epsilon, y, inverse)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dw = torch.zeros(PARTS, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        _library().rms_norm_backward(x, weight, inverse, gradient.contiguous(), dx, dw)
+        return dx, None if dw is None else dw.sum(0).to(weight.dtype), None
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(gate)
+        _library().silu_mul(gate, value, y)
+        ctx.save_for_backward(gate, value)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, value = ctx.saved_tensors
+        dgate, dvalue = torch.empty_like(gate), torch.empty_like(value)
+        _library().silu_mul_backward(gate, value, gradient.contiguous(), dgate, dvalue)
+        return dgate, dvalue
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        y = torch.empty_like(x)
+        _library().rotate(x, cos, sin, direction, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        turned = torch.empty_like(gradient)
+        _library().rotate(gradient, cos, sin, -1.0, turned)
+        return turned, None, None, None
+
+
+class Calls:
+    """The native functions, called with tensors; all are contiguous."""
+
+    def __init__(self, native: ctypes.CDLL) -> None:
+        self._native = native
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, y: torch.Tensor, inverse: torch.Tensor
+    ) -> None:
+        """See training.cpp, as for the others."""
+        rows, width = inverse.numel(), x.shape[-1]
+        self._native.steelyard_rms_norm(
+            _at(x), _at(weight), ctypes.c_int64(rows), width, ctypes.c_float(epsilon), _at(y), _at(inverse)
+        )
+
+    def rms_norm_backward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        inverse: torch.Tensor,
+        dy: torch.Tensor,
+        dx: torch.Tensor,
+        dw: torch.Tensor | None,
+    ) -> None:
+        rows, width = inverse.numel(), x.shape[-1]
+        self._native.steelyard_rms_norm_backward(
+            *(_at(tensor) for tensor in (x, weight, inverse, dy)),
+            ctypes.c_int64(rows),
+            width,
+            _at(dx),
+            None if dw is None else _at(dw),
+            PARTS,
+        )
+
+    def silu_mul(self, gate: torch.Tensor, value: torch.Tensor, y: torch.Tensor) -> None:
+        self._native.steelyard_silu_mul(_at(gate), _at(value), ctypes.c_int64(gate.numel()), _at(y))
+
+    def silu_mul_backward(
+        self, gate: torch.Tensor, value: torch.Tensor, dy: torch.Tensor, dgate: torch.Tensor, dvalue: torch.Tensor
+    ) -> None:
+        count = ctypes.c_int64(gate.numel())
+        self._native.steelyard_silu_mul_backward(_at(gate), _at(value), _at(dy), count, _at(dgate), _at(dvalue))
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float, y: torch.Tensor) -> None:
+        tokens, heads, size = x.shape
+        self._native.steelyard_rotate(
+            *(_at(tensor) for tensor in (x, cos, sin)),
+            ctypes.c_int64(tokens),
+            heads,
+            size // 2,
+            ctypes.c_float(direction),
+            _at(y),
+        )
+
+    def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
+        rows, vocabulary = logits.shape
+        self._native.steelyard_cross_entropy(_at(logits), _at(targets), ctypes.c_int64(rows), vocabulary, _at(losses))
+
+
+def _at(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _is_native(x: torch.Tensor, width: int) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and width % 16 == 0 and library.load() is not None
+
+
+def _library() -> Calls:
+    found = library.load()
+    assert found is not None
+    return Calls(found.native)

@@ -1,0 +1,97 @@
+"""The fused kernels of training against their twins, forward and backward, in every native form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from native_forms import native
+from steelyard.kernels import library, training
+from steelyard.kernels.library import Library
+
+__all__ = ["native"]  # a fixture
+
+Function = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _in_this_form(native: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: native)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).bfloat16()
+
+
+def compare(function: Function, twin: Function, inputs: list[torch.Tensor], *rest: Any, forward: float) -> None:
+    """Both on the same inputs; the twin in float64 is the truth for gradients."""
+    ours = [tensor.clone().requires_grad_(True) for tensor in inputs]
+    found = function(*ours, *rest)
+    with torch.no_grad():
+        torch.testing.assert_close(found.float(), twin(*inputs, *rest).float(), rtol=forward, atol=forward)
+    upstream = randn(*found.shape, seed=9)
+    found.backward(upstream)
+    truth = [tensor.double().requires_grad_(True) for tensor in inputs]
+    twin(*truth, *rest).backward(upstream.double())
+    for mine, theirs in zip(ours, truth, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert float(error) < 0.006, "bfloat16's digits"
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (40, 576), (17, 128)])
+def test_rms_norm(shape: tuple[int, int]) -> None:
+    compare(training.rms_norm, training.rms_norm_twin, [randn(*shape), randn(shape[1])], 1e-5, forward=0.008)
+
+
+def test_rms_norm_of_heads() -> None:
+    compare(training.rms_norm, training.rms_norm_twin, [randn(5, 3, 32), randn(32)], 1e-6, forward=0.008)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (40, 1536)])
+def test_silu_mul(shape: tuple[int, int]) -> None:
+    compare(training.silu_mul, training.silu_mul_twin, [3 * randn(*shape), randn(*shape, seed=1)], forward=0.008)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 32), (7, 3, 64), (33, 9, 128)])
+def test_rotate(shape: tuple[int, int, int]) -> None:
+    angles = torch.rand(shape[0], 1, shape[2] // 2, generator=torch.Generator().manual_seed(1)) * 7
+    compare(training.rotate, training.rotate_twin, [randn(*shape)], angles.cos(), angles.sin(), forward=0.008)
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 16), (5, 97), (64, 1003), (3, 15)])
+def test_cross_entropy(rows: int, vocabulary: int) -> None:
+    logits = 5 * randn(rows, vocabulary)
+    targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(rows))
+    ours, theirs = logits.clone(), logits.clone()
+    found, expected = training.cross_entropy_(ours, targets), training.cross_entropy_twin_(theirs, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.008, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_do_not_depend_on_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        weight = randn(64).requires_grad_(True)
+        training.rms_norm(randn(333, 64), weight, 1e-5).backward(randn(333, 64, seed=2))
+    finally:
+        torch.set_num_threads(before)
+    expected = randn(64).requires_grad_(True)
+    training.rms_norm(randn(333, 64), expected, 1e-5).backward(randn(333, 64, seed=2))
+    assert weight.grad is not None
+    assert expected.grad is not None
+    assert torch.equal(weight.grad, expected.grad)
+
+
+def test_what_the_native_form_does_not_take_runs_as_the_twin() -> None:
+    for x in (torch.randn(3, 20).bfloat16(), torch.randn(3, 32)):
+        weight = torch.randn(x.shape[1]).to(x.dtype)
+        assert torch.equal(training.rms_norm(x, weight, 1e-5), training.rms_norm_twin(x, weight, 1e-5))
+        if x.dtype == torch.float32:
+            assert torch.equal(training.silu_mul(x, x), training.silu_mul_twin(x, x))
