@@ -92,6 +92,7 @@ def serving(
     database: str | None = None,
     secrets: Secrets | None = None,
     state: Path | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> Iterator[Service]:
     """A running service, ready within `seconds`."""
     models = load_models([checkpoint], adapters, command=command)
@@ -105,7 +106,7 @@ def serving(
         environment = {KEY_VARIABLE: key, ADMIN_VARIABLE: admin_key}
         if state is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        behind = open_service(models, store, secrets or Secrets.make(), state, environment=environment)
+        behind = open_service(models, store, secrets or Secrets.make(), state, environment=environment, clock=clock)
         app = create_app(behind, adapters=changing)
         with running(app, models, seconds) as url:
             yield Service(url, key, checkpoint, models, app, admin_key, behind)
