@@ -128,7 +128,7 @@ PROMPT = "the steelyard weighs exactly with one moving weight and tells what it 
 
 def probes(kind: str, count: int, seeded: random.Random) -> Found:
     """13: what probes wait for while the real engine reads long prompts, and what they say while it is stopped."""
-    prompts, stops = (3, 1) if count < QUICK else (40, 5)
+    prompts, stops = (3, 1) if count < QUICK else (12, 5)
     with running(kind, engine=True) as server:
         quiet = asyncio.run(_probe(server, seeded, 0))
         reading = asyncio.run(_probe(server, seeded, prompts))
