@@ -95,6 +95,7 @@ def serving(
     state: Path | None = None,
     job_slots: int = 1,
     tracing: Any = None,
+    clock: Callable[[], float] = time.time,
 ) -> Iterator[Service]:
     """A running service, ready within `seconds`."""
     models = load_models([checkpoint], adapters, command=command)
@@ -116,6 +117,7 @@ def serving(
             job_slots=job_slots,
             new_engine=partial(EngineClient, command=command),
             environment=environment,
+            clock=clock,
         )
         app = create_app(behind, adapters=changing, tracing=tracing)
         with running(app, models, seconds) as url:

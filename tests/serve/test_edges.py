@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -204,19 +205,55 @@ def test_a_fault_of_our_own_tells_its_id_only(service: Service, caplog: pytest.L
     assert "the secret detail" in caplog.text
 
 
-def test_a_stalled_reader_is_cut_and_its_request_aborted(
-    make_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stalled_reader_is_cut_and_what_it_came_to_is_paid(
+    make_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
+    """Soon: the system does not take megabytes for him first. An answer that has ended holds no connection either."""
     monkeypatch.setattr(DeadlineProtocol, "stall_seconds", 0.3)
-    # More than the kernel buffers for a reader that does not read.
-    body = {"model": "stalled", "prompt": ["a"] * 8, "n": 16, "max_tokens": 250, "logprobs": 5, "seed": 25}
-    content = json.dumps({**body, "stream": True}).encode()
+    body = {"model": "stalled", "prompt": "a", "n": 4, "max_tokens": 250, "logprobs": 5, "seed": 20 if stream else 0}
+    content = json.dumps({**body, "stream": stream}).encode()
     with serving(make_checkpoint("stalled")) as service, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", int(service.url.rpartition(":")[2])))
         connection.sendall(head(service, len(content)) + content)
         request = eventually(lambda: [m for m in service.received() if m["type"] == "request"])[0]
-        eventually(lambda: service.aborted(request), 10)
+        eventually(lambda: service.aborted(request) or not stream, 10)
+        eventually(lambda: not service.behind.metering.open)
+        time.sleep(1)
+        connection.settimeout(5)
+        header, _, rest = read_to_end(connection).partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", header)
+        assert len(rest) < int(length[1]) if length else not rest.endswith(b"0\r\n\r\n")
+        with service.admin_http() as http:
+            entries = http.get("/v1/organization/ledger").json()["data"]
+        tokens = [entry["output_tokens"] for entry in entries if entry["kind"] == "settle"]
+        assert len(tokens) == 1
+        assert 0 < tokens[0] < 1000 if stream else tokens == [1000]
+
+
+def test_a_thousand_streams_small(service: Service) -> None:
+    """200 at once: each gets everything, and none waits for another's end."""
+
+    async def all_of_them() -> list[tuple[int, float]]:
+        async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_connections=None)) as http:
+            return await asyncio.gather(*(one(http) for _ in range(200)))
+
+    async def one(http: httpx.AsyncClient) -> tuple[int, float]:
+        pieces, first = 0, 0.0
+        body = {**BODY, "max_tokens": 10, "seed": 200, "stream": True}
+        headers = {"authorization": f"Bearer {service.key}"}
+        async with http.stream("POST", f"{service.url}/v1/completions", json=body, headers=headers) as answer:
+            async for line in answer.aiter_lines():
+                first = first or time.monotonic() - began
+                pieces += line.startswith("data: ")
+        return pieces, first
+
+    began = time.monotonic()
+    answers = asyncio.run(all_of_them())
+    assert len({pieces for pieces, _ in answers}) == 1
+    assert answers[0][0] >= 10
+    assert max(first for _, first in answers) < time.monotonic() - began - 1
 
 
 def test_the_log_as_json(service: Service, caplog: pytest.LogCaptureFixture) -> None:

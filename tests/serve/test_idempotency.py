@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,13 @@ import httpx
 import pytest
 from running_service import Service, serving
 from sqlalchemy import select, update
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
+from steelyard.errors import EngineUnavailableError
+from steelyard.serve.auth import Caller
+from steelyard.serve.connection import DONE, EventStream
+from steelyard.serve.idempotency import Idempotency
 from steelyard.store import tables
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -139,3 +146,77 @@ def test_after_a_day_and_after_a_crash_it_is_done_anew(service: Service) -> None
         )
     )
     assert post(service, "old", json=CHAT).status_code == 200, "its server is gone"
+
+
+async def stream_once(
+    service: Service, key: str, events: list[bytes], send: Send, *, breaks: bool = False, leaves: bool = False
+) -> None:
+    """A POST with a key through the middleware to a stream of these events, which may break off; its client may leave
+    before the body is there."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def streamed() -> Any:
+            for one in events:
+                yield one
+            if breaks:
+                raise EngineUnavailableError("it stopped")
+
+        await EventStream(streamed(), "req")(scope, receive, send)
+
+    async def receive() -> Message:
+        if given and not leaves:
+            await asyncio.sleep(10)
+        if given:
+            return {"type": "http.disconnect"}
+        given.append(1)
+        return {"type": "http.request", "body": b"{" if leaves else b"{}", "more_body": leaves}
+
+    given: list[int] = []
+    caller = Caller("key", "proj_streams", frozenset({"inference"}))
+    scope = {"type": "http", "method": "POST", "raw_path": b"/", "query_string": b"", "state": {"caller": caller}}
+    headers = [(b"idempotency-key", key.encode())]
+    behind = service.behind
+    once = Idempotency(app, behind.database, behind.secrets.root, behind.now)
+    await once({**scope, "headers": headers}, receive, send)
+
+
+def test_who_has_a_streams_end_can_ask_for_it_again(service: Service) -> None:
+    """`[DONE]` is where clients leave: by then it is kept, whatever happens next."""
+    kept: dict[bytes, bool] = {}
+
+    async def send(message: Message) -> None:
+        if body := message.get("body"):
+            column = tables.idempotency.c
+            query = select(column.answer).where(column.key == "stream")
+            found = await service.behind.database.read(lambda connection: connection.execute(query).scalar())
+            kept[body] = found is not None
+
+    asyncio.run(stream_once(service, "stream", [b"data: {}\n\n", DONE], send))
+    assert kept == {b"data: {}\n\n": False, DONE: True}
+
+
+def test_a_stream_that_broke_off_is_not_kept(service: Service) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(stream_once(service, "broken", [b"data: {}\n\n"], send, breaks=True))
+    assert b"it stopped" in b"".join(message.get("body", b"") for message in sent)
+    sent.clear()
+    asyncio.run(stream_once(service, "broken", [b"data: 1\n\n", DONE], send))
+    assert b"".join(message.get("body", b"") for message in sent) == b"data: 1\n\n" + DONE
+
+
+def test_who_leaves_before_the_body_is_sent_can_send_it_again(service: Service) -> None:
+    """What came of the first body is no request: the second is not another one under the same key."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(stream_once(service, "early", [DONE], send, leaves=True))
+    assert not sent
+    asyncio.run(stream_once(service, "early", [DONE], send))
+    assert b"".join(message.get("body", b"") for message in sent) == DONE

@@ -24,6 +24,7 @@ from steelyard.store.secrets import open_secrets
 def test_killed_at_random_moments(make_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     seeded, checkpoint = random.Random(11), make_checkpoint("tiny")
     answered: dict[str, tuple[int, int]] = {}
+    replayed: list[bool] = []
     key = ""
 
     def busy(url: str, ending: threading.Event, number: int) -> None:
@@ -46,11 +47,35 @@ def test_killed_at_random_moments(make_checkpoint: Callable[[str], Path], tmp_pa
             except openai.OpenAIError:
                 time.sleep(0.02)
 
+    def asking_again(url: str, ending: threading.Event, number: int) -> None:
+        """Each question is sent under one key until it is answered, by another server maybe, and once more then."""
+        client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=10)
+        asked = 0
+        while not ending.is_set():
+            asked += 1
+            once = {"Idempotency-Key": f"{number} {url} {asked}"}
+            first = None
+            while not ending.is_set():
+                try:
+                    answer = client.chat.completions.create(
+                        model="tiny", messages=HELLO, max_tokens=5, seed=2, extra_headers=once
+                    )
+                except openai.OpenAIError:
+                    time.sleep(0.02)
+                    continue
+                if first is not None:
+                    replayed.append(answer.id == first)
+                    break
+                first = answer.id
+                assert answer.usage is not None
+                answered[first] = answer.usage.prompt_tokens, answer.usage.completion_tokens
+
     for _ in range(3):
         process = Process(tmp_path, checkpoint)
         key = key or process.lines[1].split()[0]
         ending = threading.Event()
-        workers = [threading.Thread(target=busy, args=(process.url, ending, number)) for number in range(4)]
+        workers = [threading.Thread(target=busy, args=(process.url, ending, number)) for number in range(3)]
+        workers += [threading.Thread(target=asking_again, args=(process.url, ending, number)) for number in range(2)]
         for worker in workers:
             worker.start()
         time.sleep(seeded.uniform(0.5, 1.2))
@@ -61,6 +86,8 @@ def test_killed_at_random_moments(make_checkpoint: Callable[[str], Path], tmp_pa
         process.popen.communicate()
     Process(tmp_path, checkpoint).end(signal.SIGTERM)
     assert len(answered) > 5
+    assert replayed
+    assert all(replayed)
     secrets = open_secrets({"STEELYARD_HOME": str(tmp_path)})
     entries = tables.ledger.c
     with opened(sqlite_url(tmp_path / "steelyard.db")) as database, database.engine.connect() as connection:

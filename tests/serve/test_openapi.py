@@ -41,6 +41,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "ChatRequest": {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]},
     "CompletionRequest": {"model": "tiny", "prompt": "Hello"},
     "JobRequest": {"model": "tiny", "training_file": "file-x"},
+    "CompressionRequest": {"model": "tiny"},
     "BatchRequest": {"input_file_id": "file-x", "endpoint": "/v1/completions", "completion_window": "24h"},
     "ProjectRequest": {"name": "x"},
     "ServiceAccountRequest": {"name": "x"},

@@ -49,6 +49,7 @@ def project(service: Service, name: str) -> tuple[str, dict[str, str]]:
         content = io.BytesIO(json.dumps(row).encode())
         file = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("r.jsonl", content)}).json()
         job = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file["id"]}).json()
+        compression = http.post("/v1/compression/jobs", json={"model": "tiny"}).json()
         stored = {"model": "tiny", "messages": row["messages"][:1], "max_tokens": 2, "store": True}
         completion = http.post("/v1/chat/completions", json=stored).json()
         asked = {"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"model": "tiny", "prompt": "x"}}
@@ -63,6 +64,7 @@ def project(service: Service, name: str) -> tuple[str, dict[str, str]]:
         "alert_id": alert["id"],
         "file_id": file["id"],
         "job_id": job["id"],
+        "compression_id": compression["id"],
         "batch_id": batch["id"],
         "completion_id": completion["id"],
         "limit_id": "rl-tiny",
@@ -78,7 +80,12 @@ def client(service: Service, key: str | None) -> httpx.Client:
 
 
 def filled(endpoint: Endpoint, names: dict[str, str]) -> str:
-    return PARAMETER.sub(lambda match: names[match[1]], endpoint.path)
+    return PARAMETER.sub(lambda match: names[parameter(endpoint, match[1])], endpoint.path)
+
+
+def parameter(endpoint: Endpoint, name: str) -> str:
+    """What a route's parameter is called among the things of a project: jobs are of two kinds."""
+    return "compression_id" if name == "job_id" and "/compression/" in endpoint.path else name
 
 
 def send(http: httpx.Client, endpoint: Endpoint, path: str, **options: Any) -> httpx.Response:
@@ -136,8 +143,8 @@ def test_another_projects_things_are_not_there(
     two: Service, mine: tuple[str, dict[str, str]], theirs: tuple[str, dict[str, str]], endpoint: Endpoint
 ) -> None:
     """With my key and their ids: as if they did not exist, to the letter."""
-    things = {"file_id", "job_id", "batch_id", "completion_id"} & {
-        match[1] for match in PARAMETER.finditer(endpoint.path)
+    things = {"file_id", "job_id", "compression_id", "batch_id", "completion_id"} & {
+        parameter(endpoint, match[1]) for match in PARAMETER.finditer(endpoint.path)
     }
     if not things or endpoint.permission in ADMIN_SCOPES:
         return
@@ -170,6 +177,7 @@ def test_lists_show_ones_own(
             for path, name in (
                 ("/v1/files", "file_id"),
                 ("/v1/fine_tuning/jobs", "job_id"),
+                ("/v1/compression/jobs", "compression_id"),
                 ("/v1/batches", "batch_id"),
                 ("/v1/chat/completions", "completion_id"),
             ):
@@ -208,7 +216,7 @@ def test_nul_is_refused_before_a_database_meets_it(
     nul = {"after": "a\0", "a\0": "x"}
     with client(two, key) as http:
         for name in (match[1] for match in PARAMETER.finditer(endpoint.path)):
-            answer = send(http, endpoint, filled(endpoint, {**mine[1], name: "a%00b"}))
+            answer = send(http, endpoint, filled(endpoint, {**mine[1], parameter(endpoint, name): "a%00b"}))
             assert answer.status_code == 404, answer.text
         for name, value in nul.items():
             answer = send(http, endpoint, filled(endpoint, mine[1]), params={name: value})

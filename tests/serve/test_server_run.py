@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,9 +18,12 @@ import openai
 import psutil
 import pytest
 from running_service import eventually, stand_in_command
+from sqlalchemy import func, select
 
 from steelyard.app import run
 from steelyard.errors import CheckpointError, ConfigError, EngineUnavailableError
+from steelyard.store import tables
+from steelyard.store.database import opened, sqlite_url
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -27,11 +31,13 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from running_service import stand_in_command
+from steelyard import app
 from steelyard.app import run
+app.DRAIN_SECONDS = float(sys.argv[2])
 def announce(url, models):
     print(f"Steelyard serves {', '.join(models)} on {url}", flush=True)
 
-run([Path(path) for path in sys.argv[2:]], port=0, announce=announce, command=stand_in_command)
+run([Path(path) for path in sys.argv[3:]], port=0, announce=announce, command=stand_in_command)
 assert not {"torch", "opentelemetry"} & sys.modules.keys()
 print("ended well")
 """
@@ -39,10 +45,10 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 class Process:
-    def __init__(self, home: Path, *checkpoints: Path) -> None:
+    def __init__(self, home: Path, *checkpoints: Path, drain: float = 30) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("STEELYARD_")}
         self.popen = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(HERE), *map(str, checkpoints)],
+            [sys.executable, "-c", SCRIPT, str(HERE), str(drain), *map(str, checkpoints)],
             env={**environment, "STEELYARD_HOME": str(home)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -107,6 +113,61 @@ def test_it_serves_and_ends_without_dropping_a_request(process: Process, tmp_pat
     assert "Traceback" not in log
     assert log.count("POST /v1/chat/completions 200") == 1
     assert key[1].encode() not in (tmp_path / "steelyard.db").read_bytes()
+
+
+def test_who_was_let_in_gets_everything_while_others_stall(
+    make_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """SIGTERM while streams run, answers are computed, bodies and readers stall; the large form is a benchmark."""
+    process = Process(tmp_path, make_checkpoint("tiny"), drain=8)
+    key = process.lines[1].split()[0]
+    client = openai.OpenAI(base_url=process.url, api_key=key, max_retries=0)
+    port = int(process.url.split(":")[2].split("/")[0])
+    asked = {"model": "tiny", "messages": HELLO, "max_tokens": 60, "seed": 25}
+    ended: list[int] = []
+
+    def stream() -> None:
+        options = {"include_usage": True}
+        for chunk in client.chat.completions.create(**asked, stream=True, stream_options=options):
+            if chunk.usage is not None:
+                ended.append(chunk.usage.completion_tokens)
+
+    def whole() -> None:
+        ended.append(client.chat.completions.create(**asked).usage.completion_tokens)
+
+    def stalled(body: dict[str, object], short_by: int) -> socket.socket:
+        content = json.dumps({**asked, **body}).encode()
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+            f"content-length: {len(content)}\r\n\r\n".encode()
+            + content[: len(content) - short_by]
+        )
+        return connection
+
+    stalls = [stalled({}, 5), stalled({}, 5), stalled({"n": 8, "max_tokens": 230, "seed": 5, "stream": True}, 0)]
+    threads = [threading.Thread(target=work) for work in [stream] * 4 + [whole] * 4]
+    for thread in threads:
+        thread.start()
+    with opened(sqlite_url(tmp_path / "steelyard.db")) as database:
+        count = select(func.count()).select_from(tables.reservations)
+        eventually(lambda: database.read_now(lambda connection: connection.execute(count).scalar_one()) == 9)
+    process.popen.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    for thread in threads:
+        thread.join(20)
+    assert ended == [60] * 8
+    assert process.popen.poll() is None, "stalled ones have their time"
+    process.popen.wait(40)
+    assert 6 < time.monotonic() - began < 15
+    process.end()
+    assert process.popen.returncode == 0
+    for connection in stalls:
+        connection.close()
+    with opened(sqlite_url(tmp_path / "steelyard.db")) as database:
+        assert database.read_now(lambda connection: connection.execute(count).scalar_one()) == 0
 
 
 def test_the_second_start_knows_the_key_and_does_not_show_it(

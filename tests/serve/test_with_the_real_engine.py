@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,6 +109,34 @@ def test_its_work_is_counted(real: Service) -> None:
         model="real", prompt="a", max_tokens=20, extra_body={"ignore_eos": True, "draft": False}
     )
     assert eventually(lambda: generated() - before == 20)
+
+
+def test_probes_are_answered_while_prompts_are_read(real: Service) -> None:
+    """Fast and with the truth; `benchmarks/reliability.py` does so with prompts of thousands of tokens."""
+    ending = threading.Event()
+    asked: list[int] = []
+
+    def ask() -> None:
+        while not ending.is_set():
+            prompts = [[seeded.randrange(500) for _ in range(250)] for _ in range(16)]
+            usage = real.sdk().completions.create(model="real", prompt=prompts, max_tokens=1).usage
+            asked.append(usage.prompt_tokens if usage is not None else 0)
+
+    seeded = random.Random(13)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    times = []
+    with real.http() as http:
+        while len(asked) < 3 or len(times) < 100:
+            began = time.monotonic()
+            answers = [http.get("/live"), http.get("/ready")]
+            times.append(time.monotonic() - began)
+            assert [answer.status_code for answer in answers] == [200, 200]
+            time.sleep(0.01)
+    ending.set()
+    thread.join()
+    assert sum(asked) >= 3 * 16 * 250
+    assert sorted(times)[len(times) * 9 // 10] < 1
 
 
 def test_it_is_ready_again_after_a_kill(real: Service) -> None:

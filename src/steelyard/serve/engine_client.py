@@ -38,6 +38,7 @@ from steelyard.infer.request import (
     Request,
     Sampling,
 )
+from steelyard.serve.inbox import Inbox
 
 FIRST_DELAY, LAST_DELAY = 0.1, 5.0
 """Seconds before a restart: doubling from the first to the last."""
@@ -132,7 +133,7 @@ class EngineClient:
         self._command = command
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._inboxes: dict[str, asyncio.Queue[Output | SteelyardError | None]] = {}
+        self._inboxes: dict[str, Inbox] = {}
         self._meters: dict[str, Meter] = {}
         self._changes: dict[str, tuple[LoadAdapter | DropAdapter, asyncio.Future[AdapterChanged]]] = {}
         self._restoring: asyncio.Task[None] | None = None
@@ -208,7 +209,7 @@ class EngineClient:
         assert len(open_choices) == len(requests), "request ids are unique"
         assert self._inboxes.keys().isdisjoint(open_choices), "request ids are unique"
         frames = [wire.frame(request) for request in requests]
-        inbox: asyncio.Queue[Output | SteelyardError | None] = asyncio.Queue()
+        inbox = Inbox()
         self._inboxes |= dict.fromkeys(open_choices, inbox)
         if meter is not None:
             meter.begin()

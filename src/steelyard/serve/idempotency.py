@@ -14,10 +14,12 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, delete, insert, select, update
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steelyard.errors import ConflictError, RequestError
 from steelyard.serve.auth import Caller
+from steelyard.serve.connection import DONE
 from steelyard.serve.protocol.parameters import TEXT, Parameter
 from steelyard.store import encryption, tables
 from steelyard.store.database import Database
@@ -27,6 +29,7 @@ MOST_KEY = 255
 MOST_ANSWER = 1 << 20
 """Bytes of an answer that is kept; a larger one is given, and the key is free again."""
 HEADER = b"idempotency-key"
+EVENTS = b"text/event-stream; charset=utf-8"
 DROPPED = (b"x-request-id", b"openai-processing-ms", b"x-client-request-id", b"date")
 """Headers of an answer that belong to its own request."""
 
@@ -68,6 +71,7 @@ class Idempotency:
         Raises:
             RequestError: the key cannot be one.
             ConflictError: the key was used for something else, or its first request still runs.
+            ClientDisconnect: the client left before the body was there.
         """
         given = [value for name, value in scope.get("headers", []) if name == HEADER]
         caller: Caller | None = scope.get("state", {}).get("caller")
@@ -152,13 +156,14 @@ def sealed_name(owner: str, key: str) -> str:
 
 @dataclass
 class Recorder:
-    """Passes a response on and keeps it; its end is held back until it is kept."""
+    """Passes a response on and keeps it; its end, which is `[DONE]` to who reads a stream, is held back until then."""
 
     send: Send
     status: int = 0
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     body: bytearray = field(default_factory=bytearray)
-    last: Message | None = None
+    held: list[Message] = field(default_factory=list)
+    ended: bool = False
 
     async def __call__(self, message: Message) -> None:
         """Take a message of the response."""
@@ -166,14 +171,17 @@ class Recorder:
             self.status, self.headers = message["status"], [(bytes(n), bytes(v)) for n, v in message["headers"]]
         elif len(self.body) <= MOST_ANSWER:
             self.body += message.get("body", b"")
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.last = message
+        self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if self.ended or message.get("body") == DONE:
+            self.held.append(message)
             return
         await self.send(message)
 
     def answer(self, instead: bytes | None) -> Answer | None:
         """What to keep of it; `instead` is a body without secrets. None: nothing."""
-        whole = self.last is not None and len(self.body) <= MOST_ANSWER
+        whole = self.ended and len(self.body) <= MOST_ANSWER
+        if (b"content-type", EVENTS) in self.headers:
+            whole = whole and self.body.endswith(DONE)  # else it broke off with an error
         if not whole or self.status == 429 or self.status >= 500:
             return None
         body = bytes(self.body) if instead is None else instead
@@ -182,8 +190,8 @@ class Recorder:
 
     async def finish(self) -> None:
         """Send the end."""
-        if self.last is not None:
-            await self.send(self.last)
+        for message in self.held:
+            await self.send(message)
 
 
 def expire(connection: Connection, now: int) -> None:
@@ -194,6 +202,10 @@ def expire(connection: Connection, now: int) -> None:
 async def _read(scope: Scope, receive: Receive) -> tuple[bytes, Receive]:
     """The whole body, and a `receive` that gives it again. Of a form only that it is one: its boundary is another each
     time.
+
+    Raises:
+        ClientDisconnect: the client left before it was sent. Nothing is begun under its key: part of a body would be
+            another request than the one that is sent again.
     """
     kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
     if kind.startswith(b"multipart/"):
@@ -202,7 +214,7 @@ async def _read(scope: Scope, receive: Receive) -> tuple[bytes, Receive]:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            break
+            raise ClientDisconnect
         body += message.get("body", b"")
         if not message.get("more_body", False):
             break
