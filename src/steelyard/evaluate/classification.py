@@ -8,6 +8,7 @@ once: the answers are branches of its row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -161,6 +162,14 @@ def confusion(truth: Sequence[int], predicted: Sequence[int], labels: int) -> to
 def accuracy(counts: torch.Tensor) -> float:
     """Share of rows on the diagonal."""
     return int(counts.diagonal().sum()) / int(counts.sum())
+
+
+def interval(correct: int, count: int) -> tuple[float, float]:
+    """Between which a share of `correct` in `count` is, with 95% (Wilson 1927)."""
+    z = 1.959964
+    share, spread = correct / count, z * math.sqrt(correct * (count - correct) / count + z**2 / 4) / count
+    middle, whole = share + z**2 / (2 * count), 1 + z**2 / count
+    return (middle - spread) / whole, (middle + spread) / whole
 
 
 def matthews(counts: torch.Tensor) -> float:

@@ -16,6 +16,8 @@ from steelyard.data.rows import Conversation
 from steelyard.data.tokenize import tokenize
 from steelyard.errors import CheckpointError, DataError
 from steelyard.evaluate import classification, likelihood
+from steelyard.models import classifiers
+from steelyard.models.classifiers import TextClassifier
 from steelyard.models.opening import Opened, open_checkpoint
 from steelyard.report import Report
 
@@ -26,6 +28,8 @@ class Classification(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     labels: tuple[str, ...]
     accuracy: float
+    accuracy_interval: tuple[float, float]
+    """Wilson's, of 95%."""
     mcc: float
     """Matthews correlation."""
     confusion: list[list[int]]
@@ -72,6 +76,8 @@ def evaluate(
     rows = chat.read(data, format_)
     # The labels of all rows, as in the prompts, whatever the limit leaves.
     labels = format_.labels or classification.labels_of(rows) if rows[0].label is not None else ()
+    if classifiers.is_classifier(checkpoint):
+        return tell_apart(classifiers.load(checkpoint), rows[:limit], report)[0]
     opened = open_checkpoint(checkpoint)
     if labels:
         return classify(opened, rows[:limit], labels, report)[0]
@@ -94,19 +100,48 @@ def classify(
     asked = classification.questions(rows, labels, opened.tokenizer, opened.template)
     classification.check_lengths(asked, rows, opened.decoder.config.context)
     scores = classification.score(opened.decoder, opened.adapter, asked, lambda done: report(done, len(asked)))
+    tokens = sum(len(question.prompt) for question in asked)
+    return _summary(rows, labels, scores, tokens, time.perf_counter() - started), scores
+
+
+def tell_apart(
+    classifier: TextClassifier,
+    rows: Sequence[Conversation],
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[Classification, torch.Tensor]:
+    """Label rows by a classifier; the summary, and the `[R, C]` log-probabilities.
+
+    Raises:
+        DataError: a row without a text, or with a label that the classifier does not know.
+        CheckpointError: broken weights.
+    """
+    started = time.perf_counter()
+    for row in rows:
+        if row.text is None or row.label not in classifier.labels:
+            known = ", ".join(classifier.labels)
+            reason = "has no label" if row.label is None else f"has the label '{row.label}'"
+            raise DataError(f"{reason}; this classifier knows {known}", file=row.file, line=row.line)
+    tokens = [classifier.tokens(str(row.text)) for row in rows]
+    scores = classifiers.log_probabilities(classifier, tokens, lambda done: report(done, len(rows)))
     seconds = time.perf_counter() - started
+    return _summary(rows, classifier.labels, scores, sum(map(len, tokens)), seconds), scores
+
+
+def _summary(
+    rows: Sequence[Conversation], labels: Sequence[str], scores: torch.Tensor, tokens: int, seconds: float
+) -> Classification:
     truth = [list(labels).index(str(row.label)) for row in rows]
     counts = classification.confusion(truth, scores.argmax(1).tolist(), len(labels))
-    summary = Classification(
+    return Classification(
         rows=len(rows),
         labels=tuple(labels),
         accuracy=classification.accuracy(counts),
+        accuracy_interval=classification.interval(int(counts.diagonal().sum()), len(rows)),
         mcc=classification.matthews(counts),
         confusion=counts.tolist(),
         seconds=seconds,
-        tokens_per_second=sum(len(question.prompt) for question in asked) / seconds,
+        tokens_per_second=tokens / seconds,
     )
-    return summary, scores
 
 
 def _likelihood(opened: Opened, rows: Sequence[Conversation], report: Callable[[int, int], None]) -> Likelihood:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from steelyard.atomic import file_aside
 from steelyard.data import chat
@@ -17,6 +19,8 @@ from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
+from steelyard.models import classifiers
+from steelyard.models.classifiers import TextClassifier
 from steelyard.models.opening import Opened, open_checkpoint
 
 
@@ -55,13 +59,46 @@ def predict(
     rows = list(table_rows(data, format_.columns) if tabular else json_rows(data))
     if not rows:
         raise DataError("the file has no rows", file=data)
+    if classifiers.is_classifier(checkpoint):
+        found = _classify(classifiers.load(checkpoint), rows, data, format_, report)
+        return _write(output, rows, found)
     opened = open_checkpoint(checkpoint)
     chats = "messages" in rows[0][1]
     found = _answer(opened, rows, data, max_tokens, report) if chats else _label(opened, rows, data, format_, report)
+    return _write(output, rows, found)
+
+
+def _write(output: Path, rows: list[tuple[int, dict[str, Any]]], found: Iterator[dict[str, Any]]) -> int:
     with file_aside(output) as file:
         for (_, row), prediction in zip(rows, found, strict=True):
             file.write((json.dumps({**row, **prediction}, ensure_ascii=False) + "\n").encode())
     return len(rows)
+
+
+def _classify(
+    classifier: TextClassifier,
+    rows: list[tuple[int, dict[str, Any]]],
+    data: Path,
+    format_: FormatConfig,
+    report: Callable[[int, int], None],
+) -> Iterator[dict[str, Any]]:
+    tokens = [classifier.tokens(_text(row, line, data, format_)) for line, row in rows]
+    scores = classifiers.log_probabilities(classifier, tokens, lambda done: report(done, len(rows)))
+    yield from _named(classifier.labels, scores)
+
+
+def _text(row: dict[str, Any], line: int, data: Path, format_: FormatConfig) -> str:
+    text = row.get(format_.text)
+    if not isinstance(text, str) or not text.strip():
+        reason = f"must be a text that is not empty; the row has: {', '.join(row) or 'nothing'}"
+        raise DataError(reason, file=data, line=line, field=format_.text)
+    return text
+
+
+def _named(labels: Sequence[str], scores: torch.Tensor) -> Iterator[dict[str, Any]]:
+    for probabilities in scores.softmax(-1).tolist():
+        named = dict(zip(labels, probabilities, strict=True))
+        yield {"prediction": max(named, key=lambda label: named[label]), "probabilities": named}
 
 
 def _label(
@@ -76,19 +113,14 @@ def _label(
     check_labels(format_.labels)
     conversations = []
     for line, row in rows:
-        text = row.get(format_.text)
-        if not isinstance(text, str) or not text.strip():
-            reason = f"must be a text that is not empty; the row has: {', '.join(row) or 'nothing'}"
-            raise DataError(reason, file=data, line=line, field=format_.text)
+        text = _text(row, line, data, format_)
         turns = [] if format_.system is None else [Message("system", format_.system)]
         turns.append(Message("user", ask(text, format_.labels, format_.template)))
         conversations.append(Conversation(messages=tuple(turns), file=data, line=line))
     asked = classification.questions(conversations, format_.labels, opened.tokenizer, opened.template)
     classification.check_lengths(asked, conversations, opened.decoder.config.context)
     scores = classification.score(opened.decoder, opened.adapter, asked, lambda done: report(done, len(asked)))
-    for probabilities in scores.softmax(-1).tolist():
-        named = dict(zip(format_.labels, probabilities, strict=True))
-        yield {"prediction": max(named, key=lambda label: named[label]), "probabilities": named}
+    yield from _named(format_.labels, scores)
 
 
 def _answer(

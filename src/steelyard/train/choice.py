@@ -17,7 +17,7 @@ HIDDEN = 0.6
 """Share of hidden matrices from which on Muon is worth its products."""
 MUON_STEPS = 200
 """Fewer are too few for its momentum to tell."""
-PRETRAINED_RATE = 5e-5
+PRETRAINED_RATE, SCRATCH_RATE = 5e-5, 1e-3
 
 
 class Situation(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +81,7 @@ def choose(asked: OptimizerConfig, at: Situation) -> tuple[OptimizerConfig, str]
         return _with(asked, "adamw"), "adamw: low-rank pairs are few parameters of uneven scale, which it evens out"
     if at.pretrained:
         return _with(asked, "adamw", PRETRAINED_RATE), (
-            f"adamw at {PRETRAINED_RATE:g}: trained weights want small steps, each in proportion to its own gradients"
+            "adamw, by default at a low rate: trained weights want small steps, each in proportion to its own gradients"
         )
     if at.whole:
         return _with(asked, "adamw"), "adamw: every step sees all rows, so there is no noise that would want averaging"
@@ -89,8 +89,8 @@ def choose(asked: OptimizerConfig, at: Situation) -> tuple[OptimizerConfig, str]
         return _with(asked, "muon"), (
             f"muon: from scratch, with {at.hidden:.0%} of the parameters in hidden matrices and {at.steps} steps to go"
         )
-    return _with(asked, "adamw", 1e-3), (
-        f"adamw at 0.001: from scratch, with {at.steps} steps and {at.hidden:.0%} of the parameters in hidden matrices"
+    return _with(asked, "adamw", SCRATCH_RATE), (
+        f"adamw: from scratch, with {at.steps} steps and {at.hidden:.0%} of the parameters in hidden matrices"
     )
 
 

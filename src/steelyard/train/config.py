@@ -33,11 +33,28 @@ class DataConfig(FormatConfig, frozen=True, kw_only=True):
     """Remove exact duplicates before anything else."""
 
 
+class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A network that begins from nothing."""
+
+    kind: Literal["lstm"] = "lstm"
+    vocabulary: int = 2000
+    """Most tokens of its tokenizer, which is learnt from the training rows."""
+    lowercase: bool = True
+    embedding: int = 64
+    hidden: int = 64
+    dense: int = 64
+    dropout: float = 0.2
+
+
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A training run."""
 
-    model: str
-    """The base checkpoint: a folder, or a source that `steelyard pull` takes."""
+    task: Literal["generation", "classification"] = "generation"
+    """What is learnt: to go on with a text, or which label one has."""
+    model: str | None = None
+    """The base checkpoint: a folder, or a source that `steelyard pull` takes. Of a classifier, a trained encoder."""
+    network: NetworkConfig | None = None
+    """Of a classifier without a base."""
     output: str
     """The run's folder."""
     data: DataConfig
@@ -81,6 +98,12 @@ def check(config: TrainConfig) -> None:
     if config.optimizer.name != choice.AUTO:
         optimizers.check(config.optimizer)
     schedules.check(config.schedule)
+    if config.task == "generation" and (config.network is not None or config.model is None):
+        raise ConfigError("task generation learns on a model: name it as 'model', and leave [network] out")
+    if config.task == "classification" and (config.network is None) == (config.model is None):
+        raise ConfigError("task classification learns on a 'model' (an encoder) or from a [network]: name one of them")
+    if config.network is not None:
+        _check_network(config.network)
     for key, least in (("epochs", 1), ("batch_size", 0), ("micro_batch_tokens", 1), ("checkpoint_every", 1)):
         if getattr(config, key) < least:
             raise ConfigError(f"{key} must be at least {least}, not {getattr(config, key)}")
@@ -107,3 +130,11 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             "optimizer gd descends the gradient of all rows: set batch_size = 0 (or take sgd for batches of rows)"
         )
+
+
+def _check_network(network: NetworkConfig) -> None:
+    for key, most in (("vocabulary", 1 << 18), ("embedding", 4096), ("hidden", 4096), ("dense", 4096)):
+        if not 1 <= getattr(network, key) <= most:
+            raise ConfigError(f"network.{key} must be 1 to {most}, not {getattr(network, key)}")
+    if not 0 <= network.dropout < 1:
+        raise ConfigError(f"network.dropout must be at least 0 and below 1, not {network.dropout}")

@@ -29,8 +29,7 @@ def training_report(config: TrainConfig, metrics: list[dict[str, Any]], counts: 
     if steps:
         last = steps[-1]
         report.text(
-            f"{config.method} on {config.model}: {last['step']} steps over {counts['rows']} rows "
-            f"({counts['trained_tokens']} of {counts['tokens']} tokens trained), "
+            f"{_what(config)}: {last['step']} steps over {counts['rows']} rows{_trained(counts)}, "
             f"{last['tokens_per_second']:.0f} tokens/s, loss {last['loss']:.4f} at the end."
         )
         loss = {"training": _series(steps, "loss")}
@@ -49,6 +48,20 @@ def training_report(config: TrainConfig, metrics: list[dict[str, Any]], counts: 
     report.table(["rows", "value"], [[key.replace("_", " "), value] for key, value in counts.items()], "Data")
     report.table(["setting", "value"], _settings(msgspec.to_builtins(config)), "Configuration")
     return report
+
+
+def _what(config: TrainConfig) -> str:
+    if config.task == "generation":
+        return f"{config.method} on {config.model}"
+    return (
+        f"{config.task} on {config.model}"
+        if config.network is None
+        else f"{config.task} by a new {config.network.kind}"
+    )
+
+
+def _trained(counts: dict[str, int]) -> str:
+    return f" ({counts['trained_tokens']} of {counts['tokens']} tokens trained)" if "tokens" in counts else ""
 
 
 def _series(points: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

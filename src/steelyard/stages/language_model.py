@@ -1,0 +1,79 @@
+"""Training a decoder: rows to tokens, the base, its adapter, what is measured on the way."""
+
+from __future__ import annotations
+
+import torch
+
+from steelyard.checkpoint import manifest
+from steelyard.checkpoint.sources import resolve
+from steelyard.data.rows import Conversation, TokenRow, token_counts
+from steelyard.data.tokenize import tokenize
+from steelyard.errors import ConfigError
+from steelyard.evaluate import classification
+from steelyard.evaluate.likelihood import negative_log_likelihood
+from steelyard.models import weights
+from steelyard.models.decoder import Decoder
+from steelyard.models.lora import Adapter
+from steelyard.runs import Run
+from steelyard.stages.prepared import Prepared, conversations
+from steelyard.text.chat_template import ChatTemplate
+from steelyard.text.tokenizer import Tokenizer
+from steelyard.train import lora
+from steelyard.train.config import TrainConfig
+from steelyard.train.language_model import Evaluator, LanguageModelling
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read a run's rows as its base will. Raises as `stages.train.train` does."""
+    assert config.model is not None, "checked before"
+    base = resolve(config.model)
+    config, learnt, validation = conversations(config)
+    tokenizer, template = Tokenizer.load(base), ChatTemplate.load(base)
+    rows, held = (
+        tokenize(chats, tokenizer, template, config.data.max_length, config.data.too_long)
+        for chats in (learnt, validation)
+    )
+
+    def build(run: Run) -> LanguageModelling:
+        decoder = weights.load(base, DTYPES[config.dtype])
+        _check_dense(decoder)
+        adapter = lora.start(decoder, config.lora, config.seed) if config.method == "lora" else None
+        evaluator = _evaluator(held, validation, config, tokenizer, template)
+        return LanguageModelling(decoder, adapter, rows, base.resolve(), evaluator)
+
+    counts = {**token_counts(rows), "validation_rows": len(held)}
+    return Prepared(config, counts, manifest.read(base).id, build)
+
+
+def _check_dense(decoder: Decoder) -> None:
+    if any(not tensor.is_floating_point() for tensor in decoder.buffers()):
+        raise ConfigError("a quantised model cannot be trained, no gradient passes its rounding: take its parent")
+
+
+def _evaluator(
+    rows: list[TokenRow],
+    conversations: list[Conversation],
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+) -> Evaluator | None:
+    """Validation loss, and for labelled rows accuracy and Matthews correlation."""
+    if not rows:
+        return None
+    labels = config.data.labels if conversations[0].label is not None else ()
+    asked = classification.questions(conversations, labels, tokenizer, template) if labels else []
+    truth = [labels.index(str(conversation.label)) for conversation in conversations] if labels else []
+
+    def measure(decoder: Decoder, adapter: Adapter | None) -> dict[str, float]:
+        nats, tokens = negative_log_likelihood(decoder, adapter, rows)
+        found = {"validation_loss": nats / tokens}
+        if asked:
+            predicted = classification.score(decoder, adapter, asked).argmax(1).tolist()
+            counts = classification.confusion(truth, predicted, len(labels))
+            found["validation_accuracy"] = classification.accuracy(counts)
+            found["validation_mcc"] = classification.matthews(counts)
+        return found
+
+    return measure

@@ -1,0 +1,55 @@
+"""What every task's data become before a run begins; and how conversations are read, which several tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from steelyard.data import chat
+from steelyard.data.rows import Conversation
+from steelyard.data.split import remove_duplicates, split
+from steelyard.errors import ConfigError, DataError
+from steelyard.evaluate import classification
+from steelyard.runs import Run
+from steelyard.train.config import TrainConfig
+from steelyard.train.task import Task
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A run whose data have been read."""
+
+    config: TrainConfig
+    """With what the data said: their labels."""
+    counts: dict[str, int]
+    """Of the data."""
+    parent: str | None
+    """Id of the base; None: it begins from nothing."""
+    build: Callable[[Run], Task]
+    """Opens the network. May leave what it learnt of the data, such as a tokenizer, in the run's folder."""
+
+
+def conversations(config: TrainConfig) -> tuple[TrainConfig, list[Conversation], list[Conversation]]:
+    """The rows to learn from and to validate on; and the configuration with the data's labels spelt out, so that the
+    validation file is asked the same question, and the checkpoint knows what it can answer.
+    """
+    rows = chat.read(Path(config.data.train), config.data)
+    data = config.data
+    if rows[0].label is not None and not data.labels:
+        data = msgspec.structs.replace(data, labels=classification.labels_of(rows))
+        config = msgspec.structs.replace(config, data=data)
+    if data.deduplicate:
+        rows = remove_duplicates(rows)
+    if data.validation is None:
+        return (config, *split(rows, data.holdout, config.seed))
+    if data.holdout:
+        raise ConfigError("data.holdout and data.validation exclude each other: leave one out")
+    held = chat.read(Path(data.validation), data)
+    learnt = {row.prompt_key: row for row in rows}
+    for row in held:
+        if row.prompt_key in learnt:
+            twin = learnt[row.prompt_key]
+            reason = f"the same text is in the training file, line {twin.line}: the validation would be too kind"
+            raise DataError(reason, file=row.file, line=row.line)
+    return config, rows, held

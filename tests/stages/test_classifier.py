@@ -1,0 +1,154 @@
+"""Classifiers by the stages that users call: trained from nothing and on an encoder, resumed, evaluated, asked."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from steelyard.data.chat import FormatConfig
+from steelyard.errors import ConfigError, DataError
+from steelyard.models import classifiers, weights
+from steelyard.stages.evaluate import Classification, evaluate
+from steelyard.stages.predict import predict
+from steelyard.stages.train import train
+from steelyard.train.config import DataConfig, NetworkConfig, TrainConfig
+from steelyard.train.optimizers import OptimizerConfig
+
+WORDS = {"cat": ["meow", "purr", "whiskers", "tail", "milk"], "dog": ["woof", "bark", "leash", "bone", "tail"]}
+
+
+def write_rows(path: Path, count: int, seed: int) -> Path:
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            label = draw.choice(sorted(WORDS))
+            words = [draw.choice(WORDS[label]) for _ in range(draw.randint(2, 9))]
+            file.write(json.dumps({"text": f"{' '.join(words)} {draw.randrange(10**6)}", "label": label}) + "\n")
+    return path
+
+
+def configuration(folder: Path, **fields: Any) -> TrainConfig:
+    train_rows = write_rows(folder / "rows.jsonl", 160, 0)
+    settings: dict[str, Any] = {
+        "task": "classification",
+        "output": str(folder / "run"),
+        "data": DataConfig(train=str(train_rows), holdout=40),
+        "epochs": 6,
+        "batch_size": 16,
+        "optimizer": OptimizerConfig(name="auto"),
+        **fields,
+    }
+    if "model" not in settings:
+        settings.setdefault("network", NetworkConfig(vocabulary=400, embedding=16, hidden=16, dense=8))
+    return TrainConfig(**settings)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_folder: Path) -> Path:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = BertConfig(vocab_size=512, num_attention_heads=2, max_position_embeddings=64, **sizes)
+    folder = tmp_path_factory.mktemp("encoder") / "tiny-bert"
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_tokenizer_folder / name, folder / name)
+    return folder
+
+
+def test_from_nothing_to_a_prediction(tmp_path: Path) -> None:
+    done = train(configuration(tmp_path, optimizer=OptimizerConfig(name="auto", learning_rate=1e-2), epochs=20))
+    assert done.finished
+    assert done.path is not None
+    assert done.metrics["validation_accuracy"] > 0.9
+    assert "adamw: from scratch" in (tmp_path / "run" / "log.txt").read_text()
+    assert "classification by a new lstm" in Path(done.report).read_text()
+    held = write_rows(tmp_path / "held.jsonl", 60, 1)
+    found = evaluate(Path(done.path), held, FormatConfig())
+    assert isinstance(found, Classification)
+    assert found.labels == ("cat", "dog")
+    assert found.accuracy > 0.9
+    low, high = found.accuracy_interval
+    assert 0 <= low < found.accuracy <= high <= 1
+    assert predict(Path(done.path), held, tmp_path / "out.jsonl", FormatConfig()) == 60
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert sum(row["prediction"] == row["label"] for row in rows) == round(found.accuracy * 60)
+    assert sum(rows[0]["probabilities"].values()) == pytest.approx(1)
+
+
+def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
+    results = []
+    for cuts in ((), (7, 31)):
+        folder = tmp_path / str(len(cuts))
+        folder.mkdir()
+        config = configuration(folder, checkpoint_every=3)
+        for cut in cuts:
+            begun: list[Any] = []
+            stopped = train(
+                config,
+                begun=lambda trainer, counts, begun=begun: begun.append(trainer),
+                report=lambda progress, cut=cut, begun=begun: setattr(begun[0], "stopping", progress.step >= cut),
+            )
+            assert not stopped.finished
+        results.append(train(config))
+    straight, cut_off = (weights.read_tensors(Path(str(done.path))) for done in results)
+    assert all(torch.equal(straight[name], cut_off[name]) for name in straight)
+    assert straight.keys() == cut_off.keys()
+
+
+def test_on_a_trained_encoder(encoder: Path, tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(learning_rate=2e-3, layer_decay=0.9)
+    done = train(configuration(tmp_path, model=str(encoder), optimizer=optimizer))
+    assert done.metrics["validation_accuracy"] > 0.9
+    opened = classifiers.load(Path(str(done.path)))
+    assert opened.labels == ("cat", "dog")
+    before = classifiers.load_encoder(encoder)
+    assert not torch.equal(opened.network.encoder.embeddings.LayerNorm.weight, before.embeddings.LayerNorm.weight)  # type: ignore[union-attr]
+
+
+def test_features_alone(encoder: Path, tmp_path: Path) -> None:
+    """With everything below the head frozen it is feature extraction."""
+    from steelyard.train.optimizers.groups import GroupConfig
+
+    optimizer = OptimizerConfig(learning_rate=1e-2, groups=(GroupConfig(match="^encoder", scale=0.0),))
+    done = train(configuration(tmp_path, model=str(encoder), optimizer=optimizer, epochs=2))
+    opened, before = classifiers.load(Path(str(done.path))), classifiers.load_encoder(encoder)
+    kept = opened.network.encoder.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"network": None}, "name one of them"),
+        ({"model": "somewhere", "network": NetworkConfig()}, "name one of them"),
+        ({"network": NetworkConfig(hidden=0)}, "network.hidden"),
+        ({"network": NetworkConfig(dropout=1.0)}, "network.dropout"),
+        ({"task": "generation"}, "leave .network. out"),
+    ],
+)
+def test_a_configuration_that_cannot_be_run(tmp_path: Path, fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        train(msgspec.structs.replace(configuration(tmp_path), **fields))
+
+
+def test_rows_without_labels(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("some text\n\nand more\n")
+    with pytest.raises(DataError, match="labelled rows"):
+        train(msgspec.structs.replace(configuration(tmp_path), data=DataConfig(train=str(path))))
+
+
+def test_a_label_that_the_classifier_does_not_know(tmp_path: Path) -> None:
+    done = train(configuration(tmp_path, epochs=1))
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": "x", "label": label}) + "\n" for label in ("cat", "bird")))
+    with pytest.raises(DataError, match=r"other\.jsonl:2: .*'bird'; this classifier knows cat, dog"):
+        evaluate(Path(str(done.path)), other, FormatConfig())
