@@ -152,7 +152,7 @@ class Known:
         body: dict[str, Any] = case.body
         if _right(case, ParameterLocation.BODY):
             self._thin(case, body)
-        if isinstance(body.get("seed"), int):
+        if isinstance(body.get("seed"), int) and body["seed"] >= 0:  # a wrong one stays wrong
             body["seed"] = 0  # to the engine the milliseconds that a token takes
         for name, value in body.items():
             if isinstance(value, str) and self.luck.random() < KNOWN_SHARE:

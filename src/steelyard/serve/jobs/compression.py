@@ -9,6 +9,7 @@ from typing import Any
 from steelyard.checkpoint import manifest
 from steelyard.errors import RequestError
 from steelyard.serve.billing.ledger import Service
+from steelyard.serve.jobs import training
 from steelyard.serve.jobs.kind import Checked, Made, Progress
 from steelyard.serve.tuned import TunedModels, model_name
 
@@ -41,7 +42,7 @@ class Compression:
         if "quantization_config" in config:
             raise RequestError("this model is compressed already: name the one that it was made from", param="model")
         weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-        memory = PROCESS_BYTES + 3 * weights + CERTIFIED_TOKENS * 16 * int(config["vocab_size"])
+        memory = PROCESS_BYTES + 3 * weights + CERTIFIED_TOKENS * 16 * training.size(config, "vocab_size")
         return Checked("The model can be compressed, moving job to queued state", memory)
 
     def prepare(self, job: Row, folder: Path, threads: int) -> list[str]:

@@ -103,11 +103,23 @@ def memory(base: Path, rows: Rows) -> int:
     """
     config = manifest.read_json(base / "config.json")
     width, inner, layers, vocabulary = (
-        int(config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+        size(config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     )
     weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     together = max(rows.longest, min(MICRO_BATCH_TOKENS, rows.longest * rows.resolved.batch_size))
     return PROCESS_BYTES + weights + together * (2 * layers * (10 * width + 3 * inner) + 10 * vocabulary)
+
+
+def size(config: Row, name: str) -> int:
+    """A size in a model's config.json.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    value = config.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"the model's config.json has no '{name}'")
+    return value
 
 
 def base_to_train(checkpoint: Path) -> Path:
