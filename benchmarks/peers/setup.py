@@ -48,6 +48,13 @@ def openvino(model: Path) -> None:
         run(bin_ / "optimum-cli", "export", "openvino", "--model", model, *task, target)
 
 
+def trl(model: Path) -> None:
+    """TRL's trainer for supervised fine-tuning."""
+    bin_ = environment("trl")
+    run(bin_ / "pip", "install", "-q", TORCH)
+    run(bin_ / "pip", "install", "-q", "trl", "peft", "datasets")
+
+
 def litellm(model: Path) -> None:
     """LiteLLM's proxy, a gateway."""
     run(environment("litellm") / "pip", "install", "-q", "litellm[proxy]==1.106.2")
@@ -96,7 +103,7 @@ def vllm(model: Path) -> None:
     run(bin_ / "pip", "install", "-q", *wanted, "intel-openmp")
 
 
-PEERS = {"openvino": openvino, "llama": llama, "vllm": vllm, "litellm": litellm}
+PEERS = {"openvino": openvino, "llama": llama, "vllm": vllm, "litellm": litellm, "trl": trl}
 
 
 def main() -> None:

@@ -73,6 +73,27 @@ def test_cross_entropy(rows: int, vocabulary: int) -> None:
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.008, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "length", "size"), [(1, 1, 16, 16), (6, 2, 48, 32), (9, 3, 272, 64), (4, 4, 400, 128)]
+)
+def test_causal_attention(heads: int, kv_heads: int, length: int, size: int) -> None:
+    inputs = [randn(2, count, length, size, seed=seed) for seed, count in enumerate((heads, kv_heads, kv_heads), 11)]
+    compare(training.causal_attention, training.causal_attention_twin, inputs, forward=0.02)
+
+
+def test_attention_of_a_length_that_the_native_form_does_not_take() -> None:
+    inputs = [randn(1, 2, 13, 16), randn(1, 1, 13, 16), randn(1, 1, 13, 16, seed=3)]
+    compare(training.causal_attention, training.causal_attention_twin, inputs, forward=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 16, 33, 1000])
+def test_accumulate(count: int) -> None:
+    total, x = torch.randn(count), randn(count)
+    expected = total + x.float()
+    training.accumulate_(total, x)
+    assert torch.equal(total, expected)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gradients_do_not_depend_on_threads(threads: int) -> None:
     before = torch.get_num_threads()

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from steelyard.kernels import library
 
+BLOCK = 128
+"""Queries that attention's backward pass takes together."""
 PARTS = 16
 """Into which rows are cut where they are summed up, whatever the number of threads."""
 
@@ -89,6 +91,84 @@ def cross_entropy_twin_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
     shares[rows, targets] -= 1
     logits.copy_(shares)
     return losses
+
+
+def accumulate_(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Total += x, where `total` is float32; both contiguous."""
+    if _is_native(x, 16) and x.is_contiguous() and total.is_contiguous():
+        _library().accumulate(total, x)
+    else:
+        total += x
+
+
+def causal_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Each query over the keys up to its own place, softmax(q k / sqrt(E)) v.
+
+    Made in blocks of queries, between products of whole groups of heads; the backward pass makes the probabilities
+    again from their log-sums (Dao et al. 2022). Without gradients it is torch's own.
+
+    Args:
+        queries: `[B, H, L, E]`.
+        keys: `[B, K, L, E]`, each for H / K heads of queries.
+        values: likewise.
+    """
+    if _is_native(queries, queries.shape[2]) and torch.is_grad_enabled():
+        mixed: torch.Tensor = _CausalAttention.apply(queries, keys, values)  # type: ignore[no-untyped-call]
+        return mixed
+    return causal_attention_twin(queries, keys, values)
+
+
+def causal_attention_twin(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """See `causal_attention`."""
+    groups = queries.shape[1] // keys.shape[1]
+    if groups > 1:
+        keys, values = (tensor.repeat_interleave(groups, dim=1) for tensor in (keys, values))
+    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        rows, kv_heads, length, size = keys.shape
+        grouped = (rows * kv_heads, queries.shape[1] // kv_heads, length, size)
+        q = queries.reshape(grouped)
+        k, v = (tensor.reshape(len(q), length, size) for tensor in (keys, values))
+        mixed, lse = torch.empty(grouped, dtype=q.dtype), torch.empty(grouped[:3])
+        for begin in range(0, length, BLOCK):
+            end = min(begin + BLOCK, length)
+            scores = torch.bmm(_part(q, begin, end), k[:, :end].transpose(1, 2))
+            sums = torch.empty(len(q), grouped[1], end - begin)
+            _library().attention_forward(scores, sums, end - begin, begin, size**-0.5)
+            mixed[:, :, begin:end] = torch.bmm(scores, v[:, :end]).view(len(q), grouped[1], end - begin, size)
+            lse[:, :, begin:end] = sums
+        ctx.save_for_backward(q, k, v, mixed, lse)
+        ctx.shapes = queries.shape, keys.shape
+        return mixed.view(queries.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v, mixed, lse = ctx.saved_tensors
+        dout = gradient.reshape(q.shape)
+        delta = (mixed.float() * dout.float()).sum(-1)
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros(k.shape, dtype=torch.float32) for _ in range(2))
+        for begin in range(0, q.shape[2], BLOCK):
+            end = min(begin + BLOCK, q.shape[2])
+            part, dpart = _part(q, begin, end), _part(dout, begin, end)
+            scores = torch.bmm(part, k[:, :end].transpose(1, 2))
+            dp = torch.bmm(dpart, v[:, :end].transpose(1, 2))
+            sums, shift = (tensor[:, :, begin:end].contiguous() for tensor in (lse, delta))
+            _library().attention_backward(scores, dp, sums, shift, end - begin, begin, q.shape[3] ** -0.5)
+            dv[:, :end] += torch.bmm(scores.transpose(1, 2), dpart)
+            dk[:, :end] += torch.bmm(dp.transpose(1, 2), part)
+            dq[:, :, begin:end] = torch.bmm(dp, k[:, :end]).view(dpart.shape[0], q.shape[1], end - begin, q.shape[3])
+        queries, keys = ctx.shapes
+        return dq.view(queries), dk.to(k.dtype).view(keys), dv.to(v.dtype).view(keys)
+
+
+def _part(x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """`[N, G, L, E]` -> `[N, G (end - begin), E]`: some places of every head of a group."""
+    return x[:, :, begin:end].reshape(len(x), -1, x.shape[3])
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -198,6 +278,40 @@ class Calls:
     def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
         rows, vocabulary = logits.shape
         self._native.steelyard_cross_entropy(_at(logits), _at(targets), ctypes.c_int64(rows), vocabulary, _at(losses))
+
+    def accumulate(self, total: torch.Tensor, x: torch.Tensor) -> None:
+        """See training.cpp."""
+        self._native.steelyard_accumulate(_at(total), _at(x), ctypes.c_int64(x.numel()))
+
+    def attention_forward(
+        self, scores: torch.Tensor, lse: torch.Tensor, queries: int, first: int, scale: float
+    ) -> None:
+        """See training.cpp."""
+        rows, keys = scores.shape[0] * scores.shape[1], scores.shape[2]
+        self._native.steelyard_attention_forward(
+            _at(scores), ctypes.c_int64(rows), queries, keys, first, ctypes.c_float(scale), _at(lse)
+        )
+
+    def attention_backward(
+        self,
+        scores: torch.Tensor,
+        dp: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        queries: int,
+        first: int,
+        scale: float,
+    ) -> None:
+        """See training.cpp."""
+        rows, keys = scores.shape[0] * scores.shape[1], scores.shape[2]
+        self._native.steelyard_attention_backward(
+            *(_at(tensor) for tensor in (scores, dp, lse, delta)),
+            ctypes.c_int64(rows),
+            queries,
+            keys,
+            first,
+            ctypes.c_float(scale),
+        )
 
 
 def _at(tensor: torch.Tensor) -> ctypes.c_void_p:

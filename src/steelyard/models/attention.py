@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from steelyard.kernels.training import causal_attention
+
 
 class Attend(Protocol):
     """Attention over whatever a token may see."""
@@ -57,30 +59,38 @@ class PackedAttention:
             self.buckets.append((source.flatten(), len(rows), longest, mask))
             offset += len(rows) * longest
         self.inverse = inverse
-        self.single = len(lengths) == 1
+        self.whole = len(self.buckets) == 1 and bool((inverse == torch.arange(total)).all())
+        """Rows of one length, one after the other: nothing is padded or moved."""
 
     def __call__(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None
     ) -> torch.Tensor:
         """See `Attend`."""
         heads, kv_heads, size = queries.shape[1], keys.shape[1], queries.shape[2]
+        if self.whole and window is None and self.buckets[0][3] is None:
+            _, rows, longest, _ = self.buckets[0]
+            apart = (tensor.view(rows, longest, -1, size).transpose(1, 2) for tensor in (queries, keys, values))
+            return causal_attention(*apart).transpose(1, 2).reshape(self.total, heads, size)
         joint = torch.cat([queries, keys, values], dim=1)  # one gather instead of three
         parts = []
         for source, rows, longest, mask in self.buckets:
-            padded = joint if self.single else joint.index_select(0, source)
+            padded = joint if self.whole else joint.index_select(0, source)
             padded = padded.view(rows, longest, heads + 2 * kv_heads, size).transpose(1, 2)
             q, k, v = torch.split(padded, [heads, kv_heads, kv_heads], dim=1)  # [B, H | K | K, L, E]
-            if kv_heads != heads:
-                k = k.repeat_interleave(heads // kv_heads, dim=1)
-                v = v.repeat_interleave(heads // kv_heads, dim=1)
             if window is not None and window < longest:
                 near = _window_mask(longest, window)
                 mask = near if mask is None else mask & near
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            mixed = causal_attention(q, k, v) if mask is None else _masked(q, k, v, mask)
             parts.append(mixed.transpose(1, 2).reshape(rows * longest, heads, size))
-        if self.single:
+        if self.whole:
             return parts[0]
         return torch.cat(parts).index_select(0, self.inverse)
+
+
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if k.shape[1] != q.shape[1]:
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from steelyard.kernels.training import cross_entropy_
+from steelyard.kernels.training import accumulate_, cross_entropy_
 
-CHUNK = 512  # rows of logits in memory at a time
+CHUNK = 1024  # rows of logits in memory at a time
 
 
 def cross_entropy(hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ class _CrossEntropy(torch.autograd.Function):
             if dstates is not None:
                 torch.mm(logits, head, out=dstates[begin : begin + CHUNK])
             if dhead is not None:
-                dhead += logits.T @ states
+                accumulate_(dhead, logits.T @ states)
         ctx.save_for_backward(dstates, None if dhead is None else dhead.to(head.dtype))
         return total
 

@@ -21,6 +21,7 @@ from steelyard.checkpoint import manifest
 from steelyard.data.loader import Loader
 from steelyard.data.packing import bins
 from steelyard.errors import TrainingError
+from steelyard.kernels.training import accumulate_
 from steelyard.runs import Run
 from steelyard.train import optimizers, schedules, state
 from steelyard.train.averages import Averages
@@ -124,8 +125,10 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 if parameter.grad is not None:
                     master = self.masters[name]
-                    wide = parameter.grad.float()
-                    master.grad = wide if master.grad is None else master.grad + wide
+                    if master.grad is None:
+                        master.grad = parameter.grad.float()
+                    else:
+                        accumulate_(master.grad, parameter.grad)
                     parameter.grad = None
         self._demand_finite("loss", total)
         return total

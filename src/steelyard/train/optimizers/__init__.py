@@ -78,11 +78,11 @@ def _momentum(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 
 def _adam(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    return torch.optim.Adam(groups, lr=rate(config), betas=_betas(config), eps=_epsilon(config))
+    return torch.optim.Adam(groups, lr=rate(config), betas=_betas(config), eps=_epsilon(config), fused=True)
 
 
 def _adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=rate(config), betas=_betas(config), eps=_epsilon(config))
+    return torch.optim.AdamW(groups, lr=rate(config), betas=_betas(config), eps=_epsilon(config), fused=True)
 
 
 def _adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
