@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from steelyard.kernels import library
 
+LANES = 16
+"""What widths, and lengths of rows, are to be multiples of."""
 BLOCK = 128
 """Queries that attention's backward pass takes together."""
 PARTS = 16
@@ -75,7 +77,7 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
     No autograd passes through it: the caller takes the gradient on.
     """
-    if _is_native(logits, 16) and logits.is_contiguous():
+    if _is_native(logits, LANES) and logits.is_contiguous():
         losses = torch.empty(len(logits), dtype=torch.float32)
         _library().cross_entropy(logits, targets, losses)
         return losses
@@ -95,7 +97,7 @@ def cross_entropy_twin_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 
 def accumulate_(total: torch.Tensor, x: torch.Tensor) -> None:
     """Total += x, where `total` is float32; both contiguous."""
-    if _is_native(x, 16) and x.is_contiguous() and total.is_contiguous():
+    if _is_native(x, LANES) and x.is_contiguous() and total.is_contiguous():
         _library().accumulate(total, x)
     else:
         total += x
@@ -319,7 +321,7 @@ def _at(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 
 def _is_native(x: torch.Tensor, width: int) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and width % 16 == 0 and library.load() is not None
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and width % LANES == 0 and library.load() is not None
 
 
 def _library() -> Calls:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from steelyard.kernels.training import causal_attention
+from steelyard.kernels.training import LANES, causal_attention
 
 
 class Attend(Protocol):
@@ -50,6 +50,8 @@ class PackedAttention:
         offset = 0
         for rows in _buckets(lengths):
             longest = max(lengths[row] for row in rows)
+            if torch.is_grad_enabled():  # as the fused kernels want it
+                longest = -(-longest // LANES) * LANES
             source = torch.zeros(len(rows), longest, dtype=torch.int64)
             for place, row in enumerate(rows):
                 span = torch.arange(lengths[row])
@@ -59,7 +61,7 @@ class PackedAttention:
             self.buckets.append((source.flatten(), len(rows), longest, mask))
             offset += len(rows) * longest
         self.inverse = inverse
-        self.whole = len(self.buckets) == 1 and bool((inverse == torch.arange(total)).all())
+        self.whole = len(self.buckets) == 1 and offset == total and bool((inverse == torch.arange(total)).all())
         """Rows of one length, one after the other: nothing is padded or moved."""
 
     def __call__(
