@@ -134,3 +134,50 @@ def test_what_is_frozen_stays_and_what_is_later_begins_later(base: Path, tmp_pat
 def test_what_is_wrong_is_named(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         check(TrainConfig(model="m", output="o", data=DataConfig(train="t"), **fields))
+
+
+def test_what_is_not_finite_is_rolled_back(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the full rate the fourth step has no finite loss: the run goes on from its last state at half of it."""
+    fields: dict[str, Any] = {"batch_size": 2, "epochs": 4, "checkpoint_every": 2, "schedule": CONSTANT}
+    ours = trainer(base, tmp_path, token_rows(4), **fields)
+    whole, rates = ours.task.loss, []
+
+    def breaking(rows: Any) -> torch.Tensor:
+        loss = whole(rows)
+        return loss * float("nan") if ours.step == 3 and ours.scale == 1.0 else loss
+
+    monkeypatch.setattr(ours.task, "loss", breaking)
+    assert ours.fit(lambda progress: rates.append((progress.step, progress.learning_rate)))
+    full = rates[0][1]
+    assert rates == [(1, full), (2, full), (3, full), *((step, full / 2) for step in range(3, 9))]
+    log = (tmp_path / "log.txt").read_text()
+    assert "the loss is nan at step 4: back to step 2, from now on with 0.5 of the learning rate" in log
+    assert [point["step"] for point in ours.run.metrics() if "loss" in point] == list(range(1, 9))
+    assert all(bool(master.isfinite().all()) for master in ours.masters.values())
+
+
+def test_a_divergence_is_rolled_back_and_the_rest_is_the_same_after_a_kill(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields: dict[str, Any] = {"batch_size": 2, "epochs": 10, "checkpoint_every": 3, "schedule": CONSTANT}
+
+    def made(folder: Path) -> Trainer:
+        ours = trainer(base, folder, token_rows(4), **fields)
+        whole = ours.task.loss
+        monkeypatch.setattr(
+            ours.task, "loss", lambda rows: whole(rows) * (50 if ours.step >= 8 and ours.scale == 1.0 else 1)
+        )
+        return ours
+
+    straight = made(tmp_path / "straight")
+    assert straight.fit()
+    assert straight.scale == 0.5
+    log = (tmp_path / "straight" / "log.txt").read_text()
+    assert "for 5 steps at step 9: back to step 6" in log
+    cut = made(tmp_path / "cut")
+    stopped_at(cut, 11)  # while it goes wrong
+    again = made(tmp_path / "cut")
+    stopped_at(again, 14)  # after it went back
+    last = made(tmp_path / "cut")
+    assert last.fit()
+    assert all(torch.equal(straight.masters[name], master) for name, master in last.masters.items())

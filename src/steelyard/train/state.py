@@ -36,12 +36,20 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], info: dict[s
         shutil.rmtree(old)
 
 
-def load(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest undamaged state, or None where there is none."""
+def load(folder: Path, before: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The newest undamaged state, or None where there is none.
+
+    Args:
+        folder: where states are.
+        before: of states from this step on nothing is left; None: any will do.
+    """
     if not folder.is_dir():
         return None
     sweep(folder)
     for path in reversed(_steps(folder)):
+        if before is not None and int(path.name.removeprefix("step-")) >= before:
+            shutil.rmtree(path)
+            continue
         try:
             if (path / SUMS).read_bytes() != _sums(path).encode():
                 raise ValueError("its digests differ")

@@ -29,6 +29,20 @@ from steelyard.train.config import TrainConfig
 from steelyard.train.task import Task
 
 BEST_BY = "validation_loss"
+ALARM = 2.0
+"""A loss above so many times its mean, and so many nats more, is far above it."""
+PATIENT_STEPS = 5
+"""How many such steps in a row are a divergence."""
+LEAST_SCALE = 1 / 8
+"""Of the learning rate, at which a run is not rolled back once more."""
+
+
+class Diverged(Exception):
+    """A run goes wrong, from `step` on; whether that ends it is the trainer's to say."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +90,12 @@ class Trainer:
         self.averages = Averages(self.masters, self.optimizer, config.ema)
         self._worse = 0
         """Evaluations since the best one."""
+        self.scale = 1.0
+        """Of the learning rate: halved whenever the run was rolled back."""
+        self._usual: float | None = None
+        """A running mean of the loss."""
+        self._high = 0
+        """Steps in a row whose loss was far above it."""
         self._seconds, self._tokens = 0.0, 0
         self.first = 0  # steps that were done before this call
 
@@ -90,8 +110,12 @@ class Trainer:
             while not self.finished and not self.stopping:
                 started = time.perf_counter()
                 batch = self.loader.next()
-                loss = self._gradient(batch)
-                norm = self._clip()
+                try:
+                    loss, norm = self._gradient(batch), self._clip()
+                    self._demand_steady(loss)
+                except Diverged as error:
+                    self._roll_back(error)
+                    continue
                 rate = self._set_learning_rate()
                 self.optimizer.step()
                 self.step += 1
@@ -100,7 +124,7 @@ class Trainer:
                 self._record(batch, loss, norm, rate, time.perf_counter() - started, report)
                 if self._due(self.config.evaluate_every or self.loader.batches_per_epoch):
                     self._evaluate()
-                if self._due(self.config.checkpoint_every):
+                if self._due(self.config.checkpoint_every) and not self._high:  # a good one to go back to
                     self._save_state()
             if self.step < self.steps:
                 self._save_state()
@@ -141,14 +165,43 @@ class Trainer:
     def _demand_finite(self, what: str, value: float) -> None:
         """Before a step: what is not finite never reaches the weights, nor a state."""
         if not math.isfinite(value):
-            raise TrainingError(
-                f"the {what} is {value} at step {self.step + 1}: "
-                "lower optimizer.learning_rate or clip, and rerun with --fresh"
-            )
+            raise Diverged(f"the {what} is {value}", self.step + 1)
+
+    def _demand_steady(self, loss: float) -> None:
+        """A loss that stays far above what it was is no noise any more."""
+        high = self._usual is not None and loss > ALARM * self._usual + ALARM
+        self._high = self._high + 1 if high else 0
+        if self._high >= PATIENT_STEPS:
+            usual, began = self._usual, self.step + 2 - self._high
+            raise Diverged(f"the loss is {loss:.3g} after {usual:.3g}, for {self._high} steps", began)
+        if not high:
+            self._usual = loss if self._usual is None else 0.9 * self._usual + 0.1 * loss
+
+    def _roll_back(self, error: Diverged) -> None:
+        """Go back to the last state before it went wrong, with half of the learning rate.
+
+        Raises:
+            TrainingError: there is none, or it was tried often enough.
+        """
+        advice = "lower optimizer.learning_rate or clip, and rerun with --fresh"
+        found = state.load(self.run.folder / "state", before=error.step) if self.scale > LEAST_SCALE else None
+        if found is None:
+            raise TrainingError(f"{error} at step {error.step}: {advice}")
+        for master in self.masters.values():
+            master.grad = None
+        self._restore(*found)
+        self.first = min(self.first, self.step)
+        self.scale /= 2
+        self.run.log(
+            f"{error} at step {error.step}: back to step {self.step}, "
+            f"from now on with {self.scale:g} of the learning rate"
+        )
+        self.run.rewind(self.step)
+        self._save_state()
 
     def _set_learning_rate(self) -> float:
         factor = schedules.factor(self.config.schedule, self.step, self.steps)
-        rate = optimizers.rate(self.config.optimizer) * factor
+        rate = optimizers.rate(self.config.optimizer) * factor * self.scale
         epochs = self.step / self.loader.batches_per_epoch
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -248,7 +301,15 @@ class Trainer:
         tensors |= state.flatten(self.optimizer)
         tensors["random"] = torch.get_rng_state()
         best = None if math.isinf(self.best) else self.best
-        info = {"loader": self.loader.state(), "best": best, "worse": self._worse, "lineage": self._origin()}
+        info = {
+            "loader": self.loader.state(),
+            "best": best,
+            "worse": self._worse,
+            "scale": self.scale,
+            "usual": self._usual,
+            "high": self._high,
+            "lineage": self._origin(),
+        }
         state.save(self.run.folder / "state", self.step, tensors, info)
 
     def _resume(self) -> None:
@@ -256,26 +317,30 @@ class Trainer:
         sweep(self.run.folder)
         found = state.load(self.run.folder / "state")
         if found is not None:
-            tensors, info = found
-            if info["lineage"] != self._origin():
-                raise TrainingError(
-                    f"the base model or the data changed since the run in '{self.run.folder}' began: "
-                    "put them back, or --fresh to start over"
-                )
-            for name, master in self.masters.items():
-                master.copy_(tensors[f"master.{name}"])
-            for name, average in self.averages.values.items():
-                average.copy_(tensors[f"average.{name}"])
-            state.restore(self.optimizer, tensors.items())
-            torch.set_rng_state(tensors["random"])
-            self.loader.restore(info["loader"])
-            self._worse = int(info.get("worse", 0))
-            self.step, self.best = int(info["step"]), math.inf if info["best"] is None else float(info["best"])
-            self._publish()
+            self._restore(*found)
             self.run.log(f"resumed at step {self.step} of {self.steps}")
         self.run.rewind(self.step)
         self.first = self.step
         self.task.train(True)
+
+    def _restore(self, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
+        if info["lineage"] != self._origin():
+            raise TrainingError(
+                f"the base model or the data changed since the run in '{self.run.folder}' began: "
+                "put them back, or --fresh to start over"
+            )
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(tensors[f"master.{name}"])
+        for name, average in self.averages.values.items():
+            average.copy_(tensors[f"average.{name}"])
+        state.restore(self.optimizer, tensors.items())
+        torch.set_rng_state(tensors["random"])
+        self.loader.restore(info["loader"])
+        self.scale, self._usual, self._high = float(info["scale"]), info["usual"], int(info["high"])
+        self._worse = int(info["worse"])
+        self.step, self.best = int(info["step"]), math.inf if info["best"] is None else float(info["best"])
+        self._publish()
 
     def _origin(self) -> dict[str, Any]:
         return {"parent": self.lineage.parent, "data": self.lineage.data}
