@@ -23,11 +23,16 @@ MINIMAL: dict[str, Any] = {"model": "base", "output": "run", "data": {"train": "
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 
 
+def is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
 def fields(kind: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key that holds a value, with its type."""
     for field in msgspec.structs.fields(kind):
-        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
-            yield from fields(field.type, f"{prefix}{field.encode_name}.")
+        nested = next((option for option in typing.get_args(field.type) or (field.type,) if is_struct(option)), None)
+        if nested is not None and typing.get_origin(field.type) is not tuple:
+            yield from fields(nested, f"{prefix}{field.encode_name}.")
         else:
             yield prefix + field.encode_name, field.type
 
@@ -45,6 +50,9 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.tuples(*map(values, inner))
     if isinstance(kind, types.UnionType):
         return st.one_of(*(values(option) for option in typing.get_args(kind) if option is not type(None)))
+    if is_struct(kind):
+        inside = {field.encode_name: values(field.type) for field in msgspec.structs.fields(kind)}
+        return st.fixed_dictionaries(inside).map(lambda found: kind(**found))
     floats = st.floats(allow_nan=False).map(lambda value: value + 0.0)
     return {str: text, int: st.integers(-(2**63), 2**63 - 1), float: floats, bool: st.booleans()}[kind]
 
@@ -52,6 +60,9 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 def toml(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, msgspec.Struct):
+        pairs = msgspec.structs.asdict(value).items()
+        return "{" + ", ".join(f"{name} = {toml(inner)}" for name, inner in pairs) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
     if isinstance(value, float) and math.isinf(value):
@@ -94,7 +105,7 @@ def test_set_takes_any_plain_text_for_a_string_or_refuses_it_as_another_type(val
     if isinstance(read, str):
         assert convert(MINIMAL, TrainConfig, [f"model={value}"]).model == read
     else:
-        with pytest.raises(ConfigError, match="Expected `str`"):
+        with pytest.raises(ConfigError, match="Expected `str"):
             convert(MINIMAL, TrainConfig, [f"model={value}"])
 
 
@@ -166,7 +177,7 @@ def test_a_choice_names_what_there_is() -> None:
         (b"a" * 100, "is not TOML"),
         (b"[data]\ntrain = 1\ntrain = 2", "is not TOML"),
         (b"\x00", "is not TOML"),
-        (b"", "missing required field `model`"),
+        (b"", "missing required field `output`"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, content: bytes, complaint: str) -> None:

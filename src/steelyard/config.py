@@ -94,13 +94,18 @@ def _struct(kind: Any) -> type[msgspec.Struct] | None:
     return structs[0] if len(structs) == 1 else None
 
 
+def _listed(kind: Any) -> type[msgspec.Struct] | None:
+    """The struct in a list's type: `tuple[S, ...]`."""
+    return _struct(typing.get_args(kind)[0]) if typing.get_origin(kind) is tuple else None
+
+
 def _check_keys(raw: Any, kind: type[msgspec.Struct], where: str, source: str) -> None:
     if not isinstance(raw, dict):
         return  # the conversion says what it should be
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in raw.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
             inside = [path for path in _paths(kind) if path.rpartition(".")[2] == key]
             right = inside or near
             hint = f"did you mean '{where}{right[0]}'?" if right else f"known here: {', '.join(fields)}"
@@ -108,6 +113,10 @@ def _check_keys(raw: Any, kind: type[msgspec.Struct], where: str, source: str) -
         nested = _struct(fields[key])
         if nested is not None:
             _check_keys(value, nested, f"{where}{key}.", source)
+        listed = _listed(fields[key])
+        if listed is not None and isinstance(value, list | tuple):
+            for number, item in enumerate(value):
+                _check_keys(item, listed, f"{where}{key}[{number}].", source)
 
 
 def _paths(kind: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:

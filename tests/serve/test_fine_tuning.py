@@ -245,7 +245,9 @@ def test_the_next_server_goes_on(make_model: Callable[[str], Path], tmp_path: Pa
         ({"model": "other"}, "model"),
         ({"training_file": "file-none"}, "training_file"),
         ({"validation_file": "file-none"}, "validation_file"),
-        ({"method": {"type": "dpo"}}, "method.type"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
         ({"method": {"type": "reinforcement"}}, "method.type"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
         ({"suffix": "a/b"}, "suffix"),
@@ -280,6 +282,50 @@ def test_a_row_that_does_not_fit_is_named(service: Service, client: openai.OpenA
 def _failed(client: openai.OpenAI, job_id: str) -> Any:
     job = client.fine_tuning.jobs.retrieve(job_id)
     return job if job.status == "failed" else None
+
+
+def pairs(count: int, first: int = 0) -> bytes:
+    found = []
+    for number in range(first, first + count):
+        row = {
+            "input": {"messages": [{"role": "user", "content": f"{ASK}meow {number}"}]},
+            "preferred_output": [{"role": "assistant", "content": "cat"}],
+            "non_preferred_output": [{"role": "assistant", "content": "dog"}],
+        }
+        found.append(json.dumps(row) + "\n")
+    return "".join(found).encode()
+
+
+def test_a_job_on_preferences(service: Service, client: openai.OpenAI) -> None:
+    hyperparameters: Any = {"beta": 0.2, "n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 20}
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=upload(client, pairs(16)),
+        validation_file=upload(client, pairs(4, 50)),
+        method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
+    )
+    done = job_when(service, job.id, "succeeded")
+    assert done.method.type == "dpo"
+    assert done.method.dpo.hyperparameters.beta == 0.2
+    assert done.method.dpo.hyperparameters.n_epochs == 2
+    strict = client.fine_tuning.jobs.retrieve(job.id)
+    assert strict.method is not None
+    assert strict.method.supervised is None
+    client.chat.completions.create(
+        model=done.fine_tuned_model, messages=[{"role": "user", "content": "x"}], max_tokens=1
+    )
+    metrics: list[Any] = [
+        event.data for event in client.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"
+    ]
+    assert metrics[0]["full_valid_loss"] < metrics[-1]["train_loss"], "newest first: it has learnt"
+    assert settlement(service, job.id)["training_tokens"] == done.trained_tokens > 0
+    for content, asked in ((pairs(8), {}), (rows(8), {"method": {"type": "dpo"}})):
+        other: Any = {"model": "tiny", "training_file": upload(client, content), **asked}
+        wrong = client.fine_tuning.jobs.create(**other).id
+        failed = eventually(lambda wrong=wrong: _failed(client, wrong), 20)
+        assert failed.error.param == "training_file"
+    with pytest.raises(openai.BadRequestError, match=r"bad\.jsonl:2: field 'preferred_output'"):
+        upload(client, pairs(1) + b'{"input": {"messages": [{"role": "user", "content": "x"}]}}\n', name="bad.jsonl")
 
 
 def test_a_bad_row_is_refused_when_it_is_uploaded(client: openai.OpenAI, service: Service) -> None:

@@ -10,14 +10,15 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sqlalchemy import Connection, delete, func, insert, select
 
-from steelyard.data import chat
+from steelyard.data import chat, preference
 from steelyard.data.chat import FormatConfig
+from steelyard.data.readers import json_rows
 from steelyard.errors import DataError, NotFoundError, RequestError
 from steelyard.serve.ids import fresh
 from steelyard.serve.owned import find
@@ -154,14 +155,17 @@ def get(connection: Connection, project: str, file_id: str) -> Row:
     return find(connection, tables.files, project, file_id, "file", param="file_id", code="file_not_found")
 
 
-def check_rows(path: Path, shown: str, read: Callable[..., Any] = chat.read) -> int:
-    """How many rows a training file has.
+def check_rows(path: Path, shown: str) -> int:
+    """How many rows a training file has, of chats or of preferences.
 
     Raises:
         DataError: a line is wrong, under the name that its owner knows.
     """
     try:
-        return len(read(path, FormatConfig(format="chat")))
+        _, first = next(json_rows(path), (0, {}))
+        if "preferred_output" in first:
+            return len(preference.read(path))
+        return len(chat.read(path, FormatConfig(format="chat")))
     except DataError as error:
         raise DataError(error.reason, file=shown, line=error.line, field=error.field) from None
 

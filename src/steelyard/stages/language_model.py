@@ -38,7 +38,7 @@ def prepare(config: TrainConfig) -> Prepared:
 
     def build(run: Run) -> LanguageModelling:
         decoder = weights.load(base, DTYPES[config.dtype])
-        _check_dense(decoder)
+        check_dense(decoder)
         adapter = lora.start(decoder, config.lora, config.seed) if config.method == "lora" else None
         evaluator = _evaluator(held, validation, config, tokenizer, template)
         return LanguageModelling(decoder, adapter, rows, base.resolve(), evaluator)
@@ -47,7 +47,8 @@ def prepare(config: TrainConfig) -> Prepared:
     return Prepared(config, counts, manifest.read(base).id, build)
 
 
-def _check_dense(decoder: Decoder) -> None:
+def check_dense(decoder: Decoder) -> None:
+    """Refuse a base that no gradient passes."""
     if any(not tensor.is_floating_point() for tensor in decoder.buffers()):
         raise ConfigError("a quantised model cannot be trained, no gradient passes its rounding: take its parent")
 

@@ -13,7 +13,7 @@ from steelyard import memory
 from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
 from steelyard.runs import Run, clear
-from steelyard.stages import classifier, language_model
+from steelyard.stages import classifier, language_model, preference
 from steelyard.stages.prepared import Prepared
 from steelyard.train import choice
 from steelyard.train.config import TrainConfig, check
@@ -23,6 +23,7 @@ from steelyard.train.trainer import Lineage, Progress, Trainer
 TASKS: dict[str, Callable[[TrainConfig], Prepared]] = {
     "generation": language_model.prepare,
     "classification": classifier.prepare,
+    "preference": preference.prepare,
 }
 
 
@@ -107,7 +108,7 @@ def _decided(prepared: Prepared, parameters: dict[str, torch.Tensor], rows: int,
     batches = -(-rows // (config.batch_size or rows))
     situation = choice.Situation.of(
         parameters,
-        adapter=config.task == "generation" and config.method == "lora",
+        adapter=config.task != "classification" and config.method == "lora",
         pretrained=prepared.parent is not None,
         steps=config.epochs * batches,
         whole=batches == 1,

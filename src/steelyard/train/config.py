@@ -49,8 +49,10 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A training run."""
 
-    task: Literal["generation", "classification"] = "generation"
-    """What is learnt: to go on with a text, or which label one has."""
+    task: Literal["generation", "classification", "preference"] = "generation"
+    """What is learnt: to go on with a text, which label one has, or which of two answers is preferred (DPO)."""
+    beta: float = 0.1
+    """preference: how strongly the base as it was holds."""
     model: str | None = None
     """The base checkpoint: a folder, or a source that `steelyard pull` takes. Of a classifier, a trained encoder."""
     network: NetworkConfig | None = None
@@ -98,8 +100,12 @@ def check(config: TrainConfig) -> None:
     if config.optimizer.name != choice.AUTO:
         optimizers.check(config.optimizer)
     schedules.check(config.schedule)
-    if config.task == "generation" and (config.network is not None or config.model is None):
-        raise ConfigError("task generation learns on a model: name it as 'model', and leave [network] out")
+    if config.task != "classification" and (config.network is not None or config.model is None):
+        raise ConfigError(f"task {config.task} learns on a model: name it as 'model', and leave [network] out")
+    if config.task == "preference" and config.method != "lora":
+        raise ConfigError("task preference learns an adapter, against the base without it: leave method at lora")
+    if not 0 < config.beta < math.inf:
+        raise ConfigError(f"beta must be above 0, not {config.beta}")
     if config.task == "classification" and (config.network is None) == (config.model is None):
         raise ConfigError("task classification learns on a 'model' (an encoder) or from a [network]: name one of them")
     if config.network is not None:

@@ -52,3 +52,29 @@ class _CrossEntropy(torch.autograd.Function):
         by = float(gradient)  # in float32, rounded once
         found = [None if kept is None else kept * by for kept in ctx.saved_tensors]
         return found[0], found[1], None
+
+
+def token_losses(hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p(target) of each token in nats, `[N]` float32; see `cross_entropy`. The head is frozen."""
+    assert not head.requires_grad, "its gradient is not made here"
+    losses: torch.Tensor = _TokenLosses.apply(hidden_states, head, targets)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        losses = torch.empty(len(targets), dtype=torch.float32)
+        dstates = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
+        for begin in range(0, len(targets), CHUNK):
+            logits = hidden_states[begin : begin + CHUNK] @ head.T
+            losses[begin : begin + CHUNK] = cross_entropy_(logits, targets[begin : begin + CHUNK])
+            if dstates is not None:
+                torch.mm(logits, head, out=dstates[begin : begin + CHUNK])
+        ctx.save_for_backward(dstates)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (dstates,) = ctx.saved_tensors
+        return (dstates * gradient[:, None]).to(dstates.dtype), None, None

@@ -75,7 +75,7 @@ async def fine_tune(service: Service, request: Request) -> Response:
         **_asked(body, caller, served),
         "training_file": body.training_file,
         "validation_file": body.validation_file,
-        "settings": {"hyperparameters": body.asked},
+        "settings": {"method": body.kind, "hyperparameters": body.asked},
         "seed": random.randrange(1 << 31) if body.seed is None else body.seed,
     }
 

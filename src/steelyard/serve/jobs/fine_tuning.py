@@ -39,7 +39,7 @@ class FineTuning:
 
     def check(self, job: Row) -> Checked:
         """Read its files as the run will."""
-        base = self._base(job)
+        base, method = self._base(job), job["settings"].get("method", "supervised")
         with contextlib.ExitStack() as stack:
             learnt, held = (
                 None if file is None else stack.enter_context(self.files.clear(job["project_id"], file, name))
@@ -50,7 +50,7 @@ class FineTuning:
             )
             assert learnt is not None
             try:
-                found = training.check_files(base, learnt, held, job["settings"]["hyperparameters"])
+                found = training.check_files(base, learnt, held, job["settings"]["hyperparameters"], method)
             except DataError as error:
                 raise self._named(job, error) from None
         return Checked(

@@ -13,7 +13,7 @@ import msgspec
 
 from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
-from steelyard.data import chat
+from steelyard.data import chat, preference
 from steelyard.data.chat import FormatConfig
 from steelyard.data.rows import Conversation, token_counts
 from steelyard.data.split import remove_duplicates
@@ -25,6 +25,7 @@ from steelyard.text.tokenizer import Tokenizer
 MAX_LENGTH = 1024
 """Most tokens of a row."""
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 3, 8, 4e-4
+PREFERENCE_RATE, BETA = 1e-4, 0.1
 CHECKPOINT_STEPS = 10
 """Steps between states: the most that a killed run loses."""
 KEPT_CHECKPOINTS = 3
@@ -36,12 +37,14 @@ PROCESS_BYTES = 400_000_000
 Row = dict[str, Any]
 
 
-class Resolved(msgspec.Struct, frozen=True):
+class Resolved(msgspec.Struct, frozen=True, omit_defaults=True):
     """What `auto` became."""
 
     n_epochs: int
     batch_size: int
     learning_rate_multiplier: float
+    beta: float | None = None
+    """Of preference learning alone."""
 
 
 class Rows(msgspec.Struct, frozen=True):
@@ -62,10 +65,13 @@ def resolve(hyperparameters: Row, rows: int) -> Resolved:
         n_epochs=asked.get("n_epochs", EPOCHS),
         batch_size=asked.get("batch_size", max(1, min(BATCH_SIZE, rows // 8))),
         learning_rate_multiplier=float(asked.get("learning_rate_multiplier", 1.0)),
+        beta=float(asked.get("beta", BETA)) if "beta" in hyperparameters else None,
     )
 
 
-def check_files(base: Path, training: Path, validation: Path | None, hyperparameters: Row) -> Rows:
+def check_files(
+    base: Path, training: Path, validation: Path | None, hyperparameters: Row, method: str = "supervised"
+) -> Rows:
     """Read a job's rows as the run will.
 
     Raises:
@@ -74,11 +80,12 @@ def check_files(base: Path, training: Path, validation: Path | None, hyperparame
         TemplateError: its template fails on a row.
     """
     tokenizer, template = Tokenizer.load(base), ChatTemplate.load(base)
+    read = _pairs if method == "dpo" else _chats
     try:
-        learnt: Sequence[Conversation] = remove_duplicates(chat.read(training, FormatConfig(format="chat")))
+        learnt = read(training)
         rows = tokenize(learnt, tokenizer, template, MAX_LENGTH)
         if validation is not None:
-            held = chat.read(validation, FormatConfig(format="chat"))
+            held = read(validation)
             tokenize(held, tokenizer, template, MAX_LENGTH)
             seen = {row.prompt_key for row in learnt}
             for row in held:
@@ -91,8 +98,18 @@ def check_files(base: Path, training: Path, validation: Path | None, hyperparame
     finally:
         if template is not None:
             template.close()
-    counts = token_counts(rows)
-    return Rows(len(rows), counts["tokens"], counts["longest_row"], resolve(hyperparameters, len(rows)))
+    counts, answers = token_counts(rows), 2 if method == "dpo" else 1
+    count, longest = len(rows) // answers, answers * counts["longest_row"]
+    return Rows(count, counts["tokens"], longest, resolve(hyperparameters, count))
+
+
+def _chats(path: Path) -> Sequence[Conversation]:
+    return remove_duplicates(chat.read(path, FormatConfig(format="chat")))
+
+
+def _pairs(path: Path) -> Sequence[Conversation]:
+    """Both answers of every row, one after the other."""
+    return [side for row in preference.read(path) for side in (row.preferred, row.other)]
 
 
 def memory(base: Path, rows: Rows) -> int:
@@ -160,10 +177,16 @@ def write_configuration(
         "keep_checkpoints": KEPT_CHECKPOINTS,
         "threads": threads,
     }
-    data: Row = {"train": str(training), "format": "chat", "max_length": MAX_LENGTH}
+    data: Row = {"train": str(training), "max_length": MAX_LENGTH}
+    rate = LEARNING_RATE
+    if resolved.beta is None:
+        data["format"] = "chat"
+    else:
+        top |= {"task": "preference", "beta": resolved.beta}
+        rate = PREFERENCE_RATE
     if validation is not None:
         data["validation"] = str(validation)
-    optimizer = {"name": "adamw", "learning_rate": LEARNING_RATE * resolved.learning_rate_multiplier}
+    optimizer = {"name": "adamw", "learning_rate": rate * resolved.learning_rate_multiplier}
     lines = [*_table(top), "", "[data]", *_table(data), "", "[optimizer]", *_table(optimizer)]
     write_file(path, "\n".join(lines) + "\n")
 

@@ -33,23 +33,49 @@ class Supervised(Fields):
     hyperparameters: Hyperparameters | None = None
 
 
+class PreferenceHyperparameters(Hyperparameters):
+    """How to train on preferences."""
+
+    beta: Auto | Annotated[float, Field(gt=0, le=10)] | Annotated[int, Field(ge=1, le=10)] | None = None
+
+
+class Preference(Fields):
+    """Learn which of two answers is preferred."""
+
+    hyperparameters: PreferenceHyperparameters | None = None
+
+
 class Method(Fields):
     """What is learnt, and how."""
 
-    type: Literal["supervised"]
+    type: Literal["supervised", "dpo"]
     supervised: Supervised | None = None
+    dpo: Preference | None = None
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
         kind = value.get("type") if isinstance(value, dict) else None
-        if kind in ("dpo", "reinforcement"):
+        if kind == "reinforcement":
             raise RequestError(
-                f"'method.type' {kind} is not supported here: use supervised",
+                f"'method.type' {kind} is not supported here: use supervised or dpo",
                 param="method.type",
                 code="unsupported_parameter",
             )
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _its_own(self) -> Method:
+        for name in ("supervised", "dpo"):
+            if name != self.type and getattr(self, name) is not None:
+                raise RequestError(f"'method.{name}' is not of the type '{self.type}'", param=f"method.{name}")
+        return self
+
+    @property
+    def hyperparameters(self) -> Hyperparameters | None:
+        """Those of its type."""
+        settings = self.dpo if self.type == "dpo" else self.supervised
+        return None if settings is None else settings.hyperparameters
 
 
 class JobRequest(Fields):
@@ -71,19 +97,24 @@ class JobRequest(Fields):
             raise RequestError(
                 "'integrations' is not supported here: remove it", param="integrations", code="unsupported_parameter"
             )
-        nested = self.method is not None and self.method.supervised is not None
-        if nested and self.method.supervised.hyperparameters and self.hyperparameters:  # type: ignore[union-attr]
+        if self.method is not None and self.method.hyperparameters and self.hyperparameters:
             raise RequestError(
-                "'hyperparameters' and 'method.supervised.hyperparameters' exclude each other: use the second",
+                f"'hyperparameters' and 'method.{self.method.type}.hyperparameters' exclude each other: use the second",
                 param="hyperparameters",
             )
         return self
 
     @property
+    def kind(self) -> str:
+        """The method's type."""
+        return "supervised" if self.method is None else self.method.type
+
+    @property
     def asked(self) -> Row:
         """The hyperparameters, wherever they stand."""
-        nested = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
-        found = nested or self.hyperparameters or Hyperparameters()
+        nested = self.method.hyperparameters if self.method else None
+        empty = PreferenceHyperparameters() if self.kind == "dpo" else Hyperparameters()
+        found = nested or self.hyperparameters or empty
         return {name: "auto" if value is None else value for name, value in found.model_dump().items()}
 
 
@@ -115,6 +146,7 @@ class FineTuningJob(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, row: Row) -> FineTuningJob:
         """Of a row of the table."""
+        method = row["settings"].get("method", "supervised")
         hyperparameters = {**row["settings"]["hyperparameters"], **row["resolved"]}
         over = row["status"] in ("succeeded", "failed", "cancelled")
         return cls(
@@ -135,7 +167,7 @@ class FineTuningJob(msgspec.Struct, frozen=True, kw_only=True):
             estimated_finish=None if over else row["estimated_finish"],
             integrations=[],
             metadata=row["metadata"],
-            method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            method={"type": method, method: {"hyperparameters": hyperparameters}},
             started_at=row["started_at"],
             user_provided_suffix=row["suffix"],
         )
