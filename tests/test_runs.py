@@ -175,3 +175,15 @@ def test_clearing_takes_what_the_run_left_and_nothing_else(tmp_path: Path, monke
     monkeypatch.chdir(here)
     clear(Path())
     assert list(here.iterdir()) == []
+
+
+def test_keys_that_an_earlier_version_did_not_know_had_their_defaults(tmp_path: Path) -> None:
+    defaults = {"newer": 3, "inner": {"a": 1, "b": 2}}
+    run = Run(tmp_path, {"inner": {"a": 1}})
+    run.measure(step=1)
+    run.close()
+    Run(tmp_path, {"newer": 3, "inner": {"a": 1, "b": 2}}, defaults).close()
+    with pytest.raises(ConfigError, match="another 'newer'"):
+        Run(tmp_path, {"newer": 4, "inner": {"a": 1, "b": 2}}, defaults)
+    with pytest.raises(ConfigError, match="another 'inner.b'"):
+        Run(tmp_path, {"newer": 3, "inner": {"a": 1, "b": 5}}, defaults)

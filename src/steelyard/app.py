@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,8 @@ SWITCH_SECONDS = 0.0005
 """How long a thread computes while others wait: the writer and the templates' threads answer small things often."""
 HEAD_SECONDS = 60.0
 """How often the ledger's head is written down outside the database."""
+
+log = logging.getLogger("steelyard.serve")
 
 ORGANIZATION = "/v1/organization"
 CHAT = "/v1/chat/completions"
@@ -316,31 +318,37 @@ def _route(endpoint: Endpoint, service: Service) -> Route:
     return Route(endpoint.path, guarded, methods=[endpoint.method])
 
 
+async def _tried(chore: Awaitable[None]) -> None:
+    """Do a chore; one that fails is done again the next time."""
+    try:
+        await chore
+    except StorageError:
+        pass
+    except Exception:
+        log.exception("a chore failed")
+
+
 def _chores(service: Service, heads: Path | None) -> list[Any]:
     """What is done again and again while the server runs; the last of it until all is settled."""
 
     async def reload() -> None:
         while True:
             await asyncio.sleep(RELOAD_SECONDS)
-            with contextlib.suppress(StorageError):
-                await service.reload()
+            await _tried(service.reload())
 
     async def tidy() -> None:
         while True:
             await asyncio.sleep(RELOAD_SECONDS)
-            with contextlib.suppress(StorageError):
-                await service.tidy()
+            await _tried(service.tidy())
 
     async def serve_made() -> None:
         while True:
             await asyncio.sleep(RELOAD_SECONDS)
-            with contextlib.suppress(StorageError):
-                await service.tuned.serve_all()
+            await _tried(service.tuned.serve_all())
 
     async def write_heads(folder: Path) -> None:
         while True:
-            with contextlib.suppress(StorageError):
-                await asyncio.to_thread(export_head, service, folder)
+            await _tried(asyncio.to_thread(export_head, service, folder))
             await asyncio.sleep(HEAD_SECONDS)
 
     heading = [] if heads is None else [write_heads(heads)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def available() -> int | None:
     found = [_meminfo("MemAvailable")]
     limit, taken = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
     if limit is not None and taken is not None:
-        found.append(limit - taken)
+        found.append(limit - taken + _reclaimable())
     return min((bytes for bytes in found if bytes is not None), default=None)
 
 
@@ -55,6 +56,15 @@ def _meminfo(name: str) -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
+
+
+def _reclaimable() -> int:
+    """Bytes of a container's page cache that the kernel takes back when they are wanted."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                return int(line.split()[1])
+    return 0
 
 
 def _number(file: Path) -> int | None:

@@ -19,7 +19,8 @@ from steelyard.errors import ConfigError
 
 CONFIG = "run.json"
 # All that a run puts into its folder. --fresh removes these and nothing else.
-ENTRIES = (CONFIG, ".lock", "log.txt", "metrics.jsonl", "report.html", "state", "best", "last", "checkpoints")
+FILES = (CONFIG, ".lock", "log.txt", "metrics.jsonl", "report.html")
+ENTRIES = (*FILES, "state", "best", "last", "checkpoints", "tokenizer")
 
 
 class Run:
@@ -28,13 +29,14 @@ class Run:
     Args:
         folder: made if it is not there; what is there must be empty or a run's.
         config: plain values; a run that was begun with another configuration is refused, once it has done a step.
+        defaults: of keys that an earlier version's run did not record.
 
     Raises:
         ConfigError: a folder of something else, another configuration (the first differing key is named), or another
             process is in it.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
         self.folder = folder
         if not (folder / CONFIG).is_file() and folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"'{folder}' is not empty and is no run's folder: name another output")
@@ -45,13 +47,13 @@ class Run:
             raise ConfigError(f"cannot make the run's folder '{folder}': {error.strerror}") from None
         try:
             _take(self._lock, folder)
-            self._begin(json.loads(json.dumps(config)))
+            self._begin(json.loads(json.dumps(config)), json.loads(json.dumps(defaults or {})))
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        """Record the configuration, or compare it with the recorded one."""
+    def _begin(self, config: dict[str, Any], defaults: dict[str, Any]) -> None:
+        """Record the configuration, or compare it with the recorded one; newer keys had their defaults then."""
         path = self.folder / CONFIG
         if not path.is_file() or not (self.metrics() or any(self.folder.glob("state/*"))):
             write_file(path, json.dumps(config, indent=2) + "\n")
@@ -60,7 +62,7 @@ class Run:
             begun = json.loads(path.read_bytes())
         except (ValueError, RecursionError):
             raise ConfigError(f"'{path}' is damaged: choose another output, or --fresh to start over") from None
-        key = _first_difference(begun, config)
+        key = _first_difference(_filled(begun, defaults), config)
         if key is not None:
             raise ConfigError(
                 f"'{self.folder}' holds a run with another '{key}': choose another output, or --fresh to start over"
@@ -132,6 +134,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         if isinstance(values, dict):
             found.append(values)
     return found
+
+
+def _filled(values: Any, defaults: Any) -> Any:
+    if not isinstance(values, dict) or not isinstance(defaults, dict):
+        return values
+    return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in values.items()}}
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str | None:

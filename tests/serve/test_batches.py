@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 from running_service import Service, eventually, serving
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from steelyard.errors import StorageError
 from steelyard.serve.billing.prices import Price, newest, publish
@@ -292,3 +292,20 @@ def test_batches_of_two_projects_run_beside_each_other(
     held.set()
     service.behind.batches.wake()
     assert {ended(client, one).status for one in (first, second)} == {"completed"}
+
+
+def test_a_batch_of_another_server_is_left_alone(
+    service: Service, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, found = service.behind.database, tables.batches
+    holders = {12345: True}
+    monkeypatch.setattr(database, "is_held", lambda connection, holder: holders.get(holder, holder == database.holder))
+    begin = service.behind.batches._begin_some
+    monkeypatch.setattr(service.behind.batches, "_begin_some", lambda: asyncio.sleep(0))
+    batch = run(client, [line(1)])
+    database.write_now(lambda connection: connection.execute(update(found).values(holder=12345)))
+    monkeypatch.setattr(service.behind.batches, "_begin_some", begin)
+    time.sleep(1.5)
+    assert client.batches.retrieve(batch.id).status == "validating"
+    holders[12345] = False  # it has died
+    assert ended(client, batch).status == "completed"

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from running_service import serving
+from sqlalchemy import insert, select
 
 from steelyard.errors import ConfigError, StorageError
 from steelyard.serve import rotation
 from steelyard.serve.rotation import rotate_root
+from steelyard.store import tables
 from steelyard.store.artifacts import Artifacts
 from steelyard.store.database import opened
 from steelyard.store.secrets import Secrets, open_secrets
@@ -50,6 +52,8 @@ def test_the_root_key_changes(
         assert between.old_root == first.root
         with pytest.raises(ConfigError, match="secrets rotate"):
             _ = between.serving_root
+        broken = {"owner": "x", "key": "broken", "fingerprint": "", "created_at": 1, "holder": 0, "answer": b"n" * 40}
+        database.write_now(lambda connection: connection.execute(insert(tables.idempotency), broken))
         replace = rotation.replace_secrets
         with monkeypatch.context() as patched:  # the database is done, the file is not
             patched.setattr(rotation, "replace_secrets", cut_off)
@@ -58,6 +62,10 @@ def test_the_root_key_changes(
         assert rotation.replace_secrets is replace
         assert rotate_root(database, environment) == 1
         second = open_secrets(environment)
+        keys = database.read_now(
+            lambda connection: connection.execute(select(tables.idempotency.c.key)).scalars().all()
+        )
+        assert keys == ["once"], "an answer that opens by no key is forgotten"
         assert second.root == between.root != first.root
         assert second.old_root is None
         assert (second.pepper, second.chain) == (first.pepper, first.chain)

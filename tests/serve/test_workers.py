@@ -230,3 +230,35 @@ def test_the_project_that_runs_fewest_is_next(own: Service) -> None:
         return found
 
     assert database.write_now(run_one) == [theirs, *ours]
+
+
+def test_a_cancelled_job_of_another_process_is_not_settled_here(own: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run may just be saving its state; whoever holds it settles what it has come to."""
+    client, runner = own.sdk(), own.behind.jobs
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=upload(client, rows(64)), hyperparameters={"n_epochs": 50, "batch_size": 2}
+    )
+    eventually(lambda: runner.processes, 60)
+    eventually(lambda: len(list(client.fine_tuning.jobs.list_events(job.id, limit=100))) > 8, 60)
+    client.fine_tuning.jobs.pause(job.id)
+    eventually(lambda: not runner.processes, 40)
+    found = tables.jobs
+    own.behind.database.write_now(
+        lambda connection: connection.execute(update(found).where(found.c.id == job.id).values(holder=12345))
+    )
+    monkeypatch.setattr(own.behind.database, "is_held", lambda connection, holder: True)
+    client.fine_tuning.jobs.cancel(job.id)
+    time.sleep(1.5)
+    open_ = own.behind.database.read_now(
+        lambda connection: connection.exec_driver_sql("select count(*) from reservations").scalar()
+    )
+    assert open_ == 1
+    monkeypatch.undo()
+    entry = eventually(lambda: _last(own, job.id), 20)
+    assert entry["training_tokens"] > 0
+
+
+def _last(service: Service, reference: str) -> Any:
+    with service.admin_http() as http:
+        entries = http.get("/v1/organization/ledger", params={"reference": reference}).json()["data"]
+    return entries[0] if entries[0]["kind"] == "settle" else None

@@ -223,8 +223,8 @@ class EngineClient:
                     if item.finish_reason is not None:
                         open_choices -= Counter([item.id])
                         if item.id not in open_choices:
-                            del self._inboxes[item.id]
-                    if inbox.empty():
+                            self._inboxes.pop(item.id, None)
+                    if not open_choices or inbox.empty():  # what follows a whole answer is nothing to its reader
                         break
                     item = inbox.get_nowait()
                 if outputs:

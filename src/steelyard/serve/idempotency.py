@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steelyard.errors import ConflictError, RequestError
+from steelyard.errors import ConflictError, RequestError, StorageError
 from steelyard.serve.auth import Caller
 from steelyard.serve.connection import DONE
 from steelyard.serve.protocol.parameters import TEXT, Parameter
@@ -27,6 +28,8 @@ from steelyard.store.database import Database
 KEPT_SECONDS = 86400
 MOST_KEY = 255
 MOST_ANSWER = 1 << 20
+MOST_UNKEPT = 1000
+"""Answers that wait for a database that is away."""
 """Bytes of an answer that is kept; a larger one is given, and the key is free again."""
 HEADER = b"idempotency-key"
 EVENTS = b"text/event-stream; charset=utf-8"
@@ -64,6 +67,8 @@ class Idempotency:
     database: Database
     root: bytes
     now: Callable[[], int]
+    unkept: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    """Answers that could not be written, sealed; empty: there is none."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, once.
@@ -82,6 +87,9 @@ class Idempotency:
         body, receive = await _read(scope, receive)
         owner = caller.project_id or "administration"
         fingerprint = hashlib.sha256(b"\0".join((scope["raw_path"], scope["query_string"], body))).hexdigest()
+        pending = self.unkept.get((owner, key))
+        if pending is not None:  # it was answered while the database was away
+            await self._settle(owner, key, pending)
         kept = await self.database.write(lambda connection: self._begin(connection, owner, key, fingerprint))
         if kept is not None:
             await _send(self._open(kept, owner, key), send)
@@ -93,12 +101,19 @@ class Idempotency:
             self.database.write_soon(lambda connection: self._forget(connection, owner, key))
             raise
         answer = recorder.answer(scope["state"].get("replay"))
-        if answer is None:
-            await self.database.write(lambda connection: self._forget(connection, owner, key))
-        else:
-            sealed = self._seal(answer, owner, key)
-            await self.database.write(lambda connection: self._keep(connection, owner, key, sealed))
+        await self._settle(owner, key, b"" if answer is None else self._seal(answer, owner, key))
         await recorder.finish()
+
+    async def _settle(self, owner: str, key: str, sealed: bytes) -> None:
+        """Keep an answer, or forget a key whose request has none (empty); what cannot be written now is not lost."""
+        settle = partial(self._keep, sealed=sealed) if sealed else self._forget
+        try:
+            await self.database.write(lambda connection: settle(connection, owner=owner, key=key))
+        except StorageError:
+            if len(self.unkept) < MOST_UNKEPT:
+                self.unkept[owner, key] = sealed
+            raise
+        self.unkept.pop((owner, key), None)
 
     def _check(self, given: list[bytes]) -> str:
         key = given[0].decode("latin-1")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import msgspec
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from steelyard.errors import ConfigError, DamagedError
 from steelyard.serve.idempotency import sealed_name
@@ -45,10 +45,13 @@ def _seal_again(connection: Connection, secrets: Secrets) -> int:
         wrapped = _renewed(secrets, row.wrapped, row.project_id)
         connection.execute(update(keys).where(keys.c.project_id == row.project_id).values(wrapped=wrapped))
     for row in connection.execute(select(answers).where(answers.c.answer.is_not(None))).all():
-        answer = _renewed(secrets, row.answer, sealed_name(row.owner, row.key))
-        connection.execute(
-            update(answers).where(answers.c.owner == row.owner, answers.c.key == row.key).values(answer=answer)
-        )
+        mine = (answers.c.owner == row.owner, answers.c.key == row.key)
+        try:
+            answer = _renewed(secrets, row.answer, sealed_name(row.owner, row.key))
+        except DamagedError:  # it is of use for a day at most
+            connection.execute(delete(answers).where(*mine))
+            continue
+        connection.execute(update(answers).where(*mine).values(answer=answer))
     return len(rows)
 
 

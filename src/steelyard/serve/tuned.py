@@ -32,6 +32,8 @@ from steelyard.store.database import Database
 MOST_SLUG = 18
 ENGINE_BYTES = 1_500_000_000
 """Of an engine process beside the weights: keys and values, and what computes."""
+START_SECONDS = 120.0
+"""How long a whole model's engine may take until it is ready."""
 DRAIN_SECONDS = 30.0
 """How long requests of a model that is deleted may go on."""
 
@@ -176,7 +178,11 @@ class TunedModels:
         made = await asyncio.to_thread(whole_model, row["id"], engine, row["project_id"], row["base"])
         await engine.start()
         try:
-            await engine.wait_ready()
+            async with asyncio.timeout(START_SECONDS):
+                await engine.wait_ready()
+        except TimeoutError:
+            await asyncio.shield(engine.stop())
+            raise EngineUnavailableError(f"the engine of '{row['id']}' does not start: see the server's log") from None
         except BaseException:
             await asyncio.shield(engine.stop())
             raise
@@ -196,6 +202,7 @@ class TunedModels:
 
     async def serve_all(self) -> None:
         """Serve whatever is listed and not served: at the start, and what other servers have made."""
+        before = list(self.served.items())  # what is served from now on is none of those that are gone
         rows = await self.database.read(lambda connection: connection.execute(select(tables.models)).mappings().all())
         for row in rows:
             base = self.served.get(row["base"])
@@ -204,12 +211,12 @@ class TunedModels:
             try:
                 await self.serve(dict(row))
                 self._complaints.pop(row["id"], None)
-            except SteelyardError as error:
+            except (SteelyardError, OSError) as error:
                 if self._complaints.get(row["id"]) != str(error):
                     log.error("the model '%s' cannot be served: %s", row["id"], error)
                 self._complaints[row["id"]] = str(error)
         listed = {row["id"] for row in rows}
-        for name, model in list(self.served.items()):
+        for name, model in before:
             if model.project is not None and name not in listed:
                 await self._forget(name, model)
 
@@ -242,12 +249,12 @@ class TunedModels:
     async def _forget(self, name: str, model: ServedModel) -> None:
         async with self._one_by_one:
             self.served.pop(name, None)
-            with contextlib.suppress(SteelyardError):
-                if model.adapter is not None:
+            if model.adapter is not None:
+                with contextlib.suppress(SteelyardError):
                     await model.engine.drop_adapter(name)
-                else:
-                    await model.engine.drained(DRAIN_SECONDS)
-                    await model.engine.stop()
+        if model.adapter is None:
+            await model.engine.drained(DRAIN_SECONDS)
+            await model.engine.stop()
         template = model.template
         if template is not None and all(other.template is not template for other in self.served.values()):
             await asyncio.to_thread(template.close)

@@ -16,7 +16,7 @@ from steelyard.runs import Run, clear
 from steelyard.stages import classifier, language_model, preference
 from steelyard.stages.prepared import Prepared
 from steelyard.train import choice
-from steelyard.train.config import TrainConfig, check
+from steelyard.train.config import DataConfig, TrainConfig, check
 from steelyard.train.report import training_report
 from steelyard.train.trainer import Lineage, Progress, Trainer
 
@@ -73,7 +73,8 @@ def train(
         clear(output)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    run = Run(output, msgspec.to_builtins(prepared.config))
+    defaults = msgspec.to_builtins(TrainConfig(output="", data=DataConfig(train="")))
+    run = Run(output, msgspec.to_builtins(prepared.config), defaults)
     try:
         task = prepared.build(run)
         config = _decided(prepared, task.parameters, task.rows, run)

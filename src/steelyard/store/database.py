@@ -213,7 +213,8 @@ class Database:
 
     def _mend(self, error: Exception) -> None:
         """A connection that was lost is opened again, with the lock that says we live."""
-        if not (isinstance(error, DBAPIError) and error.connection_invalidated) or self.is_sqlite:
+        lost = self._writing.closed or (isinstance(error, DBAPIError) and error.connection_invalidated)
+        if not lost or self.is_sqlite:
             return
         with contextlib.suppress(SQLAlchemyError):
             self._writing.close()

@@ -168,6 +168,7 @@ batches = Table(
     Column("moments", JSON, nullable=False),  # when it reached each status
     Column("created_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
+    Column("holder", BigInteger),  # the server that works on it
     Index("batches_by_project", "project_id", "created_at"),
     Index("batches_by_status", "status", "created_at"),
 )

@@ -337,8 +337,8 @@ class Trainer:
         state.restore(self.optimizer, tensors.items())
         torch.set_rng_state(tensors["random"])
         self.loader.restore(info["loader"])
-        self.scale, self._usual, self._high = float(info["scale"]), info["usual"], int(info["high"])
-        self._worse = int(info["worse"])
+        self.scale, self._usual, self._high = float(info.get("scale", 1)), info.get("usual"), int(info.get("high", 0))
+        self._worse = int(info.get("worse", 0))
         self.step, self.best = int(info["step"]), math.inf if info["best"] is None else float(info["best"])
         self._publish()
 

@@ -60,6 +60,7 @@ def new_row(project: str, key_id: str, endpoint: str, input_file: str, metadata:
         "moments": {},
         "created_at": now,
         "expires_at": now + WINDOW_SECONDS,
+        "holder": None,
     }
 
 
@@ -102,6 +103,14 @@ def open_batches(connection: Connection) -> list[Row]:
     for row in rows.mappings():
         found.setdefault(row["project_id"], dict(row))
     return list(found.values())
+
+
+def claim(connection: Connection, row: Row, holder: int) -> bool:
+    """Let a server have a batch that none works on, as it was read; returns whether it still was so."""
+    before = columns.holder.is_(None) if row["holder"] is None else columns.holder == row["holder"]
+    still = (columns.id == row["id"], columns.status == row["status"], before)
+    result = connection.execute(update(tables.batches).where(*still).values(holder=holder))
+    return result.rowcount == 1
 
 
 def read_lines(path: Path, endpoint: str) -> tuple[list[Line], list[Row]]:

@@ -66,6 +66,8 @@ class BatchRunner:
                     await self._begin_some()
                 except StorageError as error:
                     log.error("batches wait: %s", error)
+                except Exception:  # whatever it is: they go on
+                    log.exception("batches wait")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
         finally:
@@ -74,10 +76,21 @@ class BatchRunner:
             await asyncio.gather(*self._working.values(), return_exceptions=True)
 
     async def _begin_some(self) -> None:
-        for batch in await self.database.read(records.open_batches):
-            if batch["project_id"] not in self._working and len(self._working) < BATCHES_AT_ONCE:
+        for batch in await self.database.read(self._waiting):
+            if batch["project_id"] in self._working or len(self._working) >= BATCHES_AT_ONCE:
+                continue
+            if await self.database.write(partial(records.claim, row=batch, holder=self.database.holder)):
                 task = asyncio.create_task(self._work_on(batch), name=f"batch {batch['id']}")
                 self._working[batch["project_id"]] = task
+
+    def _waiting(self, connection: Connection) -> list[Row]:
+        """Of each project the oldest batch, unless another server works on it."""
+        held = (self.database.holder, None)
+        return [
+            batch
+            for batch in records.open_batches(connection)
+            if batch["holder"] in held or not self.database.is_held(connection, batch["holder"])
+        ]
 
     async def _work_on(self, batch: Row) -> None:
         """Bring a batch a status on. What goes wrong ends it, and no other; but where the store is away, it waits."""

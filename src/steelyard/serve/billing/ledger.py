@@ -93,8 +93,12 @@ class Ledger:
         newest = database.read_now(lambda connection: connection.execute(_NEWEST_MONTH).scalar())
         self._month: str = newest or ""
 
-    async def reserve(self, reservation: Reservation) -> None:
+    async def reserve(self, reservation: Reservation, *, kept: bool = False) -> None:
         """Hold a reservation; returns once that would survive a crash.
+
+        Args:
+            reservation: what may be spent.
+            kept: it stays when nobody waits for it any more: a job's, which goes on later.
 
         Raises:
             QuotaError: the project's limit for this month does not cover it.
@@ -104,7 +108,8 @@ class Ledger:
         try:
             await asyncio.wrap_future(answer)
         except asyncio.CancelledError:
-            answer.add_done_callback(lambda done: self._release(done, reservation.id))
+            if not kept:
+                answer.add_done_callback(lambda done: self._release(done, reservation.id))
             raise
 
     def settle(

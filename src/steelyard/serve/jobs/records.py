@@ -103,8 +103,8 @@ def apply_verb(connection: Connection, project: str, job_id: str, verb: str, now
     if status in OVER:
         changed["finished_at"] = now
     row |= changed
-    connection.execute(update(tables.jobs).where(columns.id == job_id).values(**changed))
-    say(connection, job_id, message, now)
+    if not move(connection, job_id, allowed, now, message, **changed):
+        raise ConflictError("this job has just changed its status: look again", param="status", code="invalid_status")
     return row
 
 
@@ -154,6 +154,7 @@ def say(
     data: Any = None,
 ) -> None:
     """Add an event."""
+    connection.execute(select(columns.id).where(columns.id == job_id).with_for_update())  # one after the other
     events = tables.job_events.c
     last = connection.execute(select(func.max(events.number)).where(events.job_id == job_id)).scalar() or 0
     connection.execute(

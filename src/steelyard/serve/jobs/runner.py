@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
@@ -25,13 +26,15 @@ from steelyard.errors import EngineUnavailableError, QuotaError, RequestError, S
 from steelyard.serve.billing.ledger import Ledger, Reservation
 from steelyard.serve.billing.prices import Counts, PriceList
 from steelyard.serve.jobs import process, records
-from steelyard.serve.jobs.kind import Checked, Kind
+from steelyard.serve.jobs.kind import Checked, Kind, Made
 from steelyard.store import tables
 from steelyard.store.database import Database
 
 IDLE_SECONDS = 0.5
 SERVE_SECONDS = 60
 """How long a model that was made waits for its engine, which may just be restarting."""
+LONGEST_WAIT = 60.0
+"""Seconds before something is tried again that is away for long."""
 MOST_ATTEMPTS = 5
 """Processes that may die under a job before it fails."""
 
@@ -80,6 +83,8 @@ class JobRunner:
         self._working: dict[str, asyncio.Task[None]] = {}
         self.processes: dict[str, Process] = {}
         """The runs that there are, by the job's id."""
+        self._put_off_until: dict[str, tuple[float, float]] = {}
+        """Of jobs whose files or rows are away: when they are tried again, and how long they waited for it."""
         self._let_in: dict[str, int] = {}
         """By the job's id, the bytes that its run was let in for."""
 
@@ -100,6 +105,9 @@ class JobRunner:
                             await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
                 except StorageError as error:
                     log.error("jobs wait: %s", error)
+                    await asyncio.sleep(IDLE_SECONDS)
+                except Exception:  # whatever it is: others' jobs go on
+                    log.exception("jobs wait")
                     await asyncio.sleep(IDLE_SECONDS)
         finally:
             for task in self._working.values():
@@ -156,9 +164,19 @@ class JobRunner:
     async def _check_next(self) -> bool:
         for job in await self._waiting("validating_files"):
             if await self.database.write(partial(records.claim, job=job, holder=self.database.holder)):
-                await self._check(job)
+                try:
+                    await self._check(job)
+                except StorageError as error:
+                    self._put_off(job, error)
                 return True
         return False
+
+    def _put_off(self, job: Row, error: StorageError) -> None:
+        """What it needs is away: others go first, and it is tried again later and later."""
+        last = self._put_off_until.get(job["id"], (0.0, 0.0))[1]
+        seconds = min(max(IDLE_SECONDS, 2 * last), LONGEST_WAIT)
+        self._put_off_until[job["id"]] = time.monotonic() + seconds, seconds
+        log.error("the job %s waits %.1f s: %s", job["id"], seconds, error)
 
     async def _check(self, job: Row) -> None:
         async with self._failing(job, param="training_file" if job["training_file"] else "model"):
@@ -186,7 +204,8 @@ class JobRunner:
         query = select(held.id).where(held.id == job["id"])
         if await self.database.read(lambda connection: connection.execute(query).first()) is None:
             await self.ledger.reserve(
-                Reservation(job["id"], job["project_id"], job["key_id"], job["model"], service, quote, amount)
+                Reservation(job["id"], job["project_id"], job["key_id"], job["model"], service, quote, amount),
+                kept=True,
             )
 
     async def _settle(self, job: Row, tokens: int) -> None:
@@ -235,8 +254,7 @@ class JobRunner:
             await asyncio.shield(self._release(job))
             raise
         except StorageError as error:
-            log.error("the job %s waits: %s", job["id"], error)
-            await asyncio.sleep(IDLE_SECONDS)
+            self._put_off(job, error)
         finally:
             del self._working[job["id"]], self._let_in[job["id"]]
             self.wake()
@@ -248,6 +266,8 @@ class JobRunner:
         for _ in range(MOST_ATTEMPTS):
             code, complaint = await self._run_once(job, folder, arguments)
             status = await self._status(job)
+            if status == "running" and not await self._is_ours(job):
+                return
             if code == 0 and status != "cancelled":
                 await self._publish(job, folder)
                 return
@@ -267,7 +287,7 @@ class JobRunner:
         async def wanted() -> bool:
             nonlocal told
             told = await self._tell(job, folder, told)
-            return await self._status(job) == "running"
+            return await self._is_ours(job)
 
         run = self.processes[job["id"]] = await process.start(folder, arguments, self.threads)
         try:
@@ -314,16 +334,14 @@ class JobRunner:
             for row in made.models:
                 await self._serve(row)
         except SteelyardError:
-            for row in made.models:
-                with contextlib.suppress(SteelyardError):
-                    await self._drop(job["project_id"], row["id"])
+            await self._drop_all(job, made)
             raise
         await self._settle(job, tokens)
         if made.message is not None:
             await self._say(job, made.message)
-        await self._move(
+        succeeded = await self._move(
             job,
-            ("running", "paused"),
+            ("running", "paused", "queued"),
             "The job has successfully completed",
             status="succeeded",
             result_model=made.models[0]["id"],
@@ -333,7 +351,14 @@ class JobRunner:
             estimated_finish=None,
             holder=None,
         )
+        if not succeeded:  # cancelled meanwhile
+            await self._drop_all(job, made)
         await asyncio.to_thread(shutil.rmtree, folder, True)
+
+    async def _drop_all(self, job: Row, made: Made) -> None:
+        for row in made.models:
+            with contextlib.suppress(SteelyardError):
+                await self._drop(job["project_id"], row["id"])
 
     async def _serve(self, row: Row) -> None:
         for attempt in range(SERVE_SECONDS):
@@ -351,7 +376,8 @@ class JobRunner:
             return
         folder = self.folder / job["id"]
         progress = await asyncio.to_thread(self.kinds[job["kind"]].progress, job, folder, ended=True)
-        await self._settle(job, progress.tokens)
+        row = await self.database.read(lambda connection: records.get(connection, job["project_id"], job["id"]))
+        await self._settle(job, max(progress.tokens, row["trained_tokens"]))  # it may have run elsewhere
         await asyncio.to_thread(shutil.rmtree, folder, True)
 
     async def _fail(self, job: Row, error: SteelyardError, param: str | None = None) -> None:
@@ -359,7 +385,7 @@ class JobRunner:
         told = {"code": code, "message": str(error)[:2000], "param": param}
         await self._move(
             job,
-            ("validating_files", "queued", "running"),
+            ("validating_files", "queued", "running", "paused"),
             f"The job failed: {told['message']}",
             status="failed",
             error=told,
@@ -376,14 +402,16 @@ class JobRunner:
         await self._move(job, ("running",), "Its server stops; it waits", status="queued", holder=None)
 
     async def _sweep(self) -> None:
-        """Settle and forget jobs that were cancelled while nobody worked on them."""
+        """Settle and forget jobs that are over, while nobody works on them."""
 
         def cancelled(connection: Connection) -> list[Row]:
             jobs, held = tables.jobs, tables.reservations
             rows = connection.execute(
-                select(jobs).join(held, held.c.id == jobs.c.id).where(jobs.c.status == "cancelled")
+                select(jobs)
+                .join(held, held.c.id == jobs.c.id)
+                .where(jobs.c.status.in_(("cancelled", "failed")), jobs.c.kind.in_(self.kinds))
             )
-            return [dict(row) for row in rows.mappings()]
+            return [dict(row) for row in rows.mappings() if not self._is_held(connection, row["holder"])]
 
         for job in await self.database.read(cancelled):
             if job["id"] not in self._working:
@@ -396,10 +424,22 @@ class JobRunner:
 
         def ours(connection: Connection) -> list[Row]:
             found = records.waiting(connection, status)
-            return [job for job in found if not self._is_held(connection, job["holder"])]
+            now, none = time.monotonic(), (0.0, 0.0)
+            return [
+                job
+                for job in found
+                if job["kind"] in self.kinds
+                and self._put_off_until.get(job["id"], none)[0] <= now
+                and not self._is_held(connection, job["holder"])
+            ]
 
         found = await self.database.read(ours)
         return await asyncio.to_thread(lambda: [job for job in found if self._knows(job["project_id"], job["model"])])
+
+    async def _is_ours(self, job: Row) -> bool:
+        """Whether it is to go on, and here: a process whose lock was lost may have been followed by another."""
+        row = await self.database.read(lambda connection: records.get(connection, job["project_id"], job["id"]))
+        return bool(row["status"] == "running" and row["holder"] == self.database.holder)
 
     async def _status(self, job: Row) -> str:
         row = await self.database.read(lambda connection: records.get(connection, job["project_id"], job["id"]))
