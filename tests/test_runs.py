@@ -185,5 +185,5 @@ def test_keys_that_an_earlier_version_did_not_know_had_their_defaults(tmp_path: 
     Run(tmp_path, {"newer": 3, "inner": {"a": 1, "b": 2}}, defaults).close()
     with pytest.raises(ConfigError, match="another 'newer'"):
         Run(tmp_path, {"newer": 4, "inner": {"a": 1, "b": 2}}, defaults)
-    with pytest.raises(ConfigError, match="another 'inner.b'"):
+    with pytest.raises(ConfigError, match=r"another 'inner\.b'"):
         Run(tmp_path, {"newer": 3, "inner": {"a": 1, "b": 5}}, defaults)
