@@ -132,6 +132,9 @@ def test_features_alone(encoder: Path, tmp_path: Path) -> None:
         ({"network": NetworkConfig(hidden=0)}, "network.hidden"),
         ({"network": NetworkConfig(dropout=1.0)}, "network.dropout"),
         ({"task": "generation"}, "leave .network. out"),
+        ({"method": "full"}, "method means nothing to task classification"),
+        ({"dtype": "float32"}, "dtype means nothing"),
+        ({"beta": 0.2}, "beta means nothing"),
     ],
 )
 def test_a_configuration_that_cannot_be_run(tmp_path: Path, fields: dict[str, Any], complaint: str) -> None:
@@ -152,3 +155,23 @@ def test_a_label_that_the_classifier_does_not_know(tmp_path: Path) -> None:
     other.write_text("".join(json.dumps({"text": "x", "label": label}) + "\n" for label in ("cat", "bird")))
     with pytest.raises(DataError, match=r"other\.jsonl:2: .*'bird'; this classifier knows cat, dog"):
         evaluate(Path(str(done.path)), other, FormatConfig())
+
+
+@pytest.mark.parametrize(("too_long", "rows"), [("error", 0), ("truncate", 160), ("drop", 159)])
+def test_rows_that_are_too_long(tmp_path: Path, too_long: str, rows: int) -> None:
+    config = configuration(tmp_path, epochs=1)
+    path = Path(config.data.train)
+    lines = path.read_text().splitlines()
+    lines[3] = json.dumps({"text": "meow " * 300, "label": "cat"})
+    path.write_text("\n".join(lines) + "\n")
+    data = msgspec.structs.replace(config.data, too_long=too_long, max_length=64, holdout=0, validation=None)
+    config = msgspec.structs.replace(config, data=data)
+    if too_long == "error":
+        with pytest.raises(DataError, match=r"rows\.jsonl:4: \d+ tokens, at most 64 fit"):
+            train(config)
+        return
+    begun: list[Any] = []
+    train(config, begun=lambda trainer, counts: begun.append(trainer.task.rows))
+    assert begun == [rows]
+    with pytest.raises(ConfigError, match="too_long 'never' is not known"):
+        train(msgspec.structs.replace(config, data=msgspec.structs.replace(data, too_long="never")))

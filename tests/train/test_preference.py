@@ -94,11 +94,12 @@ def write_pairs(path: Path, count: int, first: int = 0) -> Path:
 
 def configuration(folder: Path, model: Path, **fields: Any) -> TrainConfig:
     rows = write_pairs(folder / "pairs.jsonl", 16)
+    data = fields.pop("data", DataConfig(train=str(rows), holdout=4))
     return TrainConfig(
         task="preference",
         model=str(model),
         output=str(folder / "run"),
-        data=DataConfig(train=str(rows), holdout=4),
+        data=data,
         lora=LoraConfig(rank=4),
         optimizer=OptimizerConfig(learning_rate=5e-3),
         **{"batch_size": 4, "epochs": 4, "dtype": "float32", **fields},
@@ -167,7 +168,11 @@ def test_neutral_fields_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "complaint"),
-    [({"method": "full"}, "leave method at lora"), ({"beta": 0.0}, "beta must be above 0")],
+    [
+        ({"method": "full"}, "leave method at lora"),
+        ({"beta": 0.0}, "beta must be above 0"),
+        ({"data": DataConfig(train="x", too_long="drop")}, "data.too_long means"),
+    ],
 )
 def test_what_cannot_be_run(tiny_model: Path, tmp_path: Path, fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):

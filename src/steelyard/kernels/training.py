@@ -19,13 +19,13 @@ from steelyard.kernels import library
 LANES = 16
 """What widths, and lengths of rows, are to be multiples of."""
 BLOCK = 128
-"""Queries that attention's backward pass takes together."""
+"""Queries that attention takes together."""
 PARTS = 16
 """Into which rows are cut where they are summed up, whatever the number of threads."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """X / rms(x) * weight over the last dimension (Zhang and Sennrich 2019)."""
+    """RMS normalisation, x / rms(x) * weight, over the last dimension (Zhang and Sennrich 2019)."""
     if _is_native(x, x.shape[-1]) and weight.dtype == x.dtype:
         normed: torch.Tensor = _RmsNorm.apply(x.contiguous(), weight, epsilon)  # type: ignore[no-untyped-call]
         return normed
@@ -96,7 +96,7 @@ def cross_entropy_twin_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 
 
 def accumulate_(total: torch.Tensor, x: torch.Tensor) -> None:
-    """Total += x, where `total` is float32; both contiguous."""
+    """Add `x` to `total`, which is float32; both contiguous."""
     if _is_native(x, LANES) and x.is_contiguous() and total.is_contiguous():
         _library().accumulate(total, x)
     else:

@@ -46,10 +46,13 @@ class TextClassifier:
     origin: Path
     """Where its tokenizer's files are."""
 
+    def all_tokens(self, text: str) -> list[int]:
+        """All of a text, however long; at least one token."""
+        return self.tokenizer.encode_plain(text, add_special_tokens=True) or [0]
+
     def tokens(self, text: str) -> list[int]:
-        """What the network reads of a text: no more than its context, and at least one token."""
-        found = self.tokenizer.encode_plain(text, add_special_tokens=True)
-        return found[: self.network.context] or [0]
+        """What the network reads of a text: no more than its context."""
+        return self.all_tokens(text)[: self.network.context]
 
 
 def architecture(folder: Path) -> str:

@@ -11,7 +11,8 @@ from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.data import tokenizer_training
 from steelyard.data.rows import Conversation
-from steelyard.errors import DataError
+from steelyard.data.tokenize import TOO_LONG
+from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.models import classifiers
 from steelyard.models.classifiers import TextClassifier
@@ -20,7 +21,7 @@ from steelyard.runs import Run
 from steelyard.stages.prepared import Prepared, conversations
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.classification import LabelledText, TextClassification
-from steelyard.train.config import NetworkConfig, TrainConfig
+from steelyard.train.config import DataConfig, NetworkConfig, TrainConfig
 
 METRICS: dict[str, Callable[[torch.Tensor], float]] = {
     "validation_accuracy": classification.accuracy,
@@ -32,6 +33,8 @@ def prepare(config: TrainConfig) -> Prepared:
     """Read a run's rows. Raises as `stages.train.train` does."""
     config, learnt, held = conversations(config)
     labels = config.data.labels
+    if config.data.too_long not in TOO_LONG:
+        raise ConfigError(f"data.too_long '{config.data.too_long}' is not known; known: {', '.join(TOO_LONG)}")
     if not labels:
         raise DataError("a classifier learns from labelled rows: texts, each with its label", file=config.data.train)
     base = None if config.model is None else resolve(config.model)
@@ -44,7 +47,7 @@ def prepare(config: TrainConfig) -> Prepared:
             assert config.network is not None, "checked before"
             texts = [_text(chat) for chat in learnt]
             classifier = _fresh(config.network, labels, texts, run.folder / "tokenizer", config.seed)
-        rows, validation = (_rows(classifier, chats, config.data.max_length) for chats in (learnt, held))
+        rows, validation = (_rows(classifier, chats, config.data) for chats in (learnt, held))
         return TextClassification(classifier, rows, validation, METRICS)
 
     counts = {"rows": len(learnt), "validation_rows": len(held), "labels": len(labels)}
@@ -71,9 +74,19 @@ def _fresh(
     return TextClassifier(made, tokenizer, tuple(labels), folder)
 
 
-def _rows(classifier: TextClassifier, chats: Sequence[Conversation], longest: int) -> list[LabelledText]:
+def _rows(classifier: TextClassifier, chats: Sequence[Conversation], data: DataConfig) -> list[LabelledText]:
+    """Rows of tokens, as `data.max_length` and `data.too_long` have them; none is longer than the network takes."""
     numbers = {label: number for number, label in enumerate(classifier.labels)}
-    return [LabelledText(classifier.tokens(_text(chat))[:longest], numbers[str(chat.label)]) for chat in chats]
+    most = min(data.max_length, classifier.network.context or data.max_length)
+    rows = []
+    for chat in chats:
+        tokens = classifier.all_tokens(_text(chat))
+        if len(tokens) > most and data.too_long == "error":
+            reason = f"{len(tokens)} tokens, at most {most} fit: shorten it, or set data.too_long"
+            raise DataError(reason, file=chat.file, line=chat.line)
+        if len(tokens) <= most or data.too_long == "truncate":
+            rows.append(LabelledText(tokens[:most], numbers[str(chat.label)]))
+    return rows
 
 
 def _text(chat: Conversation) -> str:

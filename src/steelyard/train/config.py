@@ -102,6 +102,7 @@ def check(config: TrainConfig) -> None:
     schedules.check(config.schedule)
     if config.task != "classification" and (config.network is not None or config.model is None):
         raise ConfigError(f"task {config.task} learns on a model: name it as 'model', and leave [network] out")
+    _check_task(config)
     if config.task == "preference" and config.method != "lora":
         raise ConfigError("task preference learns an adapter, against the base without it: leave method at lora")
     if not 0 < config.beta < math.inf:
@@ -144,3 +145,25 @@ def _check_network(network: NetworkConfig) -> None:
             raise ConfigError(f"network.{key} must be 1 to {most}, not {getattr(network, key)}")
     if not 0 <= network.dropout < 1:
         raise ConfigError(f"network.dropout must be at least 0 and below 1, not {network.dropout}")
+
+
+def _check_task(config: TrainConfig) -> None:
+    """Refuse what the task does nothing with, where it is not left as it is by default."""
+    plain = TrainConfig(output="", data=DataConfig(train=""))
+    for path in FOREIGN[config.task]:
+        asked, usual = config, plain
+        for name in path.split("."):
+            asked, usual = getattr(asked, name), getattr(usual, name)
+        if asked != usual:
+            raise ConfigError(f"{path} means nothing to task {config.task}: leave it out")
+
+
+FOREIGN: dict[str, tuple[str, ...]] = {
+    "generation": ("beta",),
+    "classification": ("beta", "method", "dtype", "lora", "data.template", "data.system"),
+    "preference": tuple(
+        f"data.{name}"
+        for name in ("format", "columns", "text", "label", "labels", "template", "system", "too_long", "deduplicate")
+    ),
+}
+"""Settings that a task does nothing with."""

@@ -194,6 +194,7 @@ class JobRunner:
                 job, ("validating_files",), checked.message, status="queued", holder=None, **values
             ):
                 await self._settle(job, 0)  # cancelled meanwhile
+        self._put_off_until.pop(job["id"], None)
 
     async def _reserve(self, job: Row, checked: Checked) -> None:
         """Hold what it may cost; a check that was cut off has held it before."""
@@ -250,6 +251,7 @@ class JobRunner:
         try:
             async with self._failing(job):
                 await self._run(job)
+            self._put_off_until.pop(job["id"], None)
         except asyncio.CancelledError:
             await asyncio.shield(self._release(job))
             raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-class Descent(torch.optim.Optimizer):
+class Descent(torch.optim.Optimizer, ABC):
     """An optimizer that changes each parameter by itself; what it does to one is `update`."""
 
     @torch.no_grad()
@@ -24,6 +25,7 @@ class Descent(torch.optim.Optimizer):
                     self.update(theta, theta.grad, group, self.state[theta])
         return loss
 
+    @abstractmethod
     def update(self, theta: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         """Change a parameter in place.
 
@@ -33,7 +35,6 @@ class Descent(torch.optim.Optimizer):
             group: the settings; `lr` is the learning rate.
             state: what is remembered of this parameter, tensors by name; empty at first.
         """
-        raise NotImplementedError
 
 
 class GradientDescent(Descent):
