@@ -8,6 +8,7 @@ none is computed twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,24 @@ def cross_entropy(hidden_states: torch.Tensor, head: torch.Tensor, targets: torc
     return total
 
 
+def token_losses(hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p(target) of each token in nats, `[N]` float32; see `cross_entropy`. The head is frozen."""
+    assert not head.requires_grad, "its gradient is not made here"
+    losses: torch.Tensor = _TokenLosses.apply(hidden_states, head, targets)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def _chunks(
+    hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Chunk by chunk: which tokens, their losses, and the gradients of their logits."""
+    for begin in range(0, len(targets), CHUNK):
+        rows = slice(begin, begin + CHUNK)
+        logits = hidden_states[rows] @ head.T
+        losses = cross_entropy_(logits, targets[rows])
+        yield rows, losses, logits
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -36,14 +55,12 @@ class _CrossEntropy(torch.autograd.Function):
         total = hidden_states.new_zeros((), dtype=torch.float32)
         dstates = torch.empty_like(hidden_states) if needs_states else None
         dhead = torch.zeros(head.shape, dtype=torch.float32) if needs_head else None
-        for begin in range(0, len(targets), CHUNK):
-            states = hidden_states[begin : begin + CHUNK]
-            logits = states @ head.T
-            total += cross_entropy_(logits, targets[begin : begin + CHUNK]).sum()
+        for rows, losses, dlogits in _chunks(hidden_states, head, targets):
+            total += losses.sum()
             if dstates is not None:
-                torch.mm(logits, head, out=dstates[begin : begin + CHUNK])
+                torch.mm(dlogits, head, out=dstates[rows])
             if dhead is not None:
-                accumulate_(dhead, logits.T @ states)
+                accumulate_(dhead, dlogits.T @ hidden_states[rows])
         ctx.save_for_backward(dstates, None if dhead is None else dhead.to(head.dtype))
         return total
 
@@ -54,25 +71,17 @@ class _CrossEntropy(torch.autograd.Function):
         return found[0], found[1], None
 
 
-def token_losses(hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p(target) of each token in nats, `[N]` float32; see `cross_entropy`. The head is frozen."""
-    assert not head.requires_grad, "its gradient is not made here"
-    losses: torch.Tensor = _TokenLosses.apply(hidden_states, head, targets)  # type: ignore[no-untyped-call]
-    return losses
-
-
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        losses = torch.empty(len(targets), dtype=torch.float32)
+        found = torch.empty(len(targets), dtype=torch.float32)
         dstates = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
-        for begin in range(0, len(targets), CHUNK):
-            logits = hidden_states[begin : begin + CHUNK] @ head.T
-            losses[begin : begin + CHUNK] = cross_entropy_(logits, targets[begin : begin + CHUNK])
+        for rows, losses, dlogits in _chunks(hidden_states, head, targets):
+            found[rows] = losses
             if dstates is not None:
-                torch.mm(logits, head, out=dstates[begin : begin + CHUNK])
+                torch.mm(dlogits, head, out=dstates[rows])
         ctx.save_for_backward(dstates)
-        return losses
+        return found
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:

@@ -31,7 +31,9 @@ CHECKPOINT_STEPS = 10
 KEPT_CHECKPOINTS = 3
 MICRO_BATCH_TOKENS = 4096
 """Most tokens of a forward pass."""
-PROCESS_BYTES = 400_000_000
+LOGIT_ROWS = 1024
+"""Logits of so many tokens are there at a time."""
+PROCESS_BYTES = 550_000_000
 """Of a run without model and data."""
 
 Row = dict[str, Any]
@@ -115,8 +117,8 @@ def _pairs(path: Path) -> Sequence[Conversation]:
 def memory(base: Path, rows: Rows) -> int:
     """Bytes that a run takes, by estimate: weights, and for each token of a forward pass what backward needs of it.
 
-    A block keeps some ten vectors of the width and three of the feed-forward part in bfloat16; the logits are there
-    in bfloat16 and twice in float32. Within a third of what runs took that were measured, and above it.
+    A block keeps some twelve vectors of the width and three of the feed-forward part in bfloat16; of logits a chunk is
+    there at a time. Somewhat above what runs took that were measured.
     """
     config = manifest.read_json(base / "config.json")
     width, inner, layers, vocabulary = (
@@ -124,7 +126,8 @@ def memory(base: Path, rows: Rows) -> int:
     )
     weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     together = max(rows.longest, min(MICRO_BATCH_TOKENS, rows.longest * rows.resolved.batch_size))
-    return PROCESS_BYTES + weights + together * (2 * layers * (10 * width + 3 * inner) + 10 * vocabulary)
+    logits = 2 * min(together, LOGIT_ROWS) * vocabulary
+    return PROCESS_BYTES + weights + logits + together * 2 * layers * (12 * width + 3 * inner)
 
 
 def size(config: Row, name: str) -> int:
