@@ -25,6 +25,20 @@ def make_checkpoint(tiny_tokenizer_folder: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
+def make_model(make_checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
+    """Makes a checkpoint that the real engine runs and the real trainer learns on."""
+    pytest.importorskip("torch")
+    from families import make
+
+    def model(name: str) -> Path:
+        folder = make_checkpoint(name)
+        make(folder, "smollm", vocab_size=512)
+        return folder
+
+    return model
+
+
+@pytest.fixture(scope="session")
 def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         folder = tmp_path_factory.mktemp("adapters") / name

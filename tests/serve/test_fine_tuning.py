@@ -35,19 +35,6 @@ def rows(count: int, first: int = 0) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def make_model(make_checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
-    pytest.importorskip("torch")
-    from families import make
-
-    def model(name: str) -> Path:
-        folder = make_checkpoint(name)
-        make(folder, "smollm", vocab_size=512)
-        return folder
-
-    return model
-
-
-@pytest.fixture(scope="module")
 def service(make_model: Callable[[str], Path]) -> Iterator[Service]:
     with serving(make_model("tiny"), command=worker_command, seconds=60, secrets=SECRETS) as service:
         with service.admin_http() as http:

@@ -20,20 +20,15 @@ from test_fine_tuning import job_when, rows, settlement, upload
 from steelyard import memory
 from steelyard.errors import StorageError
 from steelyard.serve.engine_client import worker_command
-from steelyard.serve.jobs import records
+from steelyard.serve.jobs import process, records
 from steelyard.store import tables
 from steelyard.store.database import sqlite_url
 from steelyard.store.secrets import open_secrets
 
 
 @pytest.fixture(scope="module")
-def checkpoint(make_checkpoint: Callable[[str], Path]) -> Path:
-    pytest.importorskip("torch")
-    from families import make
-
-    folder = make_checkpoint("tiny")
-    make(folder, "smollm", vocab_size=512)
-    return folder
+def checkpoint(make_model: Callable[[str], Path]) -> Path:
+    return make_model("tiny")
 
 
 @pytest.fixture
@@ -262,3 +257,15 @@ def _last(service: Service, reference: str) -> Any:
     with service.admin_http() as http:
         entries = http.get("/v1/organization/ledger", params={"reference": reference}).json()["data"]
     return entries[0] if entries[0]["kind"] == "settle" else None
+
+
+def test_what_a_run_does_not_explain_is_logged_without_its_texts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "process.log").write_text(
+        'Traceback (most recent call last):\n  File "x.py", line 3, in y\n    z("a secret")\nValueError: a secret\n'
+    )
+    assert "not yours" in str(process._complaint(b"", tmp_path))
+    assert "ValueError" in caplog.text
+    assert 'File "x.py", line 3, in y' in caplog.text
+    assert "secret" not in caplog.text

@@ -27,8 +27,8 @@ GRACE_SECONDS = 30
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "STEELYARD_CACHE", "STEELYARD_KERNELS", "LD_LIBRARY_PATH")
 INTERRUPTED = 130
-LOG_TAIL = 4000
-"""Characters of what a run printed that go to the server's log, if it ends without a word."""
+PLACES = 20
+"""Lines of a run's traceback that go to the server's log, if it ends without a word."""
 
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # found before the fork
 log = logging.getLogger("steelyard.jobs")
@@ -69,7 +69,7 @@ async def attend(
             if not await wanted() and ending is None:
                 ending = asyncio.create_task(end(process))
     except BaseException:
-        await asyncio.shield(end(process))
+        await asyncio.shield(ending or asyncio.create_task(end(process)))  # told once: a second signal kills
         raise
     code = await ended
     return code, _complaint(await output, folder) if code > 0 and code != INTERRUPTED else None
@@ -104,6 +104,8 @@ def _complaint(output: bytes, folder: Path) -> SteelyardError:
     with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
         return SteelyardError(str(json.loads(output.splitlines()[-1])["error"]["message"]))
     with contextlib.suppress(OSError):
-        printed = (folder / "process.log").read_text(errors="replace")
-        log.error("the run of %s ended with an error of ours:\n%s", folder.name, printed[-LOG_TAIL:])
+        printed = (folder / "process.log").read_text(errors="replace").splitlines()
+        places = [line for line in printed if line.startswith("  File ")][-PLACES:]
+        kind = printed[-1].partition(":")[0] if printed else "nothing"
+        log.error("the run of %s ended with %s:\n%s", folder.name, kind, "\n".join(places))  # no text of a row's
     return SteelyardError("an error that is not yours: the server's log has it under the job's id")
