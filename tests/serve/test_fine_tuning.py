@@ -306,9 +306,12 @@ def test_a_job_on_preferences(service: Service, client: openai.OpenAI) -> None:
     ]
     assert metrics[0]["full_valid_loss"] < metrics[-1]["train_loss"], "newest first: it has learnt"
     assert settlement(service, job.id)["training_tokens"] == done.trained_tokens > 0
+    plain: Any = {"method": {"type": "dpo"}, "hyperparameters": {"n_epochs": 1}}  # where they stood before methods
+    other = client.fine_tuning.jobs.create(model="tiny", training_file=upload(client, pairs(8)), **plain)
+    assert job_when(service, other.id, "succeeded").method.dpo.hyperparameters.beta == 0.1
     for content, asked in ((pairs(8), {}), (rows(8), {"method": {"type": "dpo"}})):
-        other: Any = {"model": "tiny", "training_file": upload(client, content), **asked}
-        wrong = client.fine_tuning.jobs.create(**other).id
+        swapped: Any = {"model": "tiny", "training_file": upload(client, content), **asked}
+        wrong = client.fine_tuning.jobs.create(**swapped).id
         failed = eventually(lambda wrong=wrong: _failed(client, wrong), 20)
         assert failed.error.param == "training_file"
     with pytest.raises(openai.BadRequestError, match=r"bad\.jsonl:2: field 'preferred_output'"):

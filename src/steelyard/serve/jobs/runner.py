@@ -294,10 +294,10 @@ class JobRunner:
         run = self.processes[job["id"]] = await process.start(folder, arguments, self.threads)
         try:
             ended = await process.attend(run, folder, wanted)
+            await self._tell(job, folder, told, ended=True)
+            return ended
         finally:
             del self.processes[job["id"]]
-        await self._tell(job, folder, told, ended=True)
-        return ended
 
     async def _tell(self, job: Row, folder: Path, told: int, *, ended: bool = False) -> int:
         """Events for the steps that were done since; returns the last step that was told."""

@@ -60,14 +60,14 @@ class Rows(msgspec.Struct, frozen=True):
     resolved: Resolved
 
 
-def resolve(hyperparameters: Row, rows: int) -> Resolved:
+def resolve(hyperparameters: Row, rows: int, method: str) -> Resolved:
     """Numbers for what is `auto`."""
     asked = {name: value for name, value in hyperparameters.items() if value not in (None, "auto")}
     return Resolved(
         n_epochs=asked.get("n_epochs", EPOCHS),
         batch_size=asked.get("batch_size", max(1, min(BATCH_SIZE, rows // 8))),
         learning_rate_multiplier=float(asked.get("learning_rate_multiplier", 1.0)),
-        beta=float(asked.get("beta", BETA)) if "beta" in hyperparameters else None,
+        beta=float(asked.get("beta", BETA)) if method == "dpo" else None,
     )
 
 
@@ -102,7 +102,7 @@ def check_files(
             template.close()
     counts, answers = token_counts(rows), 2 if method == "dpo" else 1
     count, longest = len(rows) // answers, answers * counts["longest_row"]
-    return Rows(count, counts["tokens"], longest, resolve(hyperparameters, count))
+    return Rows(count, counts["tokens"], longest, resolve(hyperparameters, count, method))
 
 
 def _chats(path: Path) -> Sequence[Conversation]:
