@@ -106,8 +106,9 @@ def transfer(folder: Path, seeds: list[int], quick: bool) -> Found:
             model=MINILM,
             output=str(folder / f"newsgroups-{seed}" / "run"),
             data=DataConfig(train=str(learnt), holdout=500, max_length=128 if quick else 256, too_long="truncate"),
-            epochs=1 if quick else 4,
+            epochs=1 if quick else 3,
             batch_size=32,
+            micro_batch_tokens=8192,
             seed=seed,
             optimizer=OptimizerConfig(name="adamw", learning_rate=1e-4, weight_decay=0.01, layer_decay=0.9),
         ), held

@@ -133,7 +133,6 @@ def test_features_alone(encoder: Path, tmp_path: Path) -> None:
         ({"network": NetworkConfig(dropout=1.0)}, "network.dropout"),
         ({"task": "generation"}, "leave .network. out"),
         ({"method": "full"}, "method means nothing to task classification"),
-        ({"dtype": "float32"}, "dtype means nothing"),
         ({"beta": 0.2}, "beta means nothing"),
     ],
 )

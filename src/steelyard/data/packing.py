@@ -60,3 +60,16 @@ def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             groups.append([row])
             room.append(max(0, capacity - lengths[row]))
     return groups
+
+
+def stacks(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Places of rows of like length, grouped so that no group exceeds `capacity` when all are padded to its longest
+    (a longer row stands alone).
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):  # a group's first is its longest
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= capacity:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups

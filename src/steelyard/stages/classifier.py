@@ -18,7 +18,7 @@ from steelyard.models import classifiers
 from steelyard.models.classifiers import TextClassifier
 from steelyard.models.recurrent import RecurrentClassifier, RecurrentConfig
 from steelyard.runs import Run
-from steelyard.stages.prepared import Prepared, conversations
+from steelyard.stages.prepared import DTYPES, Prepared, conversations
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.classification import LabelledText, TextClassification
 from steelyard.train.config import DataConfig, NetworkConfig, TrainConfig
@@ -48,7 +48,7 @@ def prepare(config: TrainConfig) -> Prepared:
             texts = [_text(chat) for chat in learnt]
             classifier = _fresh(config.network, labels, texts, run.folder / "tokenizer", config.seed)
         rows, validation = (_rows(classifier, chats, config.data) for chats in (learnt, held))
-        return TextClassification(classifier, rows, validation, METRICS)
+        return TextClassification(classifier, rows, validation, METRICS, DTYPES[config.dtype])
 
     counts = {"rows": len(learnt), "validation_rows": len(held), "labels": len(labels)}
     return Prepared(config, counts, None if base is None else manifest.read(base).id, build)

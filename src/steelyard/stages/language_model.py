@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.data.rows import Conversation, TokenRow, token_counts
@@ -15,14 +13,12 @@ from steelyard.models import weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.runs import Run
-from steelyard.stages.prepared import Prepared, conversations
+from steelyard.stages.prepared import DTYPES, Prepared, conversations
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora
 from steelyard.train.config import TrainConfig
 from steelyard.train.language_model import Evaluator, LanguageModelling
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def prepare(config: TrainConfig) -> Prepared:

@@ -15,8 +15,8 @@ from steelyard.data.tokenize import tokenize
 from steelyard.errors import ConfigError, DataError
 from steelyard.models import weights
 from steelyard.runs import Run
-from steelyard.stages.language_model import DTYPES, check_dense
-from steelyard.stages.prepared import Prepared
+from steelyard.stages.language_model import check_dense
+from steelyard.stages.prepared import DTYPES, Prepared
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora

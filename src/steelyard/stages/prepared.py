@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import torch
 
 from steelyard.data import chat
 from steelyard.data.rows import Conversation
@@ -15,6 +16,8 @@ from steelyard.evaluate import classification
 from steelyard.runs import Run
 from steelyard.train.config import TrainConfig
 from steelyard.train.task import Task
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Prepared(msgspec.Struct, frozen=True):

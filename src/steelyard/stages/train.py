@@ -67,6 +67,8 @@ def train(
         TrainingError: the run cannot go on.
     """
     check(config)
+    if config.dtype == "auto":
+        config = msgspec.structs.replace(config, dtype="bfloat16" if config.network is None else "float32")
     prepared = TASKS[config.task](config)
     output = Path(config.output)
     if fresh:

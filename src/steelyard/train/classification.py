@@ -31,6 +31,7 @@ class TextClassification:
         rows: what to learn from.
         held: what to validate on; empty: nothing is measured.
         metrics: of the counts `[C, C]` of truth and prediction.
+        dtype: of weights and activations.
 
     Raises:
         TrainingError: there is no row.
@@ -42,11 +43,14 @@ class TextClassification:
         rows: Sequence[LabelledText],
         held: Sequence[LabelledText],
         metrics: Mapping[str, Metric],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if not rows:
             raise TrainingError("no row is left to learn from")
         self.classifier, self._rows, self._held, self._metrics = classifier, rows, held, metrics
+        self.padded = True
         self.rows = len(rows)
+        classifier.network.to(dtype)
         self.parameters: dict[str, torch.Tensor] = dict(classifier.network.named_parameters())
 
     def size(self, row: int) -> int:

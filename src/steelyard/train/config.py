@@ -64,8 +64,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """lora: learn an adapter of a frozen base. full: change all weights."""
     seed: int = 0
     """Decides the order of rows, the adapter's start and dropout."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and activations; the optimizer keeps float32 masters."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of weights and activations; the optimizer keeps float32 masters. auto: bfloat16 on a base, float32 from nothing."""
     epochs: int = 3
     """Passes over the data."""
     batch_size: int = 8
@@ -160,7 +160,7 @@ def _check_task(config: TrainConfig) -> None:
 
 FOREIGN: dict[str, tuple[str, ...]] = {
     "generation": ("beta",),
-    "classification": ("beta", "method", "dtype", "lora", "data.template", "data.system"),
+    "classification": ("beta", "method", "lora", "data.template", "data.system"),
     "preference": tuple(
         f"data.{name}"
         for name in ("format", "columns", "text", "label", "labels", "template", "system", "too_long", "deduplicate")

@@ -14,6 +14,8 @@ class Task(Protocol):
 
     rows: int
     """How many there are to learn from."""
+    padded: bool
+    """Whether the rows of a forward pass are padded to the longest; otherwise they lie side by side."""
     parameters: dict[str, torch.Tensor]
     """What is trained, in the dtype that the forward pass uses."""
 

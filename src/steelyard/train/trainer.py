@@ -19,7 +19,7 @@ import torch
 from steelyard.atomic import sweep
 from steelyard.checkpoint import manifest
 from steelyard.data.loader import Loader
-from steelyard.data.packing import bins
+from steelyard.data.packing import bins, stacks
 from steelyard.errors import TrainingError
 from steelyard.kernels.training import accumulate_
 from steelyard.runs import Run
@@ -142,7 +142,8 @@ class Trainer:
         changes nothing but rounding.
         """
         targets, total = self.task.targets(batch), 0.0
-        for group in bins([self.task.size(row) for row in batch], self.config.micro_batch_tokens):
+        grouped = stacks if self.task.padded else bins
+        for group in grouped([self.task.size(row) for row in batch], self.config.micro_batch_tokens):
             loss = self.task.loss([batch[place] for place in group]) / targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
