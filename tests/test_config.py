@@ -32,8 +32,15 @@ keep_checkpoints = 2
 patience = 3
 ema = 0.9
 threads = 2
+label_smoothing = 0.1
+
+[augment]
+flip = true
+shift = 2
+erase = 4
 
 [network]
+kind = "lstm"
 vocabulary = 500
 lowercase = false
 embedding = 8
@@ -52,6 +59,8 @@ format = "labelled"
 columns = ["label", "text"]
 text = "body"
 label = "class"
+image = "picture"
+bad_files = 2
 labels = ["ham", "spam"]
 template = "{labels}: {text}"
 system = "be brief"
@@ -120,7 +129,9 @@ def test_every_key_of_a_training_run_round_trips(tmp_path: Path) -> None:
         ),
         ({"data": {"trian": "x"}}, r"unknown key 'data.trian'; did you mean 'data.train'\?"),
         ({"optimizer": {"groups": [{"match": "a"}, {"mach": "b"}]}}, r"'optimizer.groups\[1\].mach'; did you mean"),
-        ({"network": {"hiden": 1}}, r"unknown key 'network.hiden'; did you mean 'network.hidden'\?"),
+        ({"network": {"hidden": 1}}, r"network.kind must be one of lstm, convnet, vit"),
+        ({"network": {"kind": "lstn"}}, r"network.kind must be one of lstm"),
+        ({"network": {"kind": "lstm", "hiden": 1}}, r"unknown key 'network.hiden'; did you mean 'network.hidden'\?"),
         ({"lora": {"zzz": 1}}, r"unknown key 'lora.zzz'; known here: rank, alpha, dropout, targets"),
         ({"epochs": "three"}, r"Expected `int`, got `str` at `epochs`"),
         ({"lora": {"targets": ["q_proj", 1]}}, r"at `lora.targets\[1\]`"),

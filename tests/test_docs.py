@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ from steelyard.app import ENDPOINTS
 from steelyard.checkpoint.sources import SOURCES
 from steelyard.cli import build
 from steelyard.train.config import TrainConfig
+from steelyard.train.networks import Network
 from steelyard.train.optimizers import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +30,16 @@ def settings(kind: type[msgspec.Struct], prefix: str = "") -> list[str]:
     return keys
 
 
-@pytest.mark.parametrize("key", settings(TrainConfig))
+NETWORKS = [
+    f"network.{name}"
+    for network in typing.get_args(Network)
+    for name in (*network.__struct_fields__, str(network.__struct_config__.tag))
+]
+
+
+@pytest.mark.parametrize("key", [*settings(TrainConfig), *NETWORKS])
 def test_every_setting_is_documented(key: str) -> None:
-    assert f"`{key}`" in REFERENCE
+    assert f"`{key}`" in REFERENCE or f"`{key.removeprefix('network.')}`" in REFERENCE.partition("## Networks")[2]
 
 
 @pytest.mark.parametrize("verb", get_command(build()).commands)  # type: ignore[attr-defined]

@@ -87,11 +87,32 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
     table[keys[-1]] = parsed
 
 
-def _struct(kind: Any) -> type[msgspec.Struct] | None:
-    """The struct in a field's type, if there is exactly one: `S`, or `S | None`."""
+def _structs(kind: Any) -> list[type[msgspec.Struct]]:
+    """The structs in a field's type: `S`, `S | None`, or several that a tag tells apart."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    structs = [option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct)]
+    return [option for option in options if isinstance(option, type) and issubclass(option, msgspec.Struct)]
+
+
+def _struct(kind: Any) -> type[msgspec.Struct] | None:
+    """The struct in a field's type, if there is exactly one."""
+    structs = _structs(kind)
     return structs[0] if len(structs) == 1 else None
+
+
+def _tagged(kind: Any, value: Any, path: str, source: str) -> type[msgspec.Struct] | None:
+    """Which of the structs in a field's type a value is.
+
+    Raises:
+        ConfigError: its tag is missing or not known.
+    """
+    structs = _structs(kind)
+    if len(structs) < 2 or not isinstance(value, dict):
+        return structs[0] if len(structs) == 1 else None
+    tags = {str(struct.__struct_config__.tag): struct for struct in structs}
+    field = str(structs[0].__struct_config__.tag_field)
+    if str(value.get(field)) not in tags:
+        raise ConfigError(f"{source}: {path}.{field} must be one of {', '.join(tags)}")
+    return tags[str(value[field])]
 
 
 def _listed(kind: Any) -> type[msgspec.Struct] | None:
@@ -103,6 +124,8 @@ def _check_keys(raw: Any, kind: type[msgspec.Struct], where: str, source: str) -
     if not isinstance(raw, dict):
         return  # the conversion says what it should be
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    if kind.__struct_config__.tag_field is not None:
+        fields[kind.__struct_config__.tag_field] = str
     for key, value in raw.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
@@ -110,7 +133,7 @@ def _check_keys(raw: Any, kind: type[msgspec.Struct], where: str, source: str) -
             right = inside or near
             hint = f"did you mean '{where}{right[0]}'?" if right else f"known here: {', '.join(fields)}"
             raise ConfigError(f"{source}: unknown key '{where}{key}'; {hint}")
-        nested = _struct(fields[key])
+        nested = _tagged(fields[key], value, f"{where}{key}", source)
         if nested is not None:
             _check_keys(value, nested, f"{where}{key}.", source)
         listed = _listed(fields[key])

@@ -74,7 +74,7 @@ def test_a_classifier_is_saved_and_opened(reference: tuple[BertModel, Path], tmp
     assert again.labels == ("ham", "späm")
     rows = [[1, 2, 3], [4], list(range(30))]
     torch.testing.assert_close(classifiers.log_probabilities(again, rows), classifiers.log_probabilities(made, rows))
-    assert len(again.tokens("word " * 500)) == 40, "no more than its context"
+    assert len(again.text.tokens("word " * 500)) == 40, "no more than its context"
 
 
 def broken(folder: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:

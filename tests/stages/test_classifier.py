@@ -19,7 +19,8 @@ from steelyard.models import classifiers, weights
 from steelyard.stages.evaluate import Classification, evaluate
 from steelyard.stages.predict import predict
 from steelyard.stages.train import train
-from steelyard.train.config import DataConfig, NetworkConfig, TrainConfig
+from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.networks import LstmNetwork
 from steelyard.train.optimizers import OptimizerConfig
 
 WORDS = {"cat": ["meow", "purr", "whiskers", "tail", "milk"], "dog": ["woof", "bark", "leash", "bone", "tail"]}
@@ -47,7 +48,7 @@ def configuration(folder: Path, **fields: Any) -> TrainConfig:
         **fields,
     }
     if "model" not in settings:
-        settings.setdefault("network", NetworkConfig(vocabulary=400, embedding=16, hidden=16, dense=8))
+        settings.setdefault("network", LstmNetwork(vocabulary=400, embedding=16, hidden=16, dense=8))
     return TrainConfig(**settings)
 
 
@@ -118,7 +119,7 @@ def test_features_alone(encoder: Path, tmp_path: Path) -> None:
     from steelyard.train.optimizers.groups import GroupConfig
 
     optimizer = OptimizerConfig(learning_rate=1e-2, groups=(GroupConfig(match="^encoder", scale=0.0),))
-    done = train(configuration(tmp_path, model=str(encoder), optimizer=optimizer, epochs=2))
+    done = train(configuration(tmp_path, model=str(encoder), optimizer=optimizer, epochs=2, dtype="float32"))
     opened, before = classifiers.load(Path(str(done.path))), classifiers.load_encoder(encoder)
     kept = opened.network.encoder.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(kept[name], tensor) for name, tensor in before.state_dict().items())
@@ -128,9 +129,9 @@ def test_features_alone(encoder: Path, tmp_path: Path) -> None:
     ("fields", "complaint"),
     [
         ({"network": None}, "name one of them"),
-        ({"model": "somewhere", "network": NetworkConfig()}, "name one of them"),
-        ({"network": NetworkConfig(hidden=0)}, "network.hidden"),
-        ({"network": NetworkConfig(dropout=1.0)}, "network.dropout"),
+        ({"model": "somewhere", "network": LstmNetwork()}, "name one of them"),
+        ({"network": LstmNetwork(hidden=0)}, "network.hidden"),
+        ({"network": LstmNetwork(dropout=1.0)}, "network.dropout"),
         ({"task": "generation"}, "leave .network. out"),
         ({"method": "full"}, "method means nothing to task classification"),
         ({"beta": 0.2}, "beta means nothing"),

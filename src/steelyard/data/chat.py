@@ -30,6 +30,8 @@ class FormatConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Labelled and text rows: the field that holds the text."""
     label: str = "label"
     """Labelled rows: the field that holds the label."""
+    image: str = "image"
+    """Lists of images: the field that holds a path, relative to the list."""
     labels: tuple[str, ...] = ()
     """Labelled rows: all labels; empty takes those of the file, sorted."""
     template: str = DEFAULT_TEMPLATE

@@ -1,6 +1,6 @@
-"""Text classifiers: tokens in, a logit for each class out; from scratch, from a trained encoder, from a checkpoint.
+"""Classifiers of texts and images: an example in, a logit for each class out; saved, opened, asked.
 
-config.json: "architectures": ["SteelyardRecurrentClassifier"], the network's sizes, "id2label"
+config.json: "architectures": ["SteelyardConvNet"], the network's sizes, "id2label"
 """
 
 # B rows  L longest row  C classes
@@ -20,39 +20,53 @@ from torch import nn
 
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
-from steelyard.models import weights
+from steelyard.models import images, weights
+from steelyard.models.convnet import ConvNet, ConvNetConfig
 from steelyard.models.encoder import Encoder, EncoderClassifier, EncoderConfig
+from steelyard.models.inputs import ImageInputs, Inputs, TextInputs
 from steelyard.models.recurrent import RecurrentClassifier, RecurrentConfig
+from steelyard.models.vision import VisionConfig, VisionTransformer
 from steelyard.text.tokenizer import Tokenizer
 
 ROWS, TOKENS = 64, 8192
 """Most rows and tokens of a forward pass that measures."""
-RECURRENT, ENCODER = "SteelyardRecurrentClassifier", "SteelyardEncoderClassifier"
 ENCODERS = ("BertModel", "BertForMaskedLM")
 """Trained encoders that a classifier is made from."""
 
 
-Network = RecurrentClassifier | EncoderClassifier
-"""Token ids `[B, L]`, padded on the right, and lengths `[B]` -> logits `[B, C]`."""
+Network = RecurrentClassifier | EncoderClassifier | ConvNet | VisionTransformer
+"""Arguments as its inputs make them -> logits `[B, C]`."""
+ARCHITECTURES: dict[str, type[Network]] = {
+    "SteelyardRecurrentClassifier": RecurrentClassifier,
+    "SteelyardEncoderClassifier": EncoderClassifier,
+    "SteelyardConvNet": ConvNet,
+    "SteelyardVisionTransformer": VisionTransformer,
+}
 
 
 @dataclass(frozen=True)
-class TextClassifier:
-    """A network with its tokenizer and what its classes are called."""
+class Classifier:
+    """A network, what it reads, and what its classes are called."""
 
     network: Network
-    tokenizer: Tokenizer
+    inputs: Inputs
     labels: tuple[str, ...]
-    origin: Path
-    """Where its tokenizer's files are."""
+    origin: Path | None = None
+    """Where the files are that go with the weights, such as a tokenizer's."""
 
-    def all_tokens(self, text: str) -> list[int]:
-        """All of a text, however long; at least one token."""
-        return self.tokenizer.encode_plain(text, add_special_tokens=True) or [0]
+    @property
+    def text(self) -> TextInputs:
+        """What a classifier of texts reads. Raises CheckpointError: it reads something else."""
+        if not isinstance(self.inputs, TextInputs):
+            raise CheckpointError("this classifier reads no texts: give it what it was trained on")
+        return self.inputs
 
-    def tokens(self, text: str) -> list[int]:
-        """What the network reads of a text: no more than its context."""
-        return self.all_tokens(text)[: self.network.context]
+    @property
+    def image(self) -> ImageInputs:
+        """What a classifier of images reads. Raises CheckpointError: it reads something else."""
+        if not isinstance(self.inputs, ImageInputs):
+            raise CheckpointError("this classifier reads no images: give it what it was trained on")
+        return self.inputs
 
 
 def architecture(folder: Path) -> str:
@@ -63,26 +77,52 @@ def architecture(folder: Path) -> str:
 
 def is_classifier(folder: Path) -> bool:
     """Whether a checkpoint is one of ours."""
-    return manifest.kind_of(folder) == "model" and architecture(folder) in (RECURRENT, ENCODER)
+    return manifest.kind_of(folder) == "model" and architecture(folder) in ARCHITECTURES
 
 
-def load(folder: Path) -> TextClassifier:
+def reads_images(folder: Path) -> bool:
+    """Whether a checkpoint is a classifier of images."""
+    return is_classifier(folder) and ARCHITECTURES[architecture(folder)] in (ConvNet, VisionTransformer)
+
+
+def load(folder: Path) -> Classifier:
     """Open a classifier for evaluation.
 
     Raises:
         CheckpointError: it is none, or its weights do not fit its config.json.
     """
     raw = manifest.read_json(folder / "config.json")
-    labels = _labels(raw, folder)
     kind = architecture(folder)
-    if kind == ENCODER:
-        network: Network = EncoderClassifier(EncoderConfig.parse(raw, len(labels)))
-    elif kind == RECURRENT:
-        network = RecurrentClassifier(_recurrent(raw, len(labels), folder))
-    else:
+    if kind not in ARCHITECTURES:
         raise CheckpointError(f"'{folder}' is no classifier: its architecture is '{kind}'")
+    labels = _labels(raw, folder)
+    network = _network(ARCHITECTURES[kind], raw, len(labels), folder)
     _fill(network, weights.read_tensors(folder), folder)
-    return TextClassifier(network.eval().requires_grad_(False), Tokenizer.load(folder), labels, folder)
+    return Classifier(network.eval().requires_grad_(False), inputs_of(network, folder), labels, folder)
+
+
+def inputs_of(network: Network, folder: Path) -> Inputs:
+    """What a network reads; texts by the tokenizer in `folder`. Raises CheckpointError: there is none."""
+    if isinstance(network, ConvNet | VisionTransformer):
+        return ImageInputs(network.config.num_channels, network.config.image_size)
+    return TextInputs(Tokenizer.load(folder), network.context)
+
+
+def _network(kind: type[Network], raw: dict[str, Any], classes: int, folder: Path) -> Network:
+    if kind is ConvNet:
+        return ConvNet(_convnet(raw, classes))
+    if kind is VisionTransformer:
+        return VisionTransformer(VisionConfig.parse(raw, classes))
+    if kind is EncoderClassifier:
+        return EncoderClassifier(EncoderConfig.parse(raw, classes))
+    return RecurrentClassifier(_recurrent(raw, classes, folder))
+
+
+def _convnet(raw: dict[str, Any], classes: int) -> ConvNetConfig:
+    config = images.parse(raw, classes, ConvNetConfig)
+    if not config.widths or not 1 <= min(config.widths) <= max(config.widths) <= 4096 or not 1 <= config.blocks <= 64:
+        raise CheckpointError("config.json: widths must be 1 to 4096 and blocks 1 to 64")
+    return config
 
 
 def load_encoder(folder: Path) -> Encoder:
@@ -103,56 +143,72 @@ def load_encoder(folder: Path) -> Encoder:
     return encoder.eval().requires_grad_(False)
 
 
-def on_encoder(folder: Path, labels: Sequence[str], generator: torch.Generator) -> TextClassifier:
+def on_encoder(folder: Path, labels: Sequence[str], generator: torch.Generator) -> Classifier:
     """A classifier on a trained encoder, its last layer new. Raises as `load_encoder` does."""
     encoder = load_encoder(folder)
     network = EncoderClassifier(msgspec.structs.replace(encoder.config, classes=len(labels)))
     network.encoder = encoder.requires_grad_(True)
+    _begin(network.classifier, generator)
+    return Classifier(network, inputs_of(network, folder), tuple(labels), folder)
+
+
+def on_trained(folder: Path, labels: Sequence[str], generator: torch.Generator) -> Classifier:
+    """A classifier on what was trained before: an encoder, or another classifier. Raises as they do."""
+    return (swap_head if is_classifier(folder) else on_encoder)(folder, labels, generator)
+
+
+def swap_head(folder: Path, labels: Sequence[str], generator: torch.Generator) -> Classifier:
+    """A trained classifier with other classes: its last layer new unless the labels are its own. Raises as `load`."""
+    opened = load(folder)
+    network = opened.network.requires_grad_(True)
+    if opened.labels == tuple(labels):
+        return opened
+    config: Any = msgspec.structs.replace(network.config, classes=len(labels))
+    network.config = config
+    network.classifier = nn.Linear(network.classifier.in_features, len(labels))
+    _begin(network.classifier, generator)
+    return Classifier(network, opened.inputs, tuple(labels), folder)
+
+
+def _begin(layer: nn.Linear, generator: torch.Generator) -> None:
     with torch.no_grad():
-        network.classifier.weight.normal_(0, 0.02, generator=generator)
-        network.classifier.bias.zero_()
-    return TextClassifier(network, Tokenizer.load(folder), tuple(labels), folder)
+        layer.weight.normal_(0, 0.02, generator=generator)
+        layer.bias.zero_()
 
 
-def save(classifier: TextClassifier, folder: Path) -> None:
+def save(classifier: Classifier, folder: Path) -> None:
     """Write a classifier's files into `folder`."""
     network = classifier.network
     config: Any = network.config
     values = {name: value for name, value in msgspec.to_builtins(config).items() if name != "classes"}
-    kind = RECURRENT if isinstance(network, RecurrentClassifier) else ENCODER
+    kind = next(name for name, known in ARCHITECTURES.items() if known is type(network))
     names = {str(number): label for number, label in enumerate(classifier.labels)}
     text = json.dumps({"architectures": [kind], **values, "id2label": names}, indent=2, ensure_ascii=False)
     tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
     save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "pt"})
-    weights.copy_companions(classifier.origin, folder)
+    if classifier.origin is not None:
+        weights.copy_companions(classifier.origin, folder)
     (folder / "config.json").write_text(text + "\n")
-
-
-def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of token ids -> `[B, L]` int64, padded with 0 on the right, and lengths `[B]`."""
-    lengths = torch.tensor([len(row) for row in rows])
-    token_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        token_ids[number, : len(row)] = torch.tensor(row)
-    return token_ids, lengths
 
 
 @torch.inference_mode()
 def log_probabilities(
-    classifier: TextClassifier, rows: Sequence[Sequence[int]], report: Callable[[int], None] = lambda done: None
+    classifier: Classifier, examples: Sequence[Any], report: Callable[[int], None] = lambda done: None
 ) -> torch.Tensor:
-    """Of every class for every row of tokens, `[R, C]` float32, in nats; rows of like length run together.
+    """Of every class for every example, `[R, C]` float32, in nats; examples of like size run together.
 
     Raises:
         CheckpointError: a figure that is not a number: the weights are broken.
     """
-    scores = torch.empty(len(rows), len(classifier.labels))
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    scores = torch.empty(len(examples), len(classifier.labels))
+    one_size = isinstance(classifier.inputs, ImageInputs)  # then none needs to be read for it
+    sizes = [classifier.inputs.size(None if one_size else examples[row]) for row in range(len(examples))]
+    order = sorted(range(len(examples)), key=sizes.__getitem__)
     done = 0
     while done < len(order):
-        count = max(1, min(ROWS, TOKENS // len(rows[order[min(done + ROWS, len(order)) - 1]])))
+        count = max(1, min(ROWS, TOKENS // sizes[order[min(done + ROWS, len(order)) - 1]]))
         chosen = order[done : done + count]
-        logits = classifier.network(*padded([rows[row] for row in chosen]))
+        logits = classifier.network(*classifier.inputs.batch([examples[row] for row in chosen]))
         scores[torch.tensor(chosen)] = logits.float().log_softmax(-1)
         done += count
         report(min(done, len(order)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,20 +13,16 @@ from steelyard.data import tokenizer_training
 from steelyard.data.rows import Conversation
 from steelyard.data.tokenize import TOO_LONG
 from steelyard.errors import ConfigError, DataError
-from steelyard.evaluate import classification
 from steelyard.models import classifiers
-from steelyard.models.classifiers import TextClassifier
+from steelyard.models.classifiers import Classifier
+from steelyard.models.inputs import TextInputs
 from steelyard.models.recurrent import RecurrentClassifier, RecurrentConfig
 from steelyard.runs import Run
-from steelyard.stages.prepared import DTYPES, Prepared, conversations
+from steelyard.stages.prepared import DTYPES, METRICS, Prepared, conversations, file_digests
 from steelyard.text.tokenizer import Tokenizer
-from steelyard.train.classification import LabelledText, TextClassification
-from steelyard.train.config import DataConfig, NetworkConfig, TrainConfig
-
-METRICS: dict[str, Callable[[torch.Tensor], float]] = {
-    "validation_accuracy": classification.accuracy,
-    "validation_mcc": classification.matthews,
-}
+from steelyard.train.classification import Classification, Labelled
+from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.networks import LstmNetwork
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -39,24 +35,31 @@ def prepare(config: TrainConfig) -> Prepared:
         raise DataError("a classifier learns from labelled rows: texts, each with its label", file=config.data.train)
     base = None if config.model is None else resolve(config.model)
 
-    def build(run: Run) -> TextClassification:
+    def build(run: Run) -> Classification:
         generator = torch.Generator().manual_seed(config.seed)
         if base is not None:
-            classifier = classifiers.on_encoder(base, labels, generator)
+            classifier = classifiers.on_trained(base, labels, generator)
+            classifier.text  # noqa: B018  it reads texts, or says that it does not
         else:
-            assert config.network is not None, "checked before"
+            assert isinstance(config.network, LstmNetwork), "the other networks read no texts"
             texts = [_text(chat) for chat in learnt]
             classifier = _fresh(config.network, labels, texts, run.folder / "tokenizer", config.seed)
         rows, validation = (_rows(classifier, chats, config.data) for chats in (learnt, held))
-        return TextClassification(classifier, rows, validation, METRICS, DTYPES[config.dtype])
+        return Classification(
+            classifier,
+            rows,
+            validation,
+            METRICS,
+            dtype=DTYPES[config.dtype],
+            smoothing=config.label_smoothing,
+        )
 
     counts = {"rows": len(learnt), "validation_rows": len(held), "labels": len(labels)}
-    return Prepared(config, counts, None if base is None else manifest.read(base).id, build)
+    parent = None if base is None else manifest.read(base).id
+    return Prepared(config=config, counts=counts, parent=parent, build=build, digests=file_digests(config))
 
 
-def _fresh(
-    network: NetworkConfig, labels: Sequence[str], texts: Sequence[str], folder: Path, seed: int
-) -> TextClassifier:
+def _fresh(network: LstmNetwork, labels: Sequence[str], texts: Sequence[str], folder: Path, seed: int) -> Classifier:
     folder.mkdir(exist_ok=True)
     tokenizer_training.train(texts, network.vocabulary, folder / "tokenizer.json", lowercase=network.lowercase)
     tokenizer = Tokenizer.load(folder)
@@ -71,22 +74,24 @@ def _fresh(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = RecurrentClassifier(config)
-    return TextClassifier(made, tokenizer, tuple(labels), folder)
+    return Classifier(made, TextInputs(tokenizer, None), tuple(labels), folder)
 
 
-def _rows(classifier: TextClassifier, chats: Sequence[Conversation], data: DataConfig) -> list[LabelledText]:
+def _rows(classifier: Classifier, chats: Sequence[Conversation], data: DataConfig) -> Labelled:
     """Rows of tokens, as `data.max_length` and `data.too_long` have them; none is longer than the network takes."""
     numbers = {label: number for number, label in enumerate(classifier.labels)}
-    most = min(data.max_length, classifier.network.context or data.max_length)
-    rows = []
+    inputs = classifier.text
+    most = min(data.max_length, inputs.context or data.max_length)
+    made = Labelled([], [])
     for chat in chats:
-        tokens = classifier.all_tokens(_text(chat))
+        tokens = inputs.all_tokens(_text(chat))
         if len(tokens) > most and data.too_long == "error":
             reason = f"{len(tokens)} tokens, at most {most} fit: shorten it, or set data.too_long"
             raise DataError(reason, file=chat.file, line=chat.line)
         if len(tokens) <= most or data.too_long == "truncate":
-            rows.append(LabelledText(tokens[:most], numbers[str(chat.label)]))
-    return rows
+            made.examples.append(tokens[:most])
+            made.labels.append(numbers[str(chat.label)])
+    return made
 
 
 def _text(chat: Conversation) -> str:

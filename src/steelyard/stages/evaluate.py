@@ -10,14 +10,15 @@ from pathlib import Path
 import msgspec
 import torch
 
-from steelyard.data import chat
+from steelyard.data import chat, images
 from steelyard.data.chat import FormatConfig
+from steelyard.data.images import ImageRow, ImageTensors
 from steelyard.data.rows import Conversation
 from steelyard.data.tokenize import tokenize
 from steelyard.errors import CheckpointError, DataError
 from steelyard.evaluate import classification, likelihood
 from steelyard.models import classifiers
-from steelyard.models.classifiers import TextClassifier
+from steelyard.models.classifiers import Classifier
 from steelyard.models.opening import Opened, open_checkpoint
 from steelyard.report import Report
 
@@ -36,7 +37,7 @@ class Classification(msgspec.Struct, frozen=True, kw_only=True):
     """Rows are the truth, columns the prediction."""
     seconds: float
     tokens_per_second: float
-    """Of the prompts read."""
+    """Of the prompts read; of images, blocks of 64 pixels."""
 
 
 class Likelihood(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +74,8 @@ def evaluate(
         DataError: a row; file, line and field are named.
         CheckpointError: the checkpoint is missing or does not fit.
     """
+    if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
+        return see_apart(classifiers.load(checkpoint), images.listed(data, format_)[:limit], report)
     rows = chat.read(data, format_)
     # The labels of all rows, as in the prompts, whatever the limit leaves.
     labels = format_.labels or classification.labels_of(rows) if rows[0].label is not None else ()
@@ -105,7 +108,7 @@ def classify(
 
 
 def tell_apart(
-    classifier: TextClassifier,
+    classifier: Classifier,
     rows: Sequence[Conversation],
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Classification, torch.Tensor]:
@@ -121,14 +124,36 @@ def tell_apart(
             known = ", ".join(classifier.labels)
             reason = "has no label" if row.label is None else f"has the label '{row.label}'"
             raise DataError(f"{reason}; this classifier knows {known}", file=row.file, line=row.line)
-    tokens = [classifier.tokens(str(row.text)) for row in rows]
+    tokens = [classifier.text.tokens(str(row.text)) for row in rows]
     scores = classifiers.log_probabilities(classifier, tokens, lambda done: report(done, len(rows)))
     seconds = time.perf_counter() - started
     return _summary(rows, classifier.labels, scores, sum(map(len, tokens)), seconds), scores
 
 
+def see_apart(
+    classifier: Classifier, rows: Sequence[ImageRow], report: Callable[[int, int], None] = lambda done, of: None
+) -> Classification:
+    """Label images by a classifier.
+
+    Raises:
+        DataError: an image that cannot be read, or with a label that the classifier does not know.
+        CheckpointError: broken weights, or a classifier of something else.
+    """
+    started = time.perf_counter()
+    for row in rows:
+        if row.label not in classifier.labels:
+            known = ", ".join(classifier.labels)
+            reason = "has no label" if row.label is None else f"has the label '{row.label}'"
+            raise DataError(f"{reason}; this classifier knows {known}", file=row.file, line=row.line)
+    inputs = classifier.image
+    pictures = ImageTensors(rows, inputs.channels, inputs.side)
+    scores = classifiers.log_probabilities(classifier, pictures, lambda done: report(done, len(rows)))
+    seconds = time.perf_counter() - started
+    return _summary(rows, classifier.labels, scores, len(rows) * inputs.size(None), seconds)
+
+
 def _summary(
-    rows: Sequence[Conversation], labels: Sequence[str], scores: torch.Tensor, tokens: int, seconds: float
+    rows: Sequence[Conversation | ImageRow], labels: Sequence[str], scores: torch.Tensor, tokens: int, seconds: float
 ) -> Classification:
     truth = [list(labels).index(str(row.label)) for row in rows]
     counts = classification.confusion(truth, scores.argmax(1).tolist(), len(labels))

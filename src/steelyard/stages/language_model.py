@@ -13,7 +13,7 @@ from steelyard.models import weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.runs import Run
-from steelyard.stages.prepared import DTYPES, Prepared, conversations
+from steelyard.stages.prepared import DTYPES, Prepared, conversations, file_digests
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora
@@ -40,7 +40,8 @@ def prepare(config: TrainConfig) -> Prepared:
         return LanguageModelling(decoder, adapter, rows, base.resolve(), evaluator)
 
     counts = {**token_counts(rows), "validation_rows": len(held)}
-    return Prepared(config, counts, manifest.read(base).id, build)
+    parent = manifest.read(base).id
+    return Prepared(config=config, counts=counts, parent=parent, build=build, digests=file_digests(config))
 
 
 def check_dense(decoder: Decoder) -> None:

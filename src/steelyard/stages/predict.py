@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from steelyard.atomic import file_aside
-from steelyard.data import chat
+from steelyard.data import chat, images
 from steelyard.data.chat import FormatConfig, ask, check_labels
 from steelyard.data.readers import check_file, json_rows, table_rows
 from steelyard.data.rows import Conversation, Message
@@ -20,7 +20,7 @@ from steelyard.evaluate import classification
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
 from steelyard.models import classifiers
-from steelyard.models.classifiers import TextClassifier
+from steelyard.models.classifiers import Classifier
 from steelyard.models.opening import Opened, open_checkpoint
 
 
@@ -40,7 +40,7 @@ def predict(
 
     Args:
         checkpoint: a model, or an adapter on its base.
-        data: JSONL, CSV or TSV.
+        data: JSONL, CSV or TSV; for a classifier of images, a folder of them, too.
         output: replaced whole or left alone.
         format_: how rows are read.
         max_tokens: most tokens of an answer.
@@ -52,9 +52,11 @@ def predict(
         CheckpointError: the checkpoint is missing or does not fit.
         TemplateError: the chat template fails on a row, by file and line.
     """
-    check_file(data)
-    if output.exists() and output.samefile(data):
+    if output.exists() and data.exists() and output.samefile(data):
         raise ConfigError(f"the output '{output}' is the file that is read: name another")
+    if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
+        return _write(output, *_see(classifiers.load(checkpoint), data, format_, report))
+    check_file(data)
     tabular = data.suffix.lower() in (".csv", ".tsv")
     rows = list(table_rows(data, format_.columns) if tabular else json_rows(data))
     if not rows:
@@ -76,15 +78,27 @@ def _write(output: Path, rows: list[tuple[int, dict[str, Any]]], found: Iterator
 
 
 def _classify(
-    classifier: TextClassifier,
+    classifier: Classifier,
     rows: list[tuple[int, dict[str, Any]]],
     data: Path,
     format_: FormatConfig,
     report: Callable[[int, int], None],
 ) -> Iterator[dict[str, Any]]:
-    tokens = [classifier.tokens(_text(row, line, data, format_)) for line, row in rows]
+    tokens = [classifier.text.tokens(_text(row, line, data, format_)) for line, row in rows]
     scores = classifiers.log_probabilities(classifier, tokens, lambda done: report(done, len(rows)))
     yield from _named(classifier.labels, scores)
+
+
+def _see(
+    classifier: Classifier, data: Path, format_: FormatConfig, report: Callable[[int, int], None]
+) -> tuple[list[tuple[int, dict[str, Any]]], Iterator[dict[str, Any]]]:
+    """Rows of images with what the classifier says of them."""
+    listed = images.listed(data, format_)
+    rows = images.plain_rows(data, format_)
+    inputs = classifier.image
+    pictures = images.ImageTensors(listed, inputs.channels, inputs.side)
+    scores = classifiers.log_probabilities(classifier, pictures, lambda done: report(done, len(listed)))
+    return rows, _named(classifier.labels, scores)
 
 
 def _text(row: dict[str, Any], line: int, data: Path, format_: FormatConfig) -> str:

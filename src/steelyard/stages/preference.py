@@ -12,11 +12,11 @@ from steelyard.data.preference import Preference
 from steelyard.data.rows import token_counts
 from steelyard.data.split import parted
 from steelyard.data.tokenize import tokenize
-from steelyard.errors import ConfigError, DataError
+from steelyard.errors import DataError
 from steelyard.models import weights
 from steelyard.runs import Run
 from steelyard.stages.language_model import check_dense
-from steelyard.stages.prepared import DTYPES, Prepared
+from steelyard.stages.prepared import DTYPES, Prepared, check_one_way, file_digests
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora
@@ -48,15 +48,15 @@ def prepare(config: TrainConfig) -> Prepared:
 
     both = token_counts([row for pair in learning for row in pair])
     counts = {**both, "rows": len(learning), "validation_rows": len(validation)}
-    return Prepared(config, counts, manifest.read(base).id, build)
+    parent = manifest.read(base).id
+    return Prepared(config=config, counts=counts, parent=parent, build=build, digests=file_digests(config))
 
 
 def _read(config: TrainConfig) -> tuple[list[Preference], list[Preference]]:
     rows = preference.read(Path(config.data.train))
     if config.data.validation is None:
         return parted(rows, lambda row: row.preferred.prompt_key, config.data.holdout, config.seed)
-    if config.data.holdout:
-        raise ConfigError("data.holdout and data.validation exclude each other: leave one out")
+    check_one_way(config)
     held = preference.read(Path(config.data.validation))
     learnt = {row.preferred.prompt_key: row.preferred for row in rows}
     for row in held:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 import torch
 
+from steelyard.checkpoint import manifest
 from steelyard.data import chat
 from steelyard.data.rows import Conversation
 from steelyard.data.split import remove_duplicates, split
@@ -18,9 +20,14 @@ from steelyard.train.config import TrainConfig
 from steelyard.train.task import Task
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+METRICS: dict[str, Callable[[torch.Tensor], float]] = {
+    "validation_accuracy": classification.accuracy,
+    "validation_mcc": classification.matthews,
+}
+"""Of a classifier's counts."""
 
 
-class Prepared(msgspec.Struct, frozen=True):
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """A run whose data have been read."""
 
     config: TrainConfig
@@ -31,6 +38,22 @@ class Prepared(msgspec.Struct, frozen=True):
     """Id of the base; None: it begins from nothing."""
     build: Callable[[Run], Task]
     """Opens the network. May leave what it learnt of the data, such as a tokenizer, in the run's folder."""
+    digests: dict[str, str]
+    """Of the data, by name: what the run's checkpoints say of their origin."""
+
+
+def file_digests(config: TrainConfig) -> dict[str, str]:
+    """Of the files that a run's rows stand in."""
+    files = [Path(config.data.train)] + ([Path(config.data.validation)] if config.data.validation else [])
+    return {path.name: manifest.sha256_file(path) for path in files}
+
+
+def digest_of(named: Iterable[tuple[str, str]]) -> str:
+    """One digest of many files: over their names, relative to their folder, and their digests."""
+    together = hashlib.sha256()
+    for name, digest in sorted(named):
+        together.update(f"{digest}  {name}\n".encode())
+    return together.hexdigest()
 
 
 def conversations(config: TrainConfig) -> tuple[TrainConfig, list[Conversation], list[Conversation]]:
@@ -46,8 +69,7 @@ def conversations(config: TrainConfig) -> tuple[TrainConfig, list[Conversation],
         rows = remove_duplicates(rows)
     if data.validation is None:
         return (config, *split(rows, data.holdout, config.seed))
-    if data.holdout:
-        raise ConfigError("data.holdout and data.validation exclude each other: leave one out")
+    check_one_way(config)
     held = chat.read(Path(data.validation), data)
     learnt = {row.prompt_key: row for row in rows}
     for row in held:
@@ -56,3 +78,9 @@ def conversations(config: TrainConfig) -> tuple[TrainConfig, list[Conversation],
             reason = f"the same text is in the training file, line {twin.line}: the validation would be too kind"
             raise DataError(reason, file=row.file, line=row.line)
     return config, rows, held
+
+
+def check_one_way(config: TrainConfig) -> None:
+    """Rows to validate on come from a file, or are held out. Raises ConfigError: both."""
+    if config.data.holdout and config.data.validation is not None:
+        raise ConfigError("data.holdout and data.validation exclude each other: leave one out")

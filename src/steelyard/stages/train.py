@@ -12,17 +12,31 @@ import torch
 from steelyard import memory
 from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
+from steelyard.checkpoint.sources import resolve
+from steelyard.data.augmentation import ImageAugmentation
+from steelyard.errors import ConfigError
+from steelyard.models.classifiers import reads_images
 from steelyard.runs import Run, clear
-from steelyard.stages import classifier, language_model, preference
+from steelyard.stages import classifier, image_classifier, language_model, preference
 from steelyard.stages.prepared import Prepared
 from steelyard.train import choice
 from steelyard.train.config import DataConfig, TrainConfig, check
+from steelyard.train.networks import IMAGES
 from steelyard.train.report import training_report
 from steelyard.train.trainer import Lineage, Progress, Trainer
 
+
+def _classifier(config: TrainConfig) -> Prepared:
+    """Of what the network reads, or the one that it begins from."""
+    seen = isinstance(config.network, IMAGES) or (config.model is not None and reads_images(resolve(config.model)))
+    if not seen and config.augment != ImageAugmentation():
+        raise ConfigError("augment changes images; these are texts: leave it out")
+    return image_classifier.prepare(config) if seen else classifier.prepare(config)
+
+
 TASKS: dict[str, Callable[[TrainConfig], Prepared]] = {
     "generation": language_model.prepare,
-    "classification": classifier.prepare,
+    "classification": _classifier,
     "preference": preference.prepare,
 }
 
@@ -80,7 +94,7 @@ def train(
     try:
         task = prepared.build(run)
         config = _decided(prepared, task.parameters, task.rows, run)
-        trainer = Trainer(task, config, run, Lineage(parent=prepared.parent, data=_digests(config)))
+        trainer = Trainer(task, config, run, Lineage(parent=prepared.parent, data=prepared.digests))
         run.log(f"data: {prepared.counts}")
         begun(trainer, prepared.counts)
         finished = trainer.fit(report)
@@ -120,8 +134,3 @@ def _decided(prepared: Prepared, parameters: dict[str, torch.Tensor], rows: int,
     optimizer, why = choice.choose(config.optimizer, situation)
     run.log(f"optimizer: {why}")
     return msgspec.structs.replace(config, optimizer=optimizer)
-
-
-def _digests(config: TrainConfig) -> dict[str, str]:
-    files = [Path(config.data.train)] + ([Path(config.data.validation)] if config.data.validation else [])
-    return {path.name: manifest.sha256_file(path) for path in files}

@@ -1,9 +1,10 @@
-"""The task of a classifier: which of some labels a text has."""
+"""The task of a classifier: which of some classes an example belongs to, whatever an example is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -11,51 +12,60 @@ import torch.nn.functional as F
 
 from steelyard.errors import TrainingError
 from steelyard.models import classifiers
-from steelyard.models.classifiers import TextClassifier
+from steelyard.models.classifiers import Classifier
 
 Metric = Callable[[torch.Tensor], float]
+Batch = tuple[Any, ...]
 
 
-class LabelledText(msgspec.Struct, frozen=True):
-    """A row."""
+class Labelled(msgspec.Struct, frozen=True):
+    """Examples as the classifier's inputs take them, and the number of each one's class."""
 
-    tokens: list[int]
-    label: int
+    examples: Any
+    """A list, or a tensor of them."""
+    labels: list[int]
 
 
-class TextClassification:
+class Classification:
     """See `Task`.
 
     Args:
         classifier: the network, changed in place.
-        rows: what to learn from.
+        learnt: what to learn from.
         held: what to validate on; empty: nothing is measured.
         metrics: of the counts `[C, C]` of truth and prediction.
         dtype: of weights and activations.
+        smoothing: share of every target that all classes have alike (Szegedy et al. 2016).
+        augment: what is done to a batch while it is learnt from.
 
     Raises:
         TrainingError: there is no row.
     """
 
+    padded = True
+
     def __init__(
         self,
-        classifier: TextClassifier,
-        rows: Sequence[LabelledText],
-        held: Sequence[LabelledText],
+        classifier: Classifier,
+        learnt: Labelled,
+        held: Labelled,
         metrics: Mapping[str, Metric],
+        *,
         dtype: torch.dtype = torch.float32,
+        smoothing: float = 0.0,
+        augment: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
-        if not rows:
+        if not learnt.labels:
             raise TrainingError("no row is left to learn from")
-        self.classifier, self._rows, self._held, self._metrics = classifier, rows, held, metrics
-        self.padded = True
-        self.rows = len(rows)
+        self.classifier, self._learnt, self._held, self._metrics = classifier, learnt, held, metrics
+        self._smoothing, self._augment = smoothing, augment
+        self.rows = len(learnt.labels)
         classifier.network.to(dtype)
         self.parameters: dict[str, torch.Tensor] = dict(classifier.network.named_parameters())
 
     def size(self, row: int) -> int:
-        """Tokens."""
-        return len(self._rows[row].tokens)
+        """Tokens, patches, frames."""
+        return self.classifier.inputs.size(self._learnt.examples[row])
 
     def targets(self, rows: Sequence[int]) -> int:
         """One a row."""
@@ -63,9 +73,10 @@ class TextClassification:
 
     def loss(self, rows: Sequence[int]) -> torch.Tensor:
         """-log p of the labels, in nats."""
-        chosen = [self._rows[row] for row in rows]
-        logits = self.classifier.network(*classifiers.padded([row.tokens for row in chosen]))
-        return F.cross_entropy(logits.float(), torch.tensor([row.label for row in chosen]), reduction="sum")
+        batch = self._augment(self.classifier.inputs.batch([self._learnt.examples[row] for row in rows]))
+        truth = torch.tensor([self._learnt.labels[row] for row in rows])
+        logits = self.classifier.network(*batch).float()
+        return F.cross_entropy(logits, truth, reduction="sum", label_smoothing=self._smoothing)
 
     def train(self, on: bool) -> None:
         """Dropout."""
@@ -73,10 +84,10 @@ class TextClassification:
 
     def evaluate(self) -> Mapping[str, float]:
         """The loss on the held rows, and how well they are told apart."""
-        if not self._held:
+        if not self._held.labels:
             return {}
-        scores = classifiers.log_probabilities(self.classifier, [row.tokens for row in self._held])
-        truth = torch.tensor([row.label for row in self._held])
+        scores = classifiers.log_probabilities(self.classifier, self._held.examples)
+        truth = torch.tensor(self._held.labels)
         size = len(self.classifier.labels)
         counts = (truth * size + scores.argmax(1)).bincount(minlength=size * size).view(size, size)
         loss = float(F.nll_loss(scores, truth))

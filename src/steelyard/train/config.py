@@ -7,11 +7,14 @@ from typing import Literal
 
 import msgspec
 
+from steelyard.data import augmentation
+from steelyard.data.augmentation import ImageAugmentation
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError
 from steelyard.models.lora import MAX_RANK
-from steelyard.train import choice, optimizers, schedules
+from steelyard.train import choice, networks, optimizers, schedules
 from steelyard.train.lora import LoraConfig
+from steelyard.train.networks import Network
 from steelyard.train.optimizers import OptimizerConfig
 from steelyard.train.schedules import ScheduleConfig
 
@@ -31,19 +34,8 @@ class DataConfig(FormatConfig, frozen=True, kw_only=True):
     """What a longer row is: error, truncate or drop."""
     deduplicate: bool = True
     """Remove exact duplicates before anything else."""
-
-
-class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A network that begins from nothing."""
-
-    kind: Literal["lstm"] = "lstm"
-    vocabulary: int = 2000
-    """Most tokens of its tokenizer, which is learnt from the training rows."""
-    lowercase: bool = True
-    embedding: int = 64
-    hidden: int = 64
-    dense: int = 64
-    dropout: float = 0.2
+    bad_files: int = 0
+    """How many images or recordings that cannot be read are left out, each with a line in the log; one more ends it."""
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,8 +47,10 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """preference: how strongly the base as it was holds."""
     model: str | None = None
     """The base checkpoint: a folder, or a source that `steelyard pull` takes. Of a classifier, a trained encoder."""
-    network: NetworkConfig | None = None
+    network: Network | None = None
     """Of a classifier without a base."""
+    label_smoothing: float = 0.0
+    """classification: share of every target that all classes have alike."""
     output: str
     """The run's folder."""
     data: DataConfig
@@ -65,7 +59,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     """Decides the order of rows, the adapter's start and dropout."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of weights and activations; the optimizer keeps float32 masters. auto: bfloat16 on a base, float32 from nothing."""
+    """Of weights and activations; the optimizer keeps float32 masters. auto: bfloat16 on a base, else float32."""
     epochs: int = 3
     """Passes over the data."""
     batch_size: int = 8
@@ -89,6 +83,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    augment: ImageAugmentation = ImageAugmentation()
+    """Images: how each is changed while it is learnt from."""
 
 
 def check(config: TrainConfig) -> None:
@@ -110,7 +106,10 @@ def check(config: TrainConfig) -> None:
     if config.task == "classification" and (config.network is None) == (config.model is None):
         raise ConfigError("task classification learns on a 'model' (an encoder) or from a [network]: name one of them")
     if config.network is not None:
-        _check_network(config.network)
+        networks.check(config.network)
+    augmentation.check(config.augment)
+    if not 0 <= config.label_smoothing < 1:
+        raise ConfigError(f"label_smoothing must be at least 0 and below 1, not {config.label_smoothing}")
     for key, least in (("epochs", 1), ("batch_size", 0), ("micro_batch_tokens", 1), ("checkpoint_every", 1)):
         if getattr(config, key) < least:
             raise ConfigError(f"{key} must be at least {least}, not {getattr(config, key)}")
@@ -139,14 +138,6 @@ def check(config: TrainConfig) -> None:
         )
 
 
-def _check_network(network: NetworkConfig) -> None:
-    for key, most in (("vocabulary", 1 << 18), ("embedding", 4096), ("hidden", 4096), ("dense", 4096)):
-        if not 1 <= getattr(network, key) <= most:
-            raise ConfigError(f"network.{key} must be 1 to {most}, not {getattr(network, key)}")
-    if not 0 <= network.dropout < 1:
-        raise ConfigError(f"network.dropout must be at least 0 and below 1, not {network.dropout}")
-
-
 def _check_task(config: TrainConfig) -> None:
     """Refuse what the task does nothing with, where it is not left as it is by default."""
     plain = TrainConfig(output="", data=DataConfig(train=""))
@@ -159,11 +150,13 @@ def _check_task(config: TrainConfig) -> None:
 
 
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "generation": ("beta",),
+    "generation": ("beta", "label_smoothing", "augment", "data.image", "data.bad_files"),
     "classification": ("beta", "method", "lora", "data.template", "data.system"),
-    "preference": tuple(
-        f"data.{name}"
-        for name in ("format", "columns", "text", "label", "labels", "template", "system", "too_long", "deduplicate")
+    "preference": (
+        "label_smoothing",
+        "augment",
+        *(f"data.{name}" for name in FormatConfig.__struct_fields__),
+        *("data.too_long", "data.deduplicate", "data.bad_files"),
     ),
 }
 """Settings that a task does nothing with."""

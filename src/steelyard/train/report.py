@@ -8,6 +8,7 @@ import msgspec
 
 from steelyard.report import Report
 from steelyard.train.config import TrainConfig
+from steelyard.train.networks import kind_of
 
 LABELS = {
     "validation_loss": "validation",
@@ -56,7 +57,7 @@ def _what(config: TrainConfig) -> str:
     return (
         f"{config.task} on {config.model}"
         if config.network is None
-        else f"{config.task} by a new {config.network.kind}"
+        else f"{config.task} by a new {kind_of(config.network)}"
     )
 
 

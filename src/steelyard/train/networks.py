@@ -1,0 +1,90 @@
+"""Networks that begin from nothing, as a run's `[network]` describes them. Knows no torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+from steelyard.errors import ConfigError
+
+
+class LstmNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="lstm"):
+    """Texts: Embedding, LSTM, LSTM, Dense ReLU, Dense softmax, with a tokenizer learnt from the training rows."""
+
+    vocabulary: int = 2000
+    """Most tokens of its tokenizer."""
+    lowercase: bool = True
+    embedding: int = 64
+    hidden: int = 64
+    dense: int = 64
+    dropout: float = 0.2
+
+
+class ConvNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="convnet"):
+    """Images: a residual convolutional network."""
+
+    image_size: int = 64
+    """Pixels of the square that images are fitted into."""
+    channels: int = 3
+    """1: images are read as grey. 3: in colour."""
+    widths: tuple[int, ...] = (32, 64, 128)
+    """Channels of each stage."""
+    blocks: int = 2
+    """Residual blocks of a stage."""
+    dropout: float = 0.1
+
+
+class VitNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="vit"):
+    """Images: a transformer over patches."""
+
+    image_size: int = 64
+    channels: int = 3
+    patch: int = 8
+    """Pixels of a patch's side."""
+    hidden: int = 128
+    layers: int = 6
+    heads: int = 4
+    dropout: float = 0.1
+
+
+Network = LstmNetwork | ConvNetwork | VitNetwork
+IMAGES = (ConvNetwork, VitNetwork)
+
+MOST = {
+    "vocabulary": 1 << 18,
+    "embedding": 4096,
+    "hidden": 4096,
+    "dense": 4096,
+    "image_size": 1024,
+    "patch": 256,
+    "layers": 64,
+    "heads": 64,
+    "blocks": 32,
+}
+"""The largest size that a field may have; the least is 1."""
+
+
+def kind_of(network: Network) -> str:
+    """What `network.kind` is."""
+    return str(network.__struct_config__.tag)
+
+
+def check(network: Network) -> None:
+    """Refuse sizes that cannot be.
+
+    Raises:
+        ConfigError: the key and what it should be.
+    """
+    for key, value in ((field, getattr(network, field)) for field in network.__struct_fields__):
+        if key in MOST and not 1 <= value <= MOST[key]:
+            raise ConfigError(f"network.{key} must be 1 to {MOST[key]}, not {value}")
+        if key == "dropout" and not 0 <= value < 1:
+            raise ConfigError(f"network.dropout must be at least 0 and below 1, not {value}")
+        if key == "channels" and value not in (1, 3):
+            raise ConfigError(f"network.channels must be 1 (grey) or 3 (colour), not {value}")
+        if key == "widths" and not (value and 1 <= min(value) <= max(value) <= 4096 and len(value) <= 8):
+            raise ConfigError(f"network.widths must be one to eight numbers of channels up to 4096, not {value}")
+    if isinstance(network, VitNetwork):
+        if network.image_size % network.patch:
+            raise ConfigError(f"network.patch {network.patch} must divide network.image_size {network.image_size}")
+        if network.hidden % network.heads:
+            raise ConfigError(f"network.heads {network.heads} must divide network.hidden {network.hidden}")

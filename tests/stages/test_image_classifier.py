@@ -1,0 +1,159 @@
+"""Classifiers of images by the stages that users call: folders in, predictions out."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from steelyard.data.augmentation import ImageAugmentation
+from steelyard.data.chat import FormatConfig
+from steelyard.errors import ConfigError, DataError
+from steelyard.models import weights
+from steelyard.stages.evaluate import Classification, evaluate
+from steelyard.stages.predict import predict
+from steelyard.stages.train import train
+from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.networks import ConvNetwork, VitNetwork
+from steelyard.train.optimizers import OptimizerConfig
+
+CONV = ConvNetwork(image_size=12, channels=1, widths=(8, 16), blocks=1)
+VIT = VitNetwork(image_size=12, channels=1, patch=3, hidden=32, layers=2, heads=2, dropout=0.0)
+
+
+def draw(folder: Path, count: int, seed: int, labels: tuple[str, ...] = ("lines", "spots")) -> Path:
+    """Images of flat lines and of spots, somewhere."""
+    chance = random.Random(seed)
+    for number in range(count):
+        label = labels[number % len(labels)]
+        image = Image.new("L", (16, 16), chance.randrange(60))
+        pen = ImageDraw.Draw(image)
+        x, y = chance.randrange(1, 9), chance.randrange(1, 13)
+        if label == "lines":
+            pen.line((x, y, x + 6, y), 200 + chance.randrange(50), 2)
+        else:
+            pen.ellipse((x, min(y, 9), x + 5, min(y, 9) + 5), 200 + chance.randrange(50))
+        place = folder / label / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        image.save(place)
+    return folder
+
+
+def configuration(folder: Path, **fields: Any) -> TrainConfig:
+    rows = folder / "images"
+    if not rows.is_dir():
+        draw(rows, 120, 0)
+    settings: dict[str, Any] = {
+        "task": "classification",
+        "network": CONV,
+        "output": str(folder / "run"),
+        "data": DataConfig(train=str(rows), holdout=30),
+        "epochs": 8,
+        "batch_size": 16,
+        "optimizer": OptimizerConfig(name="adamw", learning_rate=5e-3),
+        **fields,
+    }
+    return TrainConfig(**settings)
+
+
+@pytest.mark.parametrize("network", [CONV, VIT])
+def test_from_nothing_to_a_prediction(network: Any, tmp_path: Path) -> None:
+    done = train(configuration(tmp_path, network=network, epochs=20, label_smoothing=0.05))
+    assert done.path is not None
+    assert done.metrics["validation_accuracy"] > 0.9
+    held = draw(tmp_path / "held", 40, 1)
+    found = evaluate(Path(done.path), held, FormatConfig())
+    assert isinstance(found, Classification)
+    assert found.accuracy > 0.85
+    assert predict(Path(done.path), held, tmp_path / "out.jsonl", FormatConfig()) == 40
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    right = sum(row["image"].startswith(row["prediction"]) for row in rows)
+    assert right == round(found.accuracy * 40)
+
+
+def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
+    results = []
+    for cuts in ((), (5, 17)):
+        folder = tmp_path / str(len(cuts))
+        augment = ImageAugmentation(flip=True, shift=1, erase=3)
+        config = configuration(folder, checkpoint_every=3, epochs=4, augment=augment)
+        for cut in cuts:
+            begun: list[Any] = []
+            stopped = train(
+                config,
+                begun=lambda trainer, counts, begun=begun: begun.append(trainer),
+                report=lambda progress, cut=cut, begun=begun: setattr(begun[0], "stopping", progress.step >= cut),
+            )
+            assert not stopped.finished
+        results.append(train(config))
+    straight, cut_off = (weights.read_tensors(Path(str(done.path))) for done in results)
+    assert all((straight[name] == cut_off[name]).all() for name in straight)
+
+
+def test_how_a_batch_is_cut_changes_nothing(tmp_path: Path) -> None:
+    losses = []
+    for tokens in (4096, 7):
+        config = configuration(tmp_path / str(tokens), epochs=1, micro_batch_tokens=tokens)
+        done = train(config)
+        losses.append(done.metrics["validation_loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_transfer_to_other_classes(tmp_path: Path) -> None:
+    first = train(configuration(tmp_path, epochs=4))
+    second = tmp_path / "second"
+    draw(second / "images", 60, 2, ("spots", "lines"))
+    (second / "images" / "lines").rename(second / "images" / "strokes")
+    config = configuration(second, network=None, model=first.path, epochs=4, dtype="float32")
+    done = train(config)
+    assert done.metrics["validation_accuracy"] > 0.8
+    assert json.loads((Path(str(done.path)) / "steelyard.json").read_text())["parent"] == first.id
+
+
+def test_bad_files_are_left_out_and_told(tmp_path: Path) -> None:
+    draw(tmp_path / "images", 40, 0)
+    (tmp_path / "images" / "lines" / "0.png").write_text("broken")
+    data = DataConfig(train=str(tmp_path / "images"), holdout=5, bad_files=1)
+    done = train(configuration(tmp_path, data=data, epochs=1))
+    assert done.data["rows"] + done.data["validation_rows"] == 40
+    assert "left out" in (tmp_path / "run" / "log.txt").read_text()
+    with pytest.raises(DataError, match=r"0\.png' is no PNG.*data.bad_files"):
+        train(configuration(tmp_path, data=DataConfig(train=str(tmp_path / "images"), holdout=5), epochs=1), fresh=True)
+
+
+def test_the_same_image_is_not_validated_on(tmp_path: Path) -> None:
+    draw(tmp_path / "images", 20, 0)
+    draw(tmp_path / "held", 20, 0)
+    data = DataConfig(train=str(tmp_path / "images"), validation=str(tmp_path / "held"))
+    with pytest.raises(DataError, match="would be too kind"):
+        train(configuration(tmp_path, data=data))
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"augment": ImageAugmentation(shift=-1)}, "augment.shift"),
+        ({"network": ConvNetwork(channels=2)}, "network.channels"),
+        ({"network": ConvNetwork(widths=())}, "network.widths"),
+        ({"network": VitNetwork(image_size=30, patch=8)}, "must divide network.image_size"),
+        ({"network": VitNetwork(hidden=30, heads=4)}, "must divide network.hidden"),
+        ({"label_smoothing": 1.0}, "label_smoothing"),
+    ],
+)
+def test_a_wrong_setting_is_named(fields: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        train(configuration(tmp_path, **fields))
+
+
+def test_texts_are_not_augmented(tmp_path: Path) -> None:
+    from steelyard.train.networks import LstmNetwork
+
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    data = DataConfig(train=str(tmp_path / "rows.jsonl"))
+    config = configuration(tmp_path, data=data, network=LstmNetwork(), augment=ImageAugmentation(flip=True))
+    with pytest.raises(ConfigError, match="augment changes images"):
+        train(config)
