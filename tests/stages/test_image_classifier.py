@@ -104,11 +104,11 @@ def test_how_a_batch_is_cut_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_transfer_to_other_classes(tmp_path: Path) -> None:
-    first = train(configuration(tmp_path, epochs=4))
+    first = train(configuration(tmp_path, epochs=12))
     second = tmp_path / "second"
     draw(second / "images", 60, 2, ("spots", "lines"))
     (second / "images" / "lines").rename(second / "images" / "strokes")
-    config = configuration(second, network=None, model=first.path, epochs=4, dtype="float32")
+    config = configuration(second, network=None, model=first.path, epochs=8, dtype="float32")
     done = train(config)
     assert done.metrics["validation_accuracy"] > 0.8
     assert json.loads((Path(str(done.path)) / "steelyard.json").read_text())["parent"] == first.id

@@ -7,6 +7,7 @@ config.json: "architectures": ["SteelyardConvNet"], the network's sizes, "id2lab
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from steelyard.errors import CheckpointError
 from steelyard.models import images, weights
 from steelyard.models.convnet import ConvNet, ConvNetConfig
 from steelyard.models.encoder import Encoder, EncoderClassifier, EncoderConfig
-from steelyard.models.inputs import ImageInputs, Inputs, TextInputs
+from steelyard.models.inputs import ImageInputs, Inputs, TextInputs, WordInputs
 from steelyard.models.recurrent import RecurrentClassifier, RecurrentConfig
+from steelyard.models.tagger import EncoderTagger
 from steelyard.models.vision import VisionConfig, VisionTransformer
 from steelyard.text.tokenizer import Tokenizer
 
@@ -34,13 +36,14 @@ ENCODERS = ("BertModel", "BertForMaskedLM")
 """Trained encoders that a classifier is made from."""
 
 
-Network = RecurrentClassifier | EncoderClassifier | ConvNet | VisionTransformer
-"""Arguments as its inputs make them -> logits `[B, C]`."""
+Network = RecurrentClassifier | EncoderClassifier | ConvNet | VisionTransformer | EncoderTagger
+"""Arguments as its inputs make them -> logits `[B, C]`; of a tagger, for each word of the rows."""
 ARCHITECTURES: dict[str, type[Network]] = {
     "SteelyardRecurrentClassifier": RecurrentClassifier,
     "SteelyardEncoderClassifier": EncoderClassifier,
     "SteelyardConvNet": ConvNet,
     "SteelyardVisionTransformer": VisionTransformer,
+    "SteelyardEncoderTagger": EncoderTagger,
 }
 
 
@@ -59,6 +62,13 @@ class Classifier:
         """What a classifier of texts reads. Raises CheckpointError: it reads something else."""
         if not isinstance(self.inputs, TextInputs):
             raise CheckpointError("this classifier reads no texts: give it what it was trained on")
+        return self.inputs
+
+    @property
+    def words(self) -> WordInputs:
+        """What a tagger reads. Raises CheckpointError: it is none."""
+        if not isinstance(self.inputs, WordInputs):
+            raise CheckpointError("this classifier tags no words: give it what it was trained on")
         return self.inputs
 
     @property
@@ -85,6 +95,11 @@ def reads_images(folder: Path) -> bool:
     return is_classifier(folder) and ARCHITECTURES[architecture(folder)] in (ConvNet, VisionTransformer)
 
 
+def tags_words(folder: Path) -> bool:
+    """Whether a checkpoint is a tagger."""
+    return is_classifier(folder) and ARCHITECTURES[architecture(folder)] is EncoderTagger
+
+
 def load(folder: Path) -> Classifier:
     """Open a classifier for evaluation.
 
@@ -105,6 +120,8 @@ def inputs_of(network: Network, folder: Path) -> Inputs:
     """What a network reads; texts by the tokenizer in `folder`. Raises CheckpointError: there is none."""
     if isinstance(network, ConvNet | VisionTransformer):
         return ImageInputs(network.config.num_channels, network.config.image_size)
+    if isinstance(network, EncoderTagger):
+        return WordInputs(Tokenizer.load(folder), network.context)
     return TextInputs(Tokenizer.load(folder), network.context)
 
 
@@ -113,6 +130,8 @@ def _network(kind: type[Network], raw: dict[str, Any], classes: int, folder: Pat
         return ConvNet(_convnet(raw, classes))
     if kind is VisionTransformer:
         return VisionTransformer(VisionConfig.parse(raw, classes))
+    if kind is EncoderTagger:
+        return EncoderTagger(EncoderConfig.parse(raw, classes))
     if kind is EncoderClassifier:
         return EncoderClassifier(EncoderConfig.parse(raw, classes))
     return RecurrentClassifier(_recurrent(raw, classes, folder))
@@ -143,10 +162,15 @@ def load_encoder(folder: Path) -> Encoder:
     return encoder.eval().requires_grad_(False)
 
 
-def on_encoder(folder: Path, labels: Sequence[str], generator: torch.Generator) -> Classifier:
-    """A classifier on a trained encoder, its last layer new. Raises as `load_encoder` does."""
+def on_encoder(
+    folder: Path,
+    labels: Sequence[str],
+    generator: torch.Generator,
+    kind: type[EncoderClassifier] | type[EncoderTagger] = EncoderClassifier,
+) -> Classifier:
+    """A classifier or tagger on a trained encoder, its last layer new. Raises as `load_encoder` does."""
     encoder = load_encoder(folder)
-    network = EncoderClassifier(msgspec.structs.replace(encoder.config, classes=len(labels)))
+    network = kind(msgspec.structs.replace(encoder.config, classes=len(labels)))
     network.encoder = encoder.requires_grad_(True)
     _begin(network.classifier, generator)
     return Classifier(network, inputs_of(network, folder), tuple(labels), folder)
@@ -195,26 +219,38 @@ def save(classifier: Classifier, folder: Path) -> None:
 def log_probabilities(
     classifier: Classifier, examples: Sequence[Any], report: Callable[[int], None] = lambda done: None
 ) -> torch.Tensor:
-    """Of every class for every example, `[R, C]` float32, in nats; examples of like size run together.
+    """Of every class for every example, `[R, C]` float32, in nats; of a tagger, for the words of all in their order.
+
+    Examples of like size run together.
 
     Raises:
         CheckpointError: a figure that is not a number: the weights are broken.
     """
-    scores = torch.empty(len(examples), len(classifier.labels))
-    one_size = isinstance(classifier.inputs, ImageInputs)  # then none needs to be read for it
-    sizes = [classifier.inputs.size(None if one_size else examples[row]) for row in range(len(examples))]
+    inputs = classifier.inputs
+    one_size = isinstance(inputs, ImageInputs)  # then none needs to be read for it
+    sizes = [inputs.size(None if one_size else examples[row]) for row in range(len(examples))]
     order = sorted(range(len(examples)), key=sizes.__getitem__)
+    places = _places(inputs, examples)
+    scores = torch.empty(places[-1], len(classifier.labels))
     done = 0
     while done < len(order):
         count = max(1, min(ROWS, TOKENS // sizes[order[min(done + ROWS, len(order)) - 1]]))
         chosen = order[done : done + count]
-        logits = classifier.network(*classifier.inputs.batch([examples[row] for row in chosen]))
-        scores[torch.tensor(chosen)] = logits.float().log_softmax(-1)
+        logits = classifier.network(*inputs.batch([examples[row] for row in chosen]))
+        where = torch.cat([torch.arange(places[row], places[row + 1]) for row in chosen])
+        scores[where] = logits.float().log_softmax(-1)
         done += count
         report(min(done, len(order)))
     if not bool(scores.isfinite().all()):
         raise CheckpointError("the model's figures are not finite: its weights are broken, pull or train anew")
     return scores
+
+
+def _places(inputs: Inputs, examples: Sequence[Any]) -> list[int]:
+    """Where each example's rows begin among the scores, and where the last one's end."""
+    if isinstance(inputs, WordInputs):
+        return [0, *itertools.accumulate(len(example.places) for example in examples)]
+    return list(range(len(examples) + 1))
 
 
 def _labels(raw: dict[str, Any], folder: Path) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ class _Block(nn.Module):
         self.norm1 = _norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = _norm(outputs)
+        nn.init.zeros_(self.norm2.weight)  # a block begins as its shortcut (Goyal et al. 2017)
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 

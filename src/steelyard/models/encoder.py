@@ -65,12 +65,11 @@ class _Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
         positions = torch.arange(token_ids.shape[1])
         one_text = self.token_type_embeddings.weight[0]
-        normed: torch.Tensor = self.LayerNorm(
-            self.word_embeddings(token_ids) + self.position_embeddings(positions) + one_text
-        )
+        x = self.word_embeddings(token_ids) + self.position_embeddings(positions) + one_text
+        normed: torch.Tensor = self.LayerNorm(x if extra is None else x + extra)
         return normed
 
 
@@ -154,11 +153,16 @@ class Encoder(nn.Module):
         self.encoder = _Stack(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Token ids `[B, L]` int64, whatever stands behind each row's length `[B]` -> `[B, L, D]`."""
+    def forward(
+        self, token_ids: torch.Tensor, lengths: torch.Tensor, extra: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Token ids `[B, L]` int64, whatever stands behind each row's length `[B]` -> `[B, L, D]`.
+
+        `extra` `[B, L, D]` is added to the embeddings before they are normalised.
+        """
         seen = is_token(token_ids, lengths)
         mask = None if bool(seen.all()) else seen[:, None, None, :]
-        x: torch.Tensor = self.dropout(self.embeddings(token_ids))
+        x: torch.Tensor = self.dropout(self.embeddings(token_ids, extra))
         for layer in self.encoder.layer:
             x = layer(x, mask)
         return x

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import torch
 
 from steelyard.text.tokenizer import Tokenizer
@@ -51,6 +52,69 @@ class TextInputs:
     def batch(self, examples: Sequence[Any]) -> tuple[Any, ...]:
         """Token ids `[B, L]` and lengths `[B]`."""
         return padded(examples)
+
+
+class Sentence(msgspec.Struct, frozen=True):
+    """A sentence of words, as a tagger reads it."""
+
+    tokens: list[int]
+    places: list[int]
+    """Where each word begins among the tokens."""
+    shapes: list[int]
+    """Of each token: how its word is written; 0 for tokens of no word."""
+
+
+@dataclass(frozen=True)
+class WordInputs:
+    """Words as token ids, with how each is written: a tokenizer that lowers letters does not tell names from words."""
+
+    tokenizer: Tokenizer
+    context: int | None
+
+    def sentence(self, words: Sequence[str]) -> Sentence:
+        """All of a sentence, however long."""
+        around = self.tokenizer.encode_plain("", add_special_tokens=True)
+        before, after = around[: len(around) // 2], around[len(around) // 2 :]  # [CLS] and [SEP]
+        made = Sentence([*before], [], [0] * len(before))
+        for word in words:
+            pieces = self._pieces(word)
+            made.places.append(len(made.tokens))
+            made.tokens.extend(pieces)
+            made.shapes.extend([shape(word)] * len(pieces))
+        made.tokens.extend(after)
+        made.shapes.extend([0] * len(after))
+        return made
+
+    def _pieces(self, word: str) -> list[int]:
+        return self.tokenizer.encode_plain(word) or self.tokenizer.encode_plain("?")
+
+    def size(self, example: Any) -> int:
+        """Tokens."""
+        return len(example.tokens)
+
+    def batch(self, examples: Sequence[Any]) -> tuple[Any, ...]:
+        """Token ids `[B, L]`, lengths `[B]`, shapes `[B, L]`, and where words begin in the flat `[B * L]`: `[N]`."""
+        token_ids, lengths = padded([example.tokens for example in examples])
+        shapes, _ = padded([example.shapes for example in examples])
+        width = token_ids.shape[1]
+        places = [row * width + place for row, example in enumerate(examples) for place in example.places]
+        return token_ids, lengths, shapes, torch.tensor(places)
+
+
+SHAPES = 8
+
+
+def shape(word: str) -> int:
+    """How a word is written, as a number from 1: small, Capital, ALL CAPITALS, miXed, 12, a-b, other."""
+    if word.islower():
+        return 6 if "-" in word else 1
+    if word.isupper():
+        return 3 if len(word) > 1 else 7
+    if word[:1].isupper():
+        return 2 if word[1:].islower() else 4
+    if any(letter.isdigit() for letter in word):
+        return 5
+    return 4 if any(letter.isalpha() for letter in word) else 0
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _rows(classifier: Classifier, chats: Sequence[Conversation], data: DataConfi
             raise DataError(reason, file=chat.file, line=chat.line)
         if len(tokens) <= most or data.too_long == "truncate":
             made.examples.append(tokens[:most])
-            made.labels.append(numbers[str(chat.label)])
+            made.labels.append((numbers[str(chat.label)],))
     return made
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import msgspec
 import torch
 
-from steelyard.data import chat, images
+from steelyard.data import chat, images, tagged
 from steelyard.data.chat import FormatConfig
 from steelyard.data.images import ImageRow, ImageTensors
 from steelyard.data.rows import Conversation
+from steelyard.data.tagged import TaggedSentence
 from steelyard.data.tokenize import tokenize
 from steelyard.errors import CheckpointError, DataError
 from steelyard.evaluate import classification, likelihood
@@ -21,12 +22,14 @@ from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.opening import Opened, open_checkpoint
 from steelyard.report import Report
+from steelyard.stages.tagger import labelled
 
 
 class Classification(msgspec.Struct, frozen=True, kw_only=True):
     """How well a model labels rows."""
 
     rows: int
+    """Of a tagger: words."""
     labels: tuple[str, ...]
     accuracy: float
     accuracy_interval: tuple[float, float]
@@ -76,6 +79,8 @@ def evaluate(
     """
     if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
         return see_apart(classifiers.load(checkpoint), images.listed(data, format_)[:limit], report)
+    if classifiers.tags_words(checkpoint):
+        return tag_words(classifiers.load(checkpoint), tagged.read(data, format_)[:limit], report)
     rows = chat.read(data, format_)
     # The labels of all rows, as in the prompts, whatever the limit leaves.
     labels = format_.labels or classification.labels_of(rows) if rows[0].label is not None else ()
@@ -152,16 +157,34 @@ def see_apart(
     return _summary(rows, classifier.labels, scores, len(rows) * inputs.size(None), seconds)
 
 
+def tag_words(
+    classifier: Classifier, rows: Sequence[TaggedSentence], report: Callable[[int, int], None] = lambda done, of: None
+) -> Classification:
+    """Tag the words of sentences; `rows` of what comes back counts words. Raises as `tagger.labelled` does."""
+    started = time.perf_counter()
+    examples = labelled(classifier, rows)
+    scores = classifiers.log_probabilities(classifier, examples.examples, lambda done: report(done, len(rows)))
+    truth = [label for labels in examples.labels for label in labels]
+    tokens = sum(map(classifier.inputs.size, examples.examples))
+    return _counted(truth, classifier.labels, scores, tokens, time.perf_counter() - started)
+
+
 def _summary(
     rows: Sequence[Conversation | ImageRow], labels: Sequence[str], scores: torch.Tensor, tokens: int, seconds: float
 ) -> Classification:
     truth = [list(labels).index(str(row.label)) for row in rows]
+    return _counted(truth, labels, scores, tokens, seconds)
+
+
+def _counted(
+    truth: Sequence[int], labels: Sequence[str], scores: torch.Tensor, tokens: int, seconds: float
+) -> Classification:
     counts = classification.confusion(truth, scores.argmax(1).tolist(), len(labels))
     return Classification(
-        rows=len(rows),
+        rows=len(truth),
         labels=tuple(labels),
         accuracy=classification.accuracy(counts),
-        accuracy_interval=classification.interval(int(counts.diagonal().sum()), len(rows)),
+        accuracy_interval=classification.interval(int(counts.diagonal().sum()), len(truth)),
         mcc=classification.matthews(counts),
         confusion=counts.tolist(),
         seconds=seconds,

@@ -155,4 +155,4 @@ def _pixels(rows: Sequence[Digested], classifier: Classifier, data: DataConfig, 
     kept, _ = images.readable([row for row, _ in rows], data.bad_files, put, run.log)
     if not kept:
         raise ConfigError("no image could be read")
-    return Labelled(torch.from_numpy(mapped)[: len(kept)], [numbers[str(row.label)] for row in kept])
+    return Labelled(torch.from_numpy(mapped)[: len(kept)], [(numbers[str(row.label)],) for row in kept])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from steelyard.atomic import file_aside
-from steelyard.data import chat, images
+from steelyard.data import chat, images, tagged
 from steelyard.data.chat import FormatConfig, ask, check_labels
 from steelyard.data.readers import check_file, json_rows, table_rows
 from steelyard.data.rows import Conversation, Message
@@ -22,6 +22,7 @@ from steelyard.infer.request import Request, Sampling
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.opening import Opened, open_checkpoint
+from steelyard.stages.tagger import sentences as as_read
 
 
 def predict(
@@ -57,6 +58,8 @@ def predict(
     if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
         return _write(output, *_see(classifiers.load(checkpoint), data, format_, report))
     check_file(data)
+    if classifiers.tags_words(checkpoint):
+        return _write(output, *_tag(classifiers.load(checkpoint), data, format_, report))
     tabular = data.suffix.lower() in (".csv", ".tsv")
     rows = list(table_rows(data, format_.columns) if tabular else json_rows(data))
     if not rows:
@@ -99,6 +102,22 @@ def _see(
     pictures = images.ImageTensors(listed, inputs.channels, inputs.side)
     scores = classifiers.log_probabilities(classifier, pictures, lambda done: report(done, len(listed)))
     return rows, _named(classifier.labels, scores)
+
+
+def _tag(
+    classifier: Classifier, data: Path, format_: FormatConfig, report: Callable[[int, int], None]
+) -> tuple[list[tuple[int, dict[str, Any]]], Iterator[dict[str, Any]]]:
+    """Sentences with the tag of each word."""
+    sentences = tagged.read(data, format_, tagged=False)
+    examples = as_read(classifier, sentences)
+    scores = classifiers.log_probabilities(classifier, examples, lambda done: report(done, len(sentences)))
+    best = iter(scores.argmax(-1).tolist())
+    rows = [
+        {format_.tokens: list(row.words)} | ({} if row.tags is None else {format_.tags: list(row.tags)})
+        for row in sentences
+    ]
+    said = ({"prediction": [classifier.labels[next(best)] for _ in row.words]} for row in sentences)
+    return list(enumerate(rows, 1)), said
 
 
 def _text(row: dict[str, Any], line: int, data: Path, format_: FormatConfig) -> str:

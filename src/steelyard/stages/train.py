@@ -17,7 +17,7 @@ from steelyard.data.augmentation import ImageAugmentation
 from steelyard.errors import ConfigError
 from steelyard.models.classifiers import reads_images
 from steelyard.runs import Run, clear
-from steelyard.stages import classifier, image_classifier, language_model, preference
+from steelyard.stages import classifier, image_classifier, language_model, preference, tagger
 from steelyard.stages.prepared import Prepared
 from steelyard.train import choice
 from steelyard.train.config import DataConfig, TrainConfig, check
@@ -37,6 +37,7 @@ def _classifier(config: TrainConfig) -> Prepared:
 TASKS: dict[str, Callable[[TrainConfig], Prepared]] = {
     "generation": language_model.prepare,
     "classification": _classifier,
+    "tagging": tagger.prepare,
     "preference": preference.prepare,
 }
 
@@ -125,7 +126,7 @@ def _decided(prepared: Prepared, parameters: dict[str, torch.Tensor], rows: int,
     batches = -(-rows // (config.batch_size or rows))
     situation = choice.Situation.of(
         parameters,
-        adapter=config.task != "classification" and config.method == "lora",
+        adapter=config.task in ("generation", "preference") and config.method == "lora",
         pretrained=prepared.parent is not None,
         steps=config.epochs * batches,
         whole=batches == 1,

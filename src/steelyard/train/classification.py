@@ -1,4 +1,4 @@
-"""The task of a classifier: which of some classes an example belongs to, whatever an example is."""
+"""The task of a classifier: which of some classes an example belongs to; of a tagger, each word of one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ Batch = tuple[Any, ...]
 
 
 class Labelled(msgspec.Struct, frozen=True):
-    """Examples as the classifier's inputs take them, and the number of each one's class."""
+    """Examples as the classifier's inputs take them, and the numbers of their classes."""
 
     examples: Any
     """A list, or a tensor of them."""
-    labels: list[int]
+    labels: list[Sequence[int]]
+    """One of each example, or one of each of its words."""
 
 
 class Classification:
@@ -68,13 +69,13 @@ class Classification:
         return self.classifier.inputs.size(self._learnt.examples[row])
 
     def targets(self, rows: Sequence[int]) -> int:
-        """One a row."""
-        return len(rows)
+        """One a row, or one a word."""
+        return sum(len(self._learnt.labels[row]) for row in rows)
 
     def loss(self, rows: Sequence[int]) -> torch.Tensor:
         """-log p of the labels, in nats."""
         batch = self._augment(self.classifier.inputs.batch([self._learnt.examples[row] for row in rows]))
-        truth = torch.tensor([self._learnt.labels[row] for row in rows])
+        truth = torch.tensor([label for row in rows for label in self._learnt.labels[row]])
         logits = self.classifier.network(*batch).float()
         return F.cross_entropy(logits, truth, reduction="sum", label_smoothing=self._smoothing)
 
@@ -87,7 +88,7 @@ class Classification:
         if not self._held.labels:
             return {}
         scores = classifiers.log_probabilities(self.classifier, self._held.examples)
-        truth = torch.tensor(self._held.labels)
+        truth = torch.tensor([label for labels in self._held.labels for label in labels])
         size = len(self.classifier.labels)
         counts = (truth * size + scores.argmax(1)).bincount(minlength=size * size).view(size, size)
         loss = float(F.nll_loss(scores, truth))

@@ -41,8 +41,10 @@ class DataConfig(FormatConfig, frozen=True, kw_only=True):
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A training run."""
 
-    task: Literal["generation", "classification", "preference"] = "generation"
-    """What is learnt: to go on with a text, which label one has, or which of two answers is preferred (DPO)."""
+    task: Literal["generation", "classification", "tagging", "preference"] = "generation"
+    """What is learnt: to go on with a text, which label a text or image has, which tag each word of a sentence has, or
+    which of two answers is preferred (DPO).
+    """
     beta: float = 0.1
     """preference: how strongly the base as it was holds."""
     model: str | None = None
@@ -150,8 +152,12 @@ def _check_task(config: TrainConfig) -> None:
 
 
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "generation": ("beta", "label_smoothing", "augment", "data.image", "data.bad_files"),
-    "classification": ("beta", "method", "lora", "data.template", "data.system"),
+    "generation": ("beta", "label_smoothing", "augment", "data.image", "data.bad_files", "data.tokens", "data.tags"),
+    "classification": ("beta", "method", "lora", "data.template", "data.system", "data.tokens", "data.tags"),
+    "tagging": (
+        *("beta", "method", "lora", "augment", "data.bad_files", "data.max_length", "data.too_long"),
+        *(f"data.{name}" for name in FormatConfig.__struct_fields__ if name not in ("tokens", "tags", "labels")),
+    ),
     "preference": (
         "label_smoothing",
         "augment",

@@ -1,0 +1,138 @@
+"""Taggers by the stages that users call: tagged sentences in, a tag for every word out."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from steelyard.data import tagged
+from steelyard.data.chat import FormatConfig
+from steelyard.errors import CheckpointError, ConfigError, DataError
+from steelyard.models import classifiers
+from steelyard.models.inputs import shape
+from steelyard.stages.evaluate import Classification, evaluate
+from steelyard.stages.predict import predict
+from steelyard.stages.train import train
+from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.optimizers import OptimizerConfig
+
+WORDS = {"the": "at", "a": "at", "dog": "nn", "house": "nn", "Rome": "np", "rome": "nn", "fell": "vbd", "12": "cd"}
+
+
+def write_rows(path: Path, count: int, seed: int) -> Path:
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            words = [draw.choice(list(WORDS)) for _ in range(draw.randint(1, 9))]
+            file.write(json.dumps({"tokens": words, "tags": [WORDS[word] for word in words]}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_folder: Path) -> Path:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = BertConfig(vocab_size=512, num_attention_heads=2, max_position_embeddings=48, **sizes)
+    folder = tmp_path_factory.mktemp("encoder") / "tiny-bert"
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_tokenizer_folder / name, folder / name)
+    return folder
+
+
+def configuration(folder: Path, encoder: Path, **fields: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "task": "tagging",
+        "model": str(encoder),
+        "output": str(folder / "run"),
+        "data": DataConfig(train=str(write_rows(folder / "rows.jsonl", 150, 0)), holdout=30),
+        "epochs": 10,
+        "dtype": "float32",
+        "optimizer": OptimizerConfig(learning_rate=5e-3),
+    }
+    return TrainConfig(**{**settings, **fields})
+
+
+def test_from_an_encoder_to_tags(encoder: Path, tmp_path: Path) -> None:
+    done = train(configuration(tmp_path, encoder))
+    assert done.metrics["validation_accuracy"] > 0.95
+    held = write_rows(tmp_path / "held.jsonl", 50, 1)
+    words = sum(len(json.loads(line)["tokens"]) for line in held.read_text().splitlines())
+    found = evaluate(Path(str(done.path)), held, FormatConfig())
+    assert isinstance(found, Classification)
+    assert found.rows == words
+    assert found.accuracy > 0.95
+    assert predict(Path(str(done.path)), held, tmp_path / "out.jsonl", FormatConfig()) == 50
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    pairs = [pair for row in rows for pair in zip(row["tags"], row["prediction"], strict=True)]
+    assert sum(truth == said for truth, said in pairs) == round(found.accuracy * words)
+
+
+def test_a_words_tag_depends_on_no_other_row(encoder: Path) -> None:
+    tagger = classifiers.on_encoder(encoder, ["a", "b"], torch.Generator(), classifiers.EncoderTagger)
+    tagger.network.eval()
+    rows = [tagger.words.sentence(words) for words in (["the", "Rome"], ["a"], ["dog", "fell", "12", "house"])]
+    together = classifiers.log_probabilities(tagger, rows)
+    assert together.shape == (7, 2)
+    alone = torch.cat([classifiers.log_probabilities(tagger, [row]) for row in rows])
+    torch.testing.assert_close(together, alone)
+
+
+def test_both_forms_say_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"tokens": ["The", "dog"], "tags": ["at", "nn"]}\n{"tokens": ["a"], "tags": ["at"]}\n'
+    )
+    (tmp_path / "a.tsv").write_text("The\tat\ndog\tnn\n\n\na\tat\n")
+    first, second = (tagged.read(tmp_path / name, FormatConfig()) for name in ("a.jsonl", "a.tsv"))
+    assert [(row.words, row.tags) for row in first] == [(row.words, row.tags) for row in second]
+    assert [row.line for row in second] == [1, 5]
+    (tmp_path / "b.tsv").write_text("The\ndog\n")
+    assert tagged.read(tmp_path / "b.tsv", FormatConfig(), tagged=False)[0].tags is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.jsonl", '{"tokens": ["a"]}', "field 'tags': must be a list"),
+        ("a.jsonl", '{"tokens": "a", "tags": ["b"]}', "field 'tokens': must be a list"),
+        ("a.jsonl", '{"tokens": ["a", ""], "tags": ["b", "c"]}', "none of them empty"),
+        ("a.jsonl", '{"tokens": ["a", "b"], "tags": ["b"]}', "1 tags for 2 words"),
+        ("a.jsonl", json.dumps({"tokens": ["a" * 2000], "tags": ["b"]}), "at most"),
+        ("a.tsv", "the\tat\ndog\n", r"a.tsv:2: a word and its tag"),
+        ("a.tsv", "the\tat\tx\n", "one tab"),
+        ("a.tsv", "the\t \n", "is empty"),
+        ("a.tsv", "\n\n", "no rows"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path: Path, name: str, content: str, complaint: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=complaint):
+        tagged.read(tmp_path / name, FormatConfig())
+
+
+def test_what_a_tagger_cannot_do_is_said(encoder: Path, tmp_path: Path) -> None:
+    done = train(configuration(tmp_path, encoder, epochs=1))
+    path = Path(str(done.path))
+    (tmp_path / "new.jsonl").write_text('{"tokens": ["a"], "tags": ["zz"]}\n')
+    with pytest.raises(DataError, match=r"new.jsonl:1: the tag 'zz' is none of at, "):
+        evaluate(path, tmp_path / "new.jsonl", FormatConfig())
+    (tmp_path / "long.jsonl").write_text(json.dumps({"tokens": ["house"] * 100, "tags": ["nn"] * 100}) + "\n")
+    with pytest.raises(DataError, match="48 fit: part the sentence"):
+        evaluate(path, tmp_path / "long.jsonl", FormatConfig())
+    with pytest.raises(CheckpointError, match="reads no texts"):
+        classifiers.load(path).text  # noqa: B018
+    config = configuration(tmp_path, encoder, data=DataConfig(train="rows.jsonl", max_length=9))
+    with pytest.raises(ConfigError, match="max_length means nothing"):
+        train(config)
+
+
+def test_shapes() -> None:
+    words = ["house", "Rome", "NATO", "McAdam", "1961", "well-known", "A", ",", "3rd", "x-Ray"]
+    assert [shape(word) for word in words] == [1, 2, 3, 4, 5, 6, 7, 0, 1, 4]
