@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from steelyard.data import images
-from steelyard.data.augmentation import ImageAugmentation, augmented
+from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
+from steelyard.data.image_augmentation import augmented
 from steelyard.data.images import ImageRow
 from steelyard.errors import DataError
 
@@ -140,13 +141,13 @@ def pictures(count: int = 16, side: int = 8) -> torch.Tensor:
 
 
 def test_nothing_is_changed_by_default() -> None:
-    assert torch.equal(augmented(pictures(), ImageAugmentation()), pictures())
+    assert torch.equal(augmented(pictures(), Augmentation()), pictures())
 
 
 def test_half_are_mirrored() -> None:
     torch.manual_seed(0)
     before = pictures(200)
-    after = augmented(before, ImageAugmentation(flip=True))
+    after = augmented(before, Augmentation(flip=True))
     mirrored = (after == before.flip(-1)).flatten(1).all(1)
     assert ((after == before).flatten(1).all(1) ^ mirrored).all()
     assert 70 < mirrored.sum() < 130
@@ -155,7 +156,7 @@ def test_half_are_mirrored() -> None:
 def test_each_is_moved_in_its_own_way() -> None:
     torch.manual_seed(0)
     before = pictures(64)
-    after = augmented(before, ImageAugmentation(shift=2))
+    after = augmented(before, Augmentation(shift=2))
     wide = torch.nn.functional.pad(before.float(), (2,) * 4, mode="replicate").to(torch.uint8)
     moves = set()
     for number in range(64):
@@ -173,7 +174,7 @@ def test_each_is_moved_in_its_own_way() -> None:
 def test_a_square_is_hidden() -> None:
     torch.manual_seed(0)
     before = pictures(64)
-    changed = (augmented(before, ImageAugmentation(erase=4)) != before).any(1)
+    changed = (augmented(before, Augmentation(erase=4)) != before).any(1)
     assert changed.any((1, 2)).sum() > 30
     for each in changed:
         rows, columns = each.any(1).nonzero().flatten(), each.any(0).nonzero().flatten()
@@ -183,7 +184,7 @@ def test_a_square_is_hidden() -> None:
 
 
 def test_the_same_draws_give_the_same(tmp_path: Path) -> None:
-    config = ImageAugmentation(flip=True, shift=2, erase=3)
+    config = Augmentation(flip=True, shift=2, erase=3)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = augmented(pictures(), config)

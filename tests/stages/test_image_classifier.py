@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from steelyard.data.augmentation import ImageAugmentation
+from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError, DataError
 from steelyard.models import weights
@@ -79,7 +79,7 @@ def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
     results = []
     for cuts in ((), (5, 17)):
         folder = tmp_path / str(len(cuts))
-        augment = ImageAugmentation(flip=True, shift=1, erase=3)
+        augment = Augmentation(flip=True, shift=1, erase=3)
         config = configuration(folder, checkpoint_every=3, epochs=4, augment=augment)
         for cut in cuts:
             begun: list[Any] = []
@@ -136,7 +136,7 @@ def test_the_same_image_is_not_validated_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"augment": ImageAugmentation(shift=-1)}, "augment.shift"),
+        ({"augment": Augmentation(shift=-1)}, "augment.shift"),
         ({"network": ConvNetwork(channels=2)}, "network.channels"),
         ({"network": ConvNetwork(widths=())}, "network.widths"),
         ({"network": VitNetwork(image_size=30, patch=8)}, "must divide network.image_size"),
@@ -154,6 +154,6 @@ def test_texts_are_not_augmented(tmp_path: Path) -> None:
 
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "b"}\n')
     data = DataConfig(train=str(tmp_path / "rows.jsonl"))
-    config = configuration(tmp_path, data=data, network=LstmNetwork(), augment=ImageAugmentation(flip=True))
-    with pytest.raises(ConfigError, match="augment changes images"):
+    config = configuration(tmp_path, data=data, network=LstmNetwork(), augment=Augmentation(flip=True))
+    with pytest.raises(ConfigError, match=r"augment\.flip changes images"):
         train(config)

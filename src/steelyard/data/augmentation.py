@@ -1,49 +1,47 @@
-"""Images as they might have been, too: mirrored, moved, partly hidden; drawn from torch's generator."""
-
-# B rows  C channels  S side
+"""How examples are changed while a network learns from them: the settings of `[augment]`."""
 
 from __future__ import annotations
 
 import msgspec
-import torch
-import torch.nn.functional as F
 
 from steelyard.errors import ConfigError
 
 
-class ImageAugmentation(msgspec.Struct, frozen=True, kw_only=True):
-    """What is done to images while a network learns from them; nothing by default."""
+class Augmentation(msgspec.Struct, frozen=True, kw_only=True):
+    """What is done to examples while a network learns from them; nothing by default."""
 
     flip: bool = False
-    """Mirror half of them."""
+    """Images: mirror half of them."""
     shift: int = 0
-    """Move each by up to so many pixels, up or down and to a side."""
+    """Images: move each by up to so many pixels, up or down and to a side."""
     erase: int = 0
-    """Hide a square of up to so many pixels a side in each (DeVries and Taylor 2017)."""
+    """Images: hide a square of up to so many pixels a side in each (DeVries and Taylor 2017)."""
+    tempo: float = 0.0
+    """Sound: make each faster or slower by up to this share."""
+    mask_bands: int = 0
+    """Sound: leave up to so many of 80 frequency bands unheard, twice (Park et al. 2019)."""
+    mask_frames: int = 0
+    """Sound: leave up to so many hundredths of a second unheard, twice."""
 
 
-def check(config: ImageAugmentation) -> None:
-    """Refuse what cannot be. Raises ConfigError: the key."""
-    for key in ("shift", "erase"):
+IMAGE, SOUND = ("flip", "shift", "erase"), ("tempo", "mask_bands", "mask_frames")
+"""Which settings are for which examples."""
+
+
+def check(config: Augmentation, kept: tuple[str, ...] = (*IMAGE, *SOUND)) -> None:
+    """Refuse what cannot be, and, for examples of one kind, what is for others.
+
+    Raises:
+        ConfigError: the key.
+    """
+    for key in ("shift", "erase", "mask_bands", "mask_frames"):
         if getattr(config, key) < 0:
             raise ConfigError(f"augment.{key} must be at least 0, not {getattr(config, key)}")
-
-
-def augmented(images: torch.Tensor, config: ImageAugmentation) -> torch.Tensor:
-    """Images `[B, C, S, S]` uint8 -> the same, each changed in its own way."""
-    count, _, side, _ = images.shape
-    if config.flip:
-        images = torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(-1), images)
-    places = torch.arange(side)
-    if config.shift:
-        room = config.shift
-        wide = F.pad(images.float(), (room,) * 4, mode="replicate").to(images.dtype)
-        down, right = (torch.randint(0, 2 * room + 1, (count, 1)) + places for _ in range(2))
-        images = wide[torch.arange(count)[:, None, None], :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
-    if config.erase:
-        sizes = torch.randint(0, config.erase + 1, (count, 1))
-        tops, lefts = (torch.randint(0, side, (count, 1)) - sizes // 2 for _ in range(2))
-        rows, columns = ((places >= start) & (places < start + sizes) for start in (tops, lefts))
-        grey = images.float().mean((1, 2, 3), keepdim=True).to(images.dtype)
-        images = torch.where((rows[:, None, :, None] & columns[:, None, None, :]), grey, images)
-    return images
+    if not 0 <= config.tempo < 1:
+        raise ConfigError(f"augment.tempo must be at least 0 and below 1, not {config.tempo}")
+    if config.mask_bands > 80:
+        raise ConfigError(f"augment.mask_bands must be at most 80, not {config.mask_bands}")
+    for key in config.__struct_fields__:
+        if key not in kept and getattr(config, key) != getattr(Augmentation(), key):
+            what = "images" if key in IMAGE else "sound"
+            raise ConfigError(f"augment.{key} changes {what}, which these examples are not: leave it out")

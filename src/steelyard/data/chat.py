@@ -32,6 +32,8 @@ class FormatConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Labelled rows: the field that holds the label."""
     image: str = "image"
     """Lists of images: the field that holds a path, relative to the list."""
+    audio: str = "audio"
+    """Lists of recordings: the field that holds a path, relative to the list."""
     tokens: str = "tokens"
     """Tagged rows: the field that holds a sentence's words."""
     tags: str = "tags"

@@ -112,7 +112,7 @@ def load(folder: Path) -> Classifier:
         raise CheckpointError(f"'{folder}' is no classifier: its architecture is '{kind}'")
     labels = _labels(raw, folder)
     network = _network(ARCHITECTURES[kind], raw, len(labels), folder)
-    _fill(network, weights.read_tensors(folder), folder)
+    weights.fill(network, weights.read_tensors(folder), folder)
     return Classifier(network.eval().requires_grad_(False), inputs_of(network, folder), labels, folder)
 
 
@@ -158,7 +158,7 @@ def load_encoder(folder: Path) -> Encoder:
     encoder = Encoder(EncoderConfig.parse(manifest.read_json(folder / "config.json")))
     wanted = encoder.state_dict().keys()
     tensors = {name.removeprefix("bert."): tensor for name, tensor in weights.read_tensors(folder).items()}
-    _fill(encoder, {name: tensor for name, tensor in tensors.items() if name in wanted}, folder)
+    weights.fill(encoder, {name: tensor for name, tensor in tensors.items() if name in wanted}, folder)
     return encoder.eval().requires_grad_(False)
 
 
@@ -270,15 +270,3 @@ def _recurrent(raw: dict[str, Any], classes: int, folder: Path) -> RecurrentConf
     if min(sizes) < 1 or max(sizes) > 1 << 20:
         raise CheckpointError(f"'{folder}/config.json': every size must be at least 1 and at most {1 << 20}")
     return config
-
-
-def _fill(network: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    wanted = network.state_dict()
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        what = "lacks" if name in wanted else "has an unknown"
-        raise CheckpointError(f"'{folder}' {what} '{name}': its weights do not fit its config.json")
-    for name, tensor in wanted.items():
-        if tensors[name].shape != tensor.shape:
-            shapes = f"{tuple(tensors[name].shape)}, config.json says {tuple(tensor.shape)}"
-            raise CheckpointError(f"'{folder}': '{name}' is {shapes}")
-    network.load_state_dict({name: tensors[name].to(wanted[name].dtype) for name in wanted})

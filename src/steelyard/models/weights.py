@@ -157,6 +157,23 @@ def _assign(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dty
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
 
 
+def fill(network: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Put tensors into a network, by name, in the network's dtypes.
+
+    Raises:
+        CheckpointError: a name that is missing or unknown, or a shape that does not fit.
+    """
+    wanted = network.state_dict()
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        what = "lacks" if name in wanted else "has an unknown"
+        raise CheckpointError(f"'{folder}' {what} '{name}': its weights do not fit its config.json")
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            shapes = f"{tuple(tensors[name].shape)}, config.json says {tuple(tensor.shape)}"
+            raise CheckpointError(f"'{folder}': '{name}' is {shapes}")
+    network.load_state_dict({name: tensors[name].to(wanted[name].dtype) for name in wanted})
+
+
 def save(decoder: Decoder, folder: Path, parent: Path) -> None:
     """Write a dense model's weights into `folder`, with the tokenizer and configuration of `parent`."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in decoder.named_parameters()}

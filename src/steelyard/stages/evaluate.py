@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 import torch
 
-from steelyard.data import chat, images, tagged
+from steelyard.data import audio, chat, images, tagged
+from steelyard.data.audio import RATE, Recording
 from steelyard.data.chat import FormatConfig
 from steelyard.data.images import ImageRow, ImageTensors
 from steelyard.data.rows import Conversation
@@ -18,11 +19,14 @@ from steelyard.data.tagged import TaggedSentence
 from steelyard.data.tokenize import tokenize
 from steelyard.errors import CheckpointError, DataError
 from steelyard.evaluate import classification, likelihood
+from steelyard.evaluate.transcription import error_rate
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.opening import Opened, open_checkpoint
+from steelyard.models.speech import normalised
 from steelyard.report import Report
 from steelyard.stages.tagger import labelled
+from steelyard.stages.transcriber import open_transcriber, transcribes
 
 
 class Classification(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +60,22 @@ class Likelihood(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
+class Transcription(msgspec.Struct, frozen=True, kw_only=True):
+    """How well what is said in recordings is written down; all texts are compared as `speech.normalised` has them."""
+
+    rows: int
+    character_error_rate: float
+    """Edits over characters."""
+    character_error_interval: tuple[float, float]
+    """Of 95%, by drawing rows anew."""
+    word_error_rate: float
+    word_error_interval: tuple[float, float]
+    exact: float
+    """Share of the rows without an error."""
+    sound_seconds: float
+    seconds: float
+
+
 def evaluate(
     checkpoint: Path,
     data: Path,
@@ -63,7 +83,7 @@ def evaluate(
     *,
     limit: int | None = None,
     report: Callable[[int, int], None] = lambda done, of: None,
-) -> Classification | Likelihood:
+) -> Classification | Likelihood | Transcription:
     """Measure a checkpoint (a model, or an adapter on its base) on the rows of a file.
 
     Args:
@@ -77,6 +97,8 @@ def evaluate(
         DataError: a row; file, line and field are named.
         CheckpointError: the checkpoint is missing or does not fit.
     """
+    if transcribes(checkpoint):
+        return _write_down(checkpoint, [row for _, row in audio.listed(data, format_)][:limit], report)
     if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
         return see_apart(classifiers.load(checkpoint), images.listed(data, format_)[:limit], report)
     if classifiers.tags_words(checkpoint):
@@ -192,6 +214,28 @@ def _counted(
     )
 
 
+def _write_down(checkpoint: Path, rows: Sequence[Recording], report: Callable[[int, int], None]) -> Transcription:
+    for row in rows:
+        if row.text is None or not normalised(row.text):
+            raise DataError("has no text of what is said", file=row.file, line=row.line)
+    transcribe, started = open_transcriber(checkpoint), time.perf_counter()
+    sounds = [audio.read(row) for row in rows]
+    said = [normalised(text) for text in transcribe(sounds, lambda done: report(done, len(rows)))]
+    truth = [normalised(str(row.text)) for row in rows]
+    seconds = time.perf_counter() - started
+    letters, words = error_rate(truth, said, list), error_rate(truth, said, str.split)
+    return Transcription(
+        rows=len(rows),
+        character_error_rate=letters[0],
+        character_error_interval=letters[1],
+        word_error_rate=words[0],
+        word_error_interval=words[1],
+        exact=sum(map(str.__eq__, truth, said)) / len(rows),
+        sound_seconds=sum(map(len, sounds)) / RATE,
+        seconds=seconds,
+    )
+
+
 def _likelihood(opened: Opened, rows: Sequence[Conversation], report: Callable[[int, int], None]) -> Likelihood:
     started = time.perf_counter()
     plain = [row for row in rows if row.messages[0].role == "text"]
@@ -225,7 +269,7 @@ def _likelihood(opened: Opened, rows: Sequence[Conversation], report: Callable[[
     )
 
 
-def page(checkpoint: Path, data: Path, found: Classification | Likelihood) -> Report:
+def page(checkpoint: Path, data: Path, found: Classification | Likelihood | Transcription) -> Report:
     """A report of one evaluation."""
     report = Report(f"{checkpoint.name} on {data.name}")
     values = {key: value for key, value in msgspec.to_builtins(found).items() if key not in ("confusion", "labels")}

@@ -13,7 +13,7 @@ import torch
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.data import images
-from steelyard.data.augmentation import augmented
+from steelyard.data.image_augmentation import augmented
 from steelyard.data.images import ImageRow
 from steelyard.data.split import parted
 from steelyard.errors import ConfigError, DataError

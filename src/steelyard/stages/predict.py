@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from steelyard.atomic import file_aside
-from steelyard.data import chat, images, tagged
+from steelyard.data import audio, chat, images, tagged
 from steelyard.data.chat import FormatConfig, ask, check_labels
 from steelyard.data.readers import check_file, json_rows, table_rows
 from steelyard.data.rows import Conversation, Message
@@ -23,6 +23,7 @@ from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.opening import Opened, open_checkpoint
 from steelyard.stages.tagger import sentences as as_read
+from steelyard.stages.transcriber import open_transcriber, transcribes
 
 
 def predict(
@@ -41,7 +42,7 @@ def predict(
 
     Args:
         checkpoint: a model, or an adapter on its base.
-        data: JSONL, CSV or TSV; for a classifier of images, a folder of them, too.
+        data: JSONL, CSV or TSV; for images and recordings a folder of them, too.
         output: replaced whole or left alone.
         format_: how rows are read.
         max_tokens: most tokens of an answer.
@@ -55,6 +56,8 @@ def predict(
     """
     if output.exists() and data.exists() and output.samefile(data):
         raise ConfigError(f"the output '{output}' is the file that is read: name another")
+    if transcribes(checkpoint):
+        return _write(output, *_hear(checkpoint, data, format_, report))
     if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
         return _write(output, *_see(classifiers.load(checkpoint), data, format_, report))
     check_file(data)
@@ -102,6 +105,16 @@ def _see(
     pictures = images.ImageTensors(listed, inputs.channels, inputs.side)
     scores = classifiers.log_probabilities(classifier, pictures, lambda done: report(done, len(listed)))
     return rows, _named(classifier.labels, scores)
+
+
+def _hear(
+    checkpoint: Path, data: Path, format_: FormatConfig, report: Callable[[int, int], None]
+) -> tuple[list[tuple[int, dict[str, Any]]], Iterator[dict[str, Any]]]:
+    """Rows of recordings with what is said in them."""
+    listed = audio.listed(data, format_)
+    sounds = audio.Sounds([recording for _, recording in listed])
+    texts = open_transcriber(checkpoint)(sounds, lambda done: report(done, len(listed)))
+    return [(number, row) for number, (row, _) in enumerate(listed, 1)], ({"prediction": text} for text in texts)
 
 
 def _tag(

@@ -13,11 +13,10 @@ from steelyard import memory
 from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
-from steelyard.data.augmentation import ImageAugmentation
-from steelyard.errors import ConfigError
+from steelyard.data import augmentation
 from steelyard.models.classifiers import reads_images
 from steelyard.runs import Run, clear
-from steelyard.stages import classifier, image_classifier, language_model, preference, tagger
+from steelyard.stages import classifier, image_classifier, language_model, preference, tagger, transcriber
 from steelyard.stages.prepared import Prepared
 from steelyard.train import choice
 from steelyard.train.config import DataConfig, TrainConfig, check
@@ -29,8 +28,7 @@ from steelyard.train.trainer import Lineage, Progress, Trainer
 def _classifier(config: TrainConfig) -> Prepared:
     """Of what the network reads, or the one that it begins from."""
     seen = isinstance(config.network, IMAGES) or (config.model is not None and reads_images(resolve(config.model)))
-    if not seen and config.augment != ImageAugmentation():
-        raise ConfigError("augment changes images; these are texts: leave it out")
+    augmentation.check(config.augment, augmentation.IMAGE if seen else ())
     return image_classifier.prepare(config) if seen else classifier.prepare(config)
 
 
@@ -38,6 +36,7 @@ TASKS: dict[str, Callable[[TrainConfig], Prepared]] = {
     "generation": language_model.prepare,
     "classification": _classifier,
     "tagging": tagger.prepare,
+    "transcription": transcriber.prepare,
     "preference": preference.prepare,
 }
 

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from steelyard.data import augmentation
-from steelyard.data.augmentation import ImageAugmentation
+from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError
 from steelyard.models.lora import MAX_RANK
@@ -41,9 +41,9 @@ class DataConfig(FormatConfig, frozen=True, kw_only=True):
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A training run."""
 
-    task: Literal["generation", "classification", "tagging", "preference"] = "generation"
-    """What is learnt: to go on with a text, which label a text or image has, which tag each word of a sentence has, or
-    which of two answers is preferred (DPO).
+    task: Literal["generation", "classification", "tagging", "transcription", "preference"] = "generation"
+    """What is learnt: to go on with a text, which label a text or image has, which tag each word of a sentence has,
+    what is said in a recording, or which of two answers is preferred (DPO).
     """
     beta: float = 0.1
     """preference: how strongly the base as it was holds."""
@@ -85,8 +85,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    augment: ImageAugmentation = ImageAugmentation()
-    """Images: how each is changed while it is learnt from."""
+    augment: Augmentation = Augmentation()
+    """Images and sound: how each is changed while it is learnt from."""
 
 
 def check(config: TrainConfig) -> None:
@@ -98,15 +98,12 @@ def check(config: TrainConfig) -> None:
     if config.optimizer.name != choice.AUTO:
         optimizers.check(config.optimizer)
     schedules.check(config.schedule)
-    if config.task != "classification" and (config.network is not None or config.model is None):
-        raise ConfigError(f"task {config.task} learns on a model: name it as 'model', and leave [network] out")
+    _check_origin(config)
     _check_task(config)
     if config.task == "preference" and config.method != "lora":
         raise ConfigError("task preference learns an adapter, against the base without it: leave method at lora")
     if not 0 < config.beta < math.inf:
         raise ConfigError(f"beta must be above 0, not {config.beta}")
-    if config.task == "classification" and (config.network is None) == (config.model is None):
-        raise ConfigError("task classification learns on a 'model' (an encoder) or from a [network]: name one of them")
     if config.network is not None:
         networks.check(config.network)
     augmentation.check(config.augment)
@@ -140,6 +137,18 @@ def check(config: TrainConfig) -> None:
         )
 
 
+def _check_origin(config: TrainConfig) -> None:
+    """A run begins from a model, or from a network that the task knows."""
+    kinds = networks.OF_TASK.get(config.task, ())
+    if not kinds and (config.network is not None or config.model is None):
+        raise ConfigError(f"task {config.task} learns on a model: name it as 'model', and leave [network] out")
+    if kinds and (config.network is None) == (config.model is None):
+        raise ConfigError(f"task {config.task} learns on a 'model' or from a [network]: name one of them")
+    if config.network is not None and not isinstance(config.network, kinds):
+        known = ", ".join(str(kind.__struct_config__.tag) for kind in kinds)
+        raise ConfigError(f"network.kind {networks.kind_of(config.network)} is none for task {config.task}: {known}")
+
+
 def _check_task(config: TrainConfig) -> None:
     """Refuse what the task does nothing with, where it is not left as it is by default."""
     plain = TrainConfig(output="", data=DataConfig(train=""))
@@ -151,18 +160,31 @@ def _check_task(config: TrainConfig) -> None:
             raise ConfigError(f"{path} means nothing to task {config.task}: leave it out")
 
 
+def _but(*kept: str) -> tuple[str, ...]:
+    """How rows are read, all settings but some."""
+    return tuple(f"data.{name}" for name in FormatConfig.__struct_fields__ if name not in kept)
+
+
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "generation": ("beta", "label_smoothing", "augment", "data.image", "data.bad_files", "data.tokens", "data.tags"),
-    "classification": ("beta", "method", "lora", "data.template", "data.system", "data.tokens", "data.tags"),
+    "generation": (
+        *("beta", "label_smoothing", "augment"),
+        *(f"data.{name}" for name in ("image", "audio", "bad_files", "tokens", "tags")),
+    ),
+    "classification": (
+        *("beta", "method", "lora"),
+        *(f"data.{name}" for name in ("template", "system", "tokens", "tags", "audio")),
+    ),
     "tagging": (
         *("beta", "method", "lora", "augment", "data.bad_files", "data.max_length", "data.too_long"),
-        *(f"data.{name}" for name in FormatConfig.__struct_fields__ if name not in ("tokens", "tags", "labels")),
+        *_but("tokens", "tags", "labels"),
+    ),
+    "transcription": (
+        *("beta", "method", "lora", "label_smoothing", "data.max_length", "data.too_long"),
+        *_but("audio", "text", "columns"),
     ),
     "preference": (
-        "label_smoothing",
-        "augment",
-        *(f"data.{name}" for name in FormatConfig.__struct_fields__),
-        *("data.too_long", "data.deduplicate", "data.bad_files"),
+        *("label_smoothing", "augment", "data.too_long", "data.deduplicate", "data.bad_files"),
+        *_but(),
     ),
 }
 """Settings that a task does nothing with."""

