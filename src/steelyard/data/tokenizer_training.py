@@ -13,7 +13,7 @@ SMALLEST = 256 + 1
 """Every byte, and the token that ends a text."""
 
 
-def train(texts: Iterable[str], vocabulary: int, path: Path, *, lowercase: bool = False) -> int:
+def train(texts: Iterable[str], vocabulary: int, path: Path, *, lowercase: bool = False, exact: bool = False) -> int:
     """Learn merges from texts and write `tokenizer.json`; returns how many tokens it has.
 
     Args:
@@ -21,10 +21,12 @@ def train(texts: Iterable[str], vocabulary: int, path: Path, *, lowercase: bool 
         vocabulary: most tokens; fewer if the texts have not so many pairs.
         path: of the file.
         lowercase: read all letters as small ones.
+        exact: keep every byte, so that tokens are their text again; otherwise forms of a letter are one (NFKC).
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    steps = [normalizers.NFKC(), *([normalizers.Lowercase()] if lowercase else [])]
-    tokenizer.normalizer = normalizers.Sequence(steps)
+    if not exact:
+        steps = [normalizers.NFKC(), *([normalizers.Lowercase()] if lowercase else [])]
+        tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

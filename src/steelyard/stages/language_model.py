@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import torch
+
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.data.rows import Conversation, TokenRow, token_counts
 from steelyard.data.tokenize import tokenize
-from steelyard.errors import ConfigError
+from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.evaluate.likelihood import negative_log_likelihood
 from steelyard.models import weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.runs import Run
+from steelyard.stages import fresh_decoder
 from steelyard.stages.prepared import DTYPES, Prepared, conversations, file_digests
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora
 from steelyard.train.config import TrainConfig
 from steelyard.train.language_model import Evaluator, LanguageModelling
+from steelyard.train.networks import DecoderNetwork
 
 
 def prepare(config: TrainConfig) -> Prepared:
     """Read a run's rows as its base will. Raises as `stages.train.train` does."""
-    assert config.model is not None, "checked before"
+    if config.model is None:
+        return _from_nothing(config)
     base = resolve(config.model)
     config, learnt, validation = conversations(config)
     tokenizer, template = Tokenizer.load(base), ChatTemplate.load(base)
@@ -42,6 +47,31 @@ def prepare(config: TrainConfig) -> Prepared:
     counts = {**token_counts(rows), "validation_rows": len(held)}
     parent = manifest.read(base).id
     return Prepared(config=config, counts=counts, parent=parent, build=build, digests=file_digests(config))
+
+
+def _from_nothing(config: TrainConfig) -> Prepared:
+    """Of plain texts, by a network that the configuration describes."""
+    config, learnt, validation = conversations(config)
+    for document in (learnt[0], *validation[:1]):
+        if document.messages[0].role != "text":
+            reason = "a decoder that begins from nothing learns plain text first: a .txt file, or rows with a 'text'"
+            raise DataError(reason, file=document.file, line=document.line)
+    network = config.network
+    assert isinstance(network, DecoderNetwork), "checked before"
+
+    def build(run: Run) -> LanguageModelling:
+        folder = run.folder / "tokenizer"
+        fresh_decoder.lay_out(network, (document.messages[0].content for document in learnt), folder)
+        tokenizer = Tokenizer.load(folder)
+        longest = min(config.data.max_length, network.context)
+        rows, held = (tokenize(texts, tokenizer, None, longest) for texts in (learnt, validation))
+        decoder = fresh_decoder.begin(folder, config.seed).to(DTYPES[config.dtype])
+        run.log(f"tokens: {token_counts(rows)}; {sum(map(torch.numel, decoder.parameters())):,} parameters")
+        evaluator = _evaluator(held, validation, config, tokenizer, None)
+        return LanguageModelling(decoder, None, rows, folder, evaluator)
+
+    counts = {"rows": len(learnt), "validation_rows": len(validation)}
+    return Prepared(config=config, counts=counts, parent=None, build=build, digests=file_digests(config))
 
 
 def check_dense(decoder: Decoder) -> None:

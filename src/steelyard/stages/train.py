@@ -20,7 +20,7 @@ from steelyard.stages import classifier, image_classifier, language_model, prefe
 from steelyard.stages.prepared import Prepared
 from steelyard.train import choice
 from steelyard.train.config import DataConfig, TrainConfig, check
-from steelyard.train.networks import IMAGES
+from steelyard.train.networks import IMAGES, DecoderNetwork
 from steelyard.train.report import training_report
 from steelyard.train.trainer import Lineage, Progress, Trainer
 
@@ -81,8 +81,7 @@ def train(
         TrainingError: the run cannot go on.
     """
     check(config)
-    if config.dtype == "auto":
-        config = msgspec.structs.replace(config, dtype="bfloat16" if config.network is None else "float32")
+    config = _settled(config)
     prepared = TASKS[config.task](config)
     output = Path(config.output)
     if fresh:
@@ -115,6 +114,16 @@ def train(
         metrics=found.metrics if found else {},
         report=str(page),
     )
+
+
+def _settled(config: TrainConfig) -> TrainConfig:
+    """With what follows from what the run begins from."""
+    plain = config.network is not None and not isinstance(config.network, DecoderNetwork)
+    if config.dtype == "auto":
+        config = msgspec.structs.replace(config, dtype="float32" if plain else "bfloat16")
+    if config.network is not None and config.method == "lora":  # there is no base for an adapter
+        config = msgspec.structs.replace(config, method="full")
+    return config
 
 
 def _decided(prepared: Prepared, parameters: dict[str, torch.Tensor], rows: int, run: Run) -> TrainConfig:

@@ -55,9 +55,23 @@ class SpeechNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
     dropout: float = 0.1
 
 
-Network = LstmNetwork | ConvNetwork | VitNetwork | SpeechNetwork
+class DecoderNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="decoder"):
+    """Texts, to go on with: a Llama, with a tokenizer learnt from the training rows."""
+
+    vocabulary: int = 4096
+    """Most tokens of its tokenizer."""
+    hidden: int = 320
+    layers: int = 8
+    heads: int = 5
+    kv_heads: int = 5
+    context: int = 1024
+    """Most tokens that it sees."""
+
+
+Network = LstmNetwork | ConvNetwork | VitNetwork | SpeechNetwork | DecoderNetwork
 IMAGES = (ConvNetwork, VitNetwork)
 OF_TASK: dict[str, tuple[type[Network], ...]] = {
+    "generation": (DecoderNetwork,),
     "classification": (LstmNetwork, ConvNetwork, VitNetwork),
     "transcription": (SpeechNetwork,),
 }
@@ -72,6 +86,8 @@ MOST = {
     "patch": 256,
     "layers": 64,
     "heads": 64,
+    "kv_heads": 64,
+    "context": 1 << 20,
     "blocks": 32,
 }
 """The largest size that a field may have; the least is 1."""
@@ -99,5 +115,9 @@ def check(network: Network) -> None:
             raise ConfigError(f"network.widths must be one to eight numbers of channels up to 4096, not {value}")
     if isinstance(network, VitNetwork) and network.image_size % network.patch:
         raise ConfigError(f"network.patch {network.patch} must divide network.image_size {network.image_size}")
+    if isinstance(network, DecoderNetwork) and network.heads % network.kv_heads:
+        raise ConfigError(f"network.kv_heads {network.kv_heads} must divide network.heads {network.heads}")
+    if isinstance(network, DecoderNetwork) and network.hidden % (2 * network.heads):
+        raise ConfigError(f"twice network.heads {network.heads} must divide network.hidden {network.hidden}")
     if isinstance(network, VitNetwork | SpeechNetwork) and network.hidden % network.heads:
         raise ConfigError(f"network.heads {network.heads} must divide network.hidden {network.hidden}")

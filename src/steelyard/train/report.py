@@ -52,7 +52,7 @@ def training_report(config: TrainConfig, metrics: list[dict[str, Any]], counts: 
 
 
 def _what(config: TrainConfig) -> str:
-    if config.task == "generation":
+    if config.task == "generation" and config.network is None:
         return f"{config.method} on {config.model}"
     return (
         f"{config.task} on {config.model}"

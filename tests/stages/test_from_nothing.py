@@ -1,0 +1,111 @@
+"""A decoder that begins from nothing, by the stages that users call: text in, a model that goes on with it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steelyard.data.chat import FormatConfig
+from steelyard.errors import ConfigError, DataError
+from steelyard.infer.engine import Engine
+from steelyard.infer.request import Request, Sampling
+from steelyard.models import weights
+from steelyard.models.opening import open_checkpoint
+from steelyard.stages.evaluate import Likelihood, evaluate
+from steelyard.stages.train import train
+from steelyard.text.tokenizer import Tokenizer
+from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.networks import DecoderNetwork, LstmNetwork
+from steelyard.train.optimizers import OptimizerConfig
+
+SMALL = DecoderNetwork(vocabulary=300, hidden=32, layers=2, heads=2, kv_heads=1, context=64)
+
+
+def write_text(path: Path, count: int, seed: int) -> Path:
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            animal = draw.choice(["cat", "dog", "bird"])
+            noise = {"cat": "meows", "dog": "barks", "bird": "sings"}[animal]
+            file.write(json.dumps({"text": f"The {animal} in house {draw.randrange(1000)} {noise}. Ümlaut ﬁ."}) + "\n")
+    return path
+
+
+def configuration(folder: Path, **fields: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "network": SMALL,
+        "output": str(folder / "run"),
+        "data": DataConfig(train=str(write_text(folder / "rows.jsonl", 200, 0)), holdout=20),
+        "epochs": 6,
+        "dtype": "float32",
+        "optimizer": OptimizerConfig(name="auto", learning_rate=1e-2),
+    }
+    return TrainConfig(**{**settings, **fields})
+
+
+def test_from_nothing_to_a_model_that_goes_on(tmp_path: Path) -> None:
+    done = train(configuration(tmp_path, epochs=16))
+    path = Path(str(done.path))
+    found = evaluate(path, write_text(tmp_path / "held.jsonl", 30, 1), FormatConfig())
+    assert isinstance(found, Likelihood)
+    assert found.bits_per_byte is not None
+    assert found.bits_per_byte < 1.2
+    opened = open_checkpoint(path, torch.float32)
+    engine = Engine(opened.decoder, opened.tokenizer, {})
+    prompt = opened.tokenizer.encode_plain("The cat in house 12")
+    request = Request(id="a", prompt=prompt, sampling=Sampling(max_tokens=12, temperature=0))
+    said = "".join(output.text for output in engine.run([request]))
+    assert "meows" in said
+    assert "generation by a new decoder" in Path(done.report).read_text()
+
+
+def test_every_byte_comes_back(tmp_path: Path) -> None:
+    done = train(configuration(tmp_path, epochs=1))
+    tokenizer = Tokenizer.load(Path(str(done.path)))
+    text = "Ümlaut ﬁ ½ \t\x01 日本 end"
+    assert tokenizer.decode(tokenizer.encode_plain(text)) == text
+
+
+def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
+    results = []
+    for cuts in ((), (7, 30)):
+        folder = tmp_path / str(len(cuts))
+        folder.mkdir()
+        config = configuration(folder, checkpoint_every=4, epochs=2)
+        for cut in cuts:
+            begun: list[Any] = []
+            train(
+                config,
+                begun=lambda trainer, counts, begun=begun: begun.append(trainer),
+                report=lambda progress, cut=cut, begun=begun: setattr(begun[0], "stopping", progress.step >= cut),
+            )
+        results.append(train(config))
+    straight, cut_off = (weights.read_tensors(Path(str(done.path))) for done in results)
+    assert all(torch.equal(straight[name], cut_off[name]) for name in straight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"network": DecoderNetwork(heads=3, kv_heads=2)}, "network.kv_heads 2 must divide network.heads 3"),
+        ({"network": DecoderNetwork(hidden=30, heads=4, kv_heads=4)}, "must divide network.hidden"),
+        ({"network": LstmNetwork()}, "network.kind lstm is none for task generation: decoder"),
+        ({"network": SMALL, "model": "base"}, "name one of them"),
+        ({"network": None}, "name one of them"),
+    ],
+)
+def test_a_wrong_setting_is_named(fields: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        train(configuration(tmp_path, **fields))
+
+
+def test_chats_want_a_base(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(DataError, match=r"chat.jsonl:1: a decoder that begins from nothing learns plain text"):
+        train(configuration(tmp_path, data=DataConfig(train=str(tmp_path / "chat.jsonl"))))
