@@ -24,7 +24,8 @@ from steelyard.errors import CheckpointError
 from steelyard.models import images, weights
 from steelyard.models.convnet import ConvNet, ConvNetConfig
 from steelyard.models.encoder import Encoder, EncoderClassifier, EncoderConfig
-from steelyard.models.inputs import ImageInputs, Inputs, TextInputs, WordInputs
+from steelyard.models.fusion import FusionClassifier, FusionConfig
+from steelyard.models.inputs import FusedInputs, ImageInputs, Inputs, TextInputs, WordInputs
 from steelyard.models.recurrent import RecurrentClassifier, RecurrentConfig
 from steelyard.models.tagger import EncoderTagger
 from steelyard.models.vision import VisionConfig, VisionTransformer
@@ -36,7 +37,7 @@ ENCODERS = ("BertModel", "BertForMaskedLM")
 """Trained encoders that a classifier is made from."""
 
 
-Network = RecurrentClassifier | EncoderClassifier | ConvNet | VisionTransformer | EncoderTagger
+Network = RecurrentClassifier | EncoderClassifier | ConvNet | VisionTransformer | EncoderTagger | FusionClassifier
 """Arguments as its inputs make them -> logits `[B, C]`; of a tagger, for each word of the rows."""
 ARCHITECTURES: dict[str, type[Network]] = {
     "SteelyardRecurrentClassifier": RecurrentClassifier,
@@ -44,6 +45,7 @@ ARCHITECTURES: dict[str, type[Network]] = {
     "SteelyardConvNet": ConvNet,
     "SteelyardVisionTransformer": VisionTransformer,
     "SteelyardEncoderTagger": EncoderTagger,
+    "SteelyardFusionClassifier": FusionClassifier,
 }
 
 
@@ -72,6 +74,13 @@ class Classifier:
         return self.inputs
 
     @property
+    def fused(self) -> FusedInputs:
+        """What a classifier of several kinds reads. Raises CheckpointError: it reads one kind."""
+        if not isinstance(self.inputs, FusedInputs):
+            raise CheckpointError("this classifier reads one kind of examples: give it what it was trained on")
+        return self.inputs
+
+    @property
     def image(self) -> ImageInputs:
         """What a classifier of images reads. Raises CheckpointError: it reads something else."""
         if not isinstance(self.inputs, ImageInputs):
@@ -93,6 +102,11 @@ def is_classifier(folder: Path) -> bool:
 def reads_images(folder: Path) -> bool:
     """Whether a checkpoint is a classifier of images."""
     return is_classifier(folder) and ARCHITECTURES[architecture(folder)] in (ConvNet, VisionTransformer)
+
+
+def reads_several(folder: Path) -> bool:
+    """Whether a checkpoint is a classifier of texts, images and sounds together."""
+    return is_classifier(folder) and ARCHITECTURES[architecture(folder)] is FusionClassifier
 
 
 def tags_words(folder: Path) -> bool:
@@ -120,6 +134,13 @@ def inputs_of(network: Network, folder: Path) -> Inputs:
     """What a network reads; texts by the tokenizer in `folder`. Raises CheckpointError: there is none."""
     if isinstance(network, ConvNet | VisionTransformer):
         return ImageInputs(network.config.num_channels, network.config.image_size)
+    if isinstance(network, FusionClassifier):
+        towers = network.config
+        return FusedInputs(
+            None if towers.text is None else TextInputs(Tokenizer.load(folder), towers.text.max_position_embeddings),
+            None if towers.image is None else ImageInputs(towers.image.num_channels, towers.image.image_size),
+            None if towers.audio is None else towers.audio.num_mel_bins,
+        )
     if isinstance(network, EncoderTagger):
         return WordInputs(Tokenizer.load(folder), network.context)
     return TextInputs(Tokenizer.load(folder), network.context)
@@ -130,6 +151,8 @@ def _network(kind: type[Network], raw: dict[str, Any], classes: int, folder: Pat
         return ConvNet(_convnet(raw, classes))
     if kind is VisionTransformer:
         return VisionTransformer(VisionConfig.parse(raw, classes))
+    if kind is FusionClassifier:
+        return FusionClassifier(FusionConfig.parse(raw, classes))
     if kind is EncoderTagger:
         return EncoderTagger(EncoderConfig.parse(raw, classes))
     if kind is EncoderClassifier:
@@ -187,6 +210,8 @@ def swap_head(folder: Path, labels: Sequence[str], generator: torch.Generator) -
     network = opened.network.requires_grad_(True)
     if opened.labels == tuple(labels):
         return opened
+    if isinstance(network, FusionClassifier):
+        raise CheckpointError(f"'{folder}' tells {', '.join(opened.labels)} apart: its labels cannot be others")
     config: Any = msgspec.structs.replace(network.config, classes=len(labels))
     network.config = config
     network.classifier = nn.Linear(network.classifier.in_features, len(labels))

@@ -69,11 +69,15 @@ class ConvNet(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(inputs, config.classes)
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `[B, C, S, S]` uint8 -> what was seen in them, the mean over all places: `[B, last width]`."""
+    def places(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `[B, C, S, S]` uint8 -> what was seen where: `[B, last width, s, s]`."""
         x = normalised(images, self.config, self.stem.weight.dtype)
         seen: torch.Tensor = self.blocks(F.relu(self.norm(self.stem(x))))
-        return seen.mean((2, 3))
+        return seen
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `[B, C, S, S]` uint8 -> what was seen in them, the mean over all places: `[B, last width]`."""
+        return self.places(images).mean((2, 3))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images `[B, C, S, S]` uint8 -> logits `[B, K]`."""

@@ -134,6 +134,77 @@ class ImageInputs:
         return (torch.stack(list(examples)),)
 
 
+class Fused(msgspec.Struct, frozen=True):
+    """An example of several kinds; None: it has none of that kind."""
+
+    tokens: list[int] | None
+    image: torch.Tensor | None
+    """`[C, S, S]` uint8."""
+    features: torch.Tensor | None
+    """`[M, F]`."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether it has nothing at all."""
+        return self.tokens is None and self.image is None and self.features is None
+
+    def only(self, kept: Sequence[str]) -> Fused:
+        """The same with some of `text`, `image`, `audio` alone."""
+        return Fused(
+            self.tokens if "text" in kept else None,
+            self.image if "image" in kept else None,
+            self.features if "audio" in kept else None,
+        )
+
+
+@dataclass(frozen=True)
+class FusedInputs:
+    """Texts, images and sounds, as many of these as a network has towers for."""
+
+    text: TextInputs | None
+    image: ImageInputs | None
+    bands: int | None
+    """Of sound."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Which there are, in the order of the towers."""
+        there = (("text", self.text), ("image", self.image), ("audio", self.bands))
+        return tuple(name for name, inputs in there if inputs is not None)
+
+    def size(self, example: Any) -> int:
+        """Tokens, blocks of 64 pixels and fiftieths of a second."""
+        tokens = len(example.tokens or ())
+        blocks = self.image.size(None) if self.image is not None else 0
+        return tokens + blocks + (0 if example.features is None else example.features.shape[-1] // 2)
+
+    def batch(self, examples: Sequence[Any]) -> tuple[Any, ...]:
+        """What each has `[B, modalities]` bool, then for each tower its arguments, nothing where there is nothing."""
+        present: list[list[bool]] = []
+        given: list[tuple[torch.Tensor, ...]] = []
+        if self.text is not None:
+            present.append([bool(example.tokens) for example in examples])
+            given.append(padded([example.tokens or [0] for example in examples]))
+        if self.image is not None:
+            present.append([example.image is not None for example in examples])
+            white = torch.full((self.image.channels, self.image.side, self.image.side), 255, dtype=torch.uint8)
+            given.append((torch.stack([white if each.image is None else each.image for each in examples]),))
+        if self.bands is not None:
+            present.append([example.features is not None for example in examples])
+            silence = torch.zeros(self.bands, 8)
+            given.append(padded_features([silence if each.features is None else each.features for each in examples]))
+        return torch.tensor(present).T, *given
+
+
+def padded_features(features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of rows, each `[M, F]` -> `[B, M, F]` with 0 behind each, and the frames `[B]` of each."""
+    frames = torch.tensor([row.shape[-1] for row in features])
+    joined = torch.zeros(len(features), features[0].shape[0], int(frames.max()))
+    for number, row in enumerate(features):
+        joined[number, :, : row.shape[-1]] = row
+    return joined, frames
+
+
 def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of token ids -> `[B, L]` int64, padded with 0 on the right, and lengths `[B]`."""
     lengths = torch.tensor([len(row) for row in rows])

@@ -22,6 +22,7 @@ from torch import nn
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
 from steelyard.models import seq2seq, weights
+from steelyard.models.inputs import padded_features
 from steelyard.models.mel import HOP, log_mel
 from steelyard.models.seq2seq import WhisperConfig, WhisperEncoder
 
@@ -76,15 +77,6 @@ def normalised(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-def batch(features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of rows, each `[M, F]` -> `[B, M, F]` with 0 behind each, and the frames `[B]` of each."""
-    frames = torch.tensor([row.shape[-1] for row in features])
-    joined = torch.zeros(len(features), features[0].shape[0], int(frames.max()))
-    for number, row in enumerate(features):
-        joined[number, :, : row.shape[-1]] = row
-    return joined, frames
-
-
 def places_of(frames: torch.Tensor) -> torch.Tensor:
     """How many places so many frames have."""
     return (frames + 1) // 2
@@ -102,7 +94,7 @@ def logits_of(
     while done < len(order):
         count = max(1, 2 * PLACES // features[order[done]].shape[-1])
         chosen = order[done : done + count]
-        joined, frames = batch([features[row] for row in chosen])
+        joined, frames = padded_features([features[row] for row in chosen])
         logits = recogniser.network(joined.to(dtype), frames).float()
         for row, places, found_here in zip(chosen, places_of(frames).tolist(), logits, strict=True):
             found[row] = found_here[:places]

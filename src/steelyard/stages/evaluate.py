@@ -10,9 +10,10 @@ from pathlib import Path
 import msgspec
 import torch
 
-from steelyard.data import audio, chat, images, tagged
+from steelyard.data import audio, chat, fused, images, tagged
 from steelyard.data.audio import RATE, Recording
 from steelyard.data.chat import FormatConfig
+from steelyard.data.fused import FusedRow
 from steelyard.data.images import ImageRow, ImageTensors
 from steelyard.data.rows import Conversation
 from steelyard.data.tagged import TaggedSentence
@@ -22,9 +23,11 @@ from steelyard.evaluate import classification, likelihood
 from steelyard.evaluate.transcription import error_rate
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
+from steelyard.models.inputs import Fused
 from steelyard.models.opening import Opened, open_checkpoint
 from steelyard.models.speech import normalised
 from steelyard.report import Report
+from steelyard.stages.fusion import labelled as labelled_rows
 from steelyard.stages.tagger import labelled
 from steelyard.stages.transcriber import open_transcriber, transcribes
 
@@ -43,6 +46,8 @@ class Classification(msgspec.Struct, frozen=True, kw_only=True):
     confusion: list[list[int]]
     """Rows are the truth, columns the prediction."""
     seconds: float
+    ablation: dict[str, tuple[float, tuple[float, float]]] | None = None
+    """Of several modalities: accuracy and interval where a row has one of them alone, or all but one."""
     tokens_per_second: float
     """Of the prompts read; of images, blocks of 64 pixels."""
 
@@ -101,6 +106,9 @@ def evaluate(
         return _write_down(checkpoint, [row for _, row in audio.listed(data, format_)][:limit], report)
     if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
         return see_apart(classifiers.load(checkpoint), images.listed(data, format_)[:limit], report)
+    if classifiers.reads_several(checkpoint):
+        classifier = classifiers.load(checkpoint)
+        return join(classifier, fused.read(data, format_, classifier.fused.modalities)[:limit], report)
     if classifiers.tags_words(checkpoint):
         return tag_words(classifiers.load(checkpoint), tagged.read(data, format_)[:limit], report)
     rows = chat.read(data, format_)
@@ -177,6 +185,45 @@ def see_apart(
     scores = classifiers.log_probabilities(classifier, pictures, lambda done: report(done, len(rows)))
     seconds = time.perf_counter() - started
     return _summary(rows, classifier.labels, scores, len(rows) * inputs.size(None), seconds)
+
+
+def join(
+    classifier: Classifier, rows: Sequence[FusedRow], report: Callable[[int, int], None] = lambda done, of: None
+) -> Classification:
+    """Label rows of several modalities, then again with some of these left out. Raises as `fusion.labelled` does."""
+    started = time.perf_counter()
+    for row in rows:
+        if row.label is None:
+            raise DataError("has no label", file=row.file, line=row.line)
+    examples = labelled_rows(classifier, rows, None, None)
+    truth = [number for labels in examples.labels for number in labels]
+    sizes = sum(map(classifier.inputs.size, examples.examples))
+
+    def counted(chosen: Sequence[int], given: Sequence[Fused]) -> Classification:
+        scores = classifiers.log_probabilities(classifier, given, lambda done: report(done, len(given)))
+        wanted = [truth[number] for number in chosen]
+        return _counted(wanted, classifier.labels, scores, sizes, time.perf_counter() - started)
+
+    whole = counted(range(len(rows)), examples.examples)
+    ablation = {}
+    modalities = classifier.fused.modalities
+    for name, kept in fusion_subsets(modalities).items():
+        fewer = [example.only(kept) for example in examples.examples]
+        chosen = [number for number, example in enumerate(fewer) if not example.empty]
+        if chosen:
+            found = counted(chosen, [fewer[number] for number in chosen])
+            ablation[name] = (found.accuracy, found.accuracy_interval)
+    return msgspec.structs.replace(whole, ablation=ablation)
+
+
+def fusion_subsets(modalities: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Each modality alone, and all without each where that is something else."""
+    if len(modalities) < 2:
+        return {}
+    alone: dict[str, tuple[str, ...]] = {f"{name} alone": (name,) for name in modalities}
+    if len(modalities) > 2:
+        alone |= {f"without {name}": tuple(kept for kept in modalities if kept != name) for name in modalities}
+    return alone
 
 
 def tag_words(
@@ -272,8 +319,15 @@ def _likelihood(opened: Opened, rows: Sequence[Conversation], report: Callable[[
 def page(checkpoint: Path, data: Path, found: Classification | Likelihood | Transcription) -> Report:
     """A report of one evaluation."""
     report = Report(f"{checkpoint.name} on {data.name}")
-    values = {key: value for key, value in msgspec.to_builtins(found).items() if key not in ("confusion", "labels")}
+    apart = ("confusion", "labels", "ablation")
+    values = {key: value for key, value in msgspec.to_builtins(found).items() if key not in apart}
     report.table(["measure", "value"], [[key.replace("_", " "), str(value)] for key, value in values.items()], "")
+    if isinstance(found, Classification) and found.ablation:
+        rows = [
+            [name, f"{accuracy:.4f}", f"{low:.4f} to {high:.4f}"]
+            for name, (accuracy, (low, high)) in found.ablation.items()
+        ]
+        report.table(["rows have", "accuracy", "interval of 95%"], rows, "With less than all modalities")
     if isinstance(found, Classification):
         report.matrix("Confusion matrix", list(found.labels), found.confusion)
     return report

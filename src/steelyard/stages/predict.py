@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from steelyard.atomic import file_aside
-from steelyard.data import audio, chat, images, tagged
+from steelyard.data import audio, chat, fused, images, tagged
 from steelyard.data.chat import FormatConfig, ask, check_labels
 from steelyard.data.readers import check_file, json_rows, table_rows
 from steelyard.data.rows import Conversation, Message
@@ -22,6 +23,7 @@ from steelyard.infer.request import Request, Sampling
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.opening import Opened, open_checkpoint
+from steelyard.stages.fusion import labelled as labelled_rows
 from steelyard.stages.tagger import sentences as as_read
 from steelyard.stages.transcriber import open_transcriber, transcribes
 
@@ -58,6 +60,8 @@ def predict(
         raise ConfigError(f"the output '{output}' is the file that is read: name another")
     if transcribes(checkpoint):
         return _write(output, *_hear(checkpoint, data, format_, report))
+    if classifiers.reads_several(checkpoint):
+        return _write(output, *_join(classifiers.load(checkpoint), data, format_, report))
     if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
         return _write(output, *_see(classifiers.load(checkpoint), data, format_, report))
     check_file(data)
@@ -115,6 +119,16 @@ def _hear(
     sounds = audio.Sounds([recording for _, recording in listed])
     texts = open_transcriber(checkpoint)(sounds, lambda done: report(done, len(listed)))
     return [(number, row) for number, (row, _) in enumerate(listed, 1)], ({"prediction": text} for text in texts)
+
+
+def _join(
+    classifier: Classifier, data: Path, format_: FormatConfig, report: Callable[[int, int], None]
+) -> tuple[list[tuple[int, dict[str, Any]]], Iterator[dict[str, Any]]]:
+    """Rows of several modalities with what the classifier says of them."""
+    rows = [msgspec.structs.replace(row, label=None) for row in fused.read(data, format_, classifier.fused.modalities)]
+    examples = labelled_rows(classifier, rows, None, None).examples
+    scores = classifiers.log_probabilities(classifier, examples, lambda done: report(done, len(rows)))
+    return [(row.line, row.fields) for row in rows], _named(classifier.labels, scores)
 
 
 def _tag(

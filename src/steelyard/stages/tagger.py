@@ -28,7 +28,7 @@ def prepare(config: TrainConfig) -> Prepared:
     assert config.model is not None, "checked before"
     base = resolve(config.model)
     learnt, held = _parts(config)
-    labels = config.data.labels or tuple(sorted({tag for row in learnt for tag in row.tags or ()}))
+    labels = config.data.labels or tuple(sorted({tag for row in (*learnt, *held) for tag in row.tags or ()}))
     config = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, labels=labels))
 
     def build(run: Run) -> Classification:

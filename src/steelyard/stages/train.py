@@ -16,17 +16,19 @@ from steelyard.checkpoint.sources import resolve
 from steelyard.data import augmentation
 from steelyard.models.classifiers import reads_images
 from steelyard.runs import Run, clear
-from steelyard.stages import classifier, image_classifier, language_model, preference, tagger, transcriber
+from steelyard.stages import classifier, fusion, image_classifier, language_model, preference, tagger, transcriber
 from steelyard.stages.prepared import Prepared
 from steelyard.train import choice
 from steelyard.train.config import DataConfig, TrainConfig, check
-from steelyard.train.networks import IMAGES, DecoderNetwork
+from steelyard.train.networks import IMAGES, DecoderNetwork, FusionNetwork
 from steelyard.train.report import training_report
 from steelyard.train.trainer import Lineage, Progress, Trainer
 
 
 def _classifier(config: TrainConfig) -> Prepared:
     """Of what the network reads, or the one that it begins from."""
+    if isinstance(config.network, FusionNetwork):
+        return fusion.prepare(config)
     seen = isinstance(config.network, IMAGES) or (config.model is not None and reads_images(resolve(config.model)))
     augmentation.check(config.augment, augmentation.IMAGE if seen else ())
     return image_classifier.prepare(config) if seen else classifier.prepare(config)

@@ -172,7 +172,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     ),
     "classification": (
         *("beta", "method", "lora"),
-        *(f"data.{name}" for name in ("template", "system", "tokens", "tags", "audio")),
+        *(f"data.{name}" for name in ("template", "system", "tokens", "tags")),
     ),
     "tagging": (
         *("beta", "method", "lora", "augment", "data.bad_files", "data.max_length", "data.too_long"),

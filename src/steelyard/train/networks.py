@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from steelyard.errors import ConfigError
@@ -68,11 +70,33 @@ class DecoderNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"
     """Most tokens that it sees."""
 
 
-Network = LstmNetwork | ConvNetwork | VitNetwork | SpeechNetwork | DecoderNetwork
+class FusionNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="fusion"):
+    """Texts, images and recordings together: a tower for each, and how these are joined."""
+
+    modalities: tuple[Literal["text", "image", "audio"], ...] = ("text", "image")
+    """Which of them, in this order; a row may lack some."""
+    how: Literal["late", "gated", "cross-attention"] = "gated"
+    width: int = 128
+    heads: int = 4
+    text_model: str | None = None
+    """A trained encoder for texts (a folder, or a source); none: a new one with a tokenizer learnt from the rows."""
+    vocabulary: int = 4000
+    text_layers: int = 2
+    image_size: int = 64
+    channels: int = 3
+    widths: tuple[int, ...] = (32, 64, 128)
+    blocks: int = 1
+    audio_layers: int = 2
+    dropout: float = 0.1
+    drop_modality: float = 0.1
+    """Share of the rows that learn without one of their modalities."""
+
+
+Network = LstmNetwork | ConvNetwork | VitNetwork | SpeechNetwork | DecoderNetwork | FusionNetwork
 IMAGES = (ConvNetwork, VitNetwork)
 OF_TASK: dict[str, tuple[type[Network], ...]] = {
     "generation": (DecoderNetwork,),
-    "classification": (LstmNetwork, ConvNetwork, VitNetwork),
+    "classification": (LstmNetwork, ConvNetwork, VitNetwork, FusionNetwork),
     "transcription": (SpeechNetwork,),
 }
 """Which kinds each task knows; the others begin from a model."""
@@ -88,6 +112,9 @@ MOST = {
     "heads": 64,
     "kv_heads": 64,
     "context": 1 << 20,
+    "width": 4096,
+    "text_layers": 64,
+    "audio_layers": 64,
     "blocks": 32,
 }
 """The largest size that a field may have; the least is 1."""
@@ -107,8 +134,8 @@ def check(network: Network) -> None:
     for key, value in ((field, getattr(network, field)) for field in network.__struct_fields__):
         if key in MOST and not 1 <= value <= MOST[key]:
             raise ConfigError(f"network.{key} must be 1 to {MOST[key]}, not {value}")
-        if key == "dropout" and not 0 <= value < 1:
-            raise ConfigError(f"network.dropout must be at least 0 and below 1, not {value}")
+        if key in ("dropout", "drop_modality") and not 0 <= value < 1:
+            raise ConfigError(f"network.{key} must be at least 0 and below 1, not {value}")
         if key == "channels" and value not in (1, 3):
             raise ConfigError(f"network.channels must be 1 (grey) or 3 (colour), not {value}")
         if key == "widths" and not (value and 1 <= min(value) <= max(value) <= 4096 and len(value) <= 8):
@@ -119,5 +146,10 @@ def check(network: Network) -> None:
         raise ConfigError(f"network.kv_heads {network.kv_heads} must divide network.heads {network.heads}")
     if isinstance(network, DecoderNetwork) and network.hidden % (2 * network.heads):
         raise ConfigError(f"twice network.heads {network.heads} must divide network.hidden {network.hidden}")
+    if isinstance(network, FusionNetwork):
+        if list(network.modalities) != [name for name in ("text", "image", "audio") if name in network.modalities]:
+            raise ConfigError("network.modalities must be some of text, image, audio, each once, in this order")
+        if not network.modalities or network.width % network.heads:
+            raise ConfigError("network.modalities must not be empty, and network.heads must divide network.width")
     if isinstance(network, VitNetwork | SpeechNetwork) and network.hidden % network.heads:
         raise ConfigError(f"network.heads {network.heads} must divide network.hidden {network.hidden}")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from steelyard.errors import TrainingError
 from steelyard.models import speech
+from steelyard.models.inputs import padded_features
 from steelyard.models.speech import Recogniser
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
@@ -80,7 +81,7 @@ class Transcription:
         return self._loss([self._augment(row.features) for row in chosen], [row.text for row in chosen])
 
     def _loss(self, features: Sequence[torch.Tensor], texts: Sequence[str]) -> torch.Tensor:
-        joined, frames = speech.batch(features)
+        joined, frames = padded_features(features)
         logits = self.recogniser.network(joined.to(self._dtype), frames).float()
         targets = torch.tensor([self._numbers[letter] for text in texts for letter in text])
         lengths = torch.tensor([len(text) for text in texts])

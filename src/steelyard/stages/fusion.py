@@ -1,0 +1,199 @@
+"""Training a classifier of text, image and sound together: rows of several kinds, a tower for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from steelyard.checkpoint import manifest
+from steelyard.checkpoint.sources import resolve
+from steelyard.data import audio, augmentation, fused, image_augmentation, images, tokenizer_training
+from steelyard.data.fused import FusedRow
+from steelyard.data.split import parted
+from steelyard.errors import DataError
+from steelyard.models import classifiers
+from steelyard.models.classifiers import Classifier
+from steelyard.models.convnet import ConvNetConfig
+from steelyard.models.encoder import EncoderConfig
+from steelyard.models.fusion import FusionClassifier, FusionConfig
+from steelyard.models.inputs import Fused
+from steelyard.models.mel import log_mel
+from steelyard.models.seq2seq import WhisperConfig, sines
+from steelyard.runs import Run
+from steelyard.stages.prepared import DTYPES, METRICS, Prepared, check_one_way, digest_of
+from steelyard.text.tokenizer import Tokenizer
+from steelyard.train.classification import Classification, Labelled
+from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.networks import FusionNetwork
+
+MAX_SECONDS = 30
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read a run's rows. Raises as `stages.train.train` does."""
+    network = config.network
+    assert isinstance(network, FusionNetwork), "checked before"
+    augmentation.check(config.augment, augmentation.IMAGE if "image" in network.modalities else ())
+    learnt, held, digests = _parts(config, network)
+    labels = config.data.labels or tuple(sorted({str(row.label) for row in learnt}))
+    config = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, labels=labels))
+    base = None if network.text_model is None else resolve(network.text_model)
+
+    def build(run: Run) -> Classification:
+        classifier = _fresh(network, labels, [row.text or "" for row in learnt], base, run.folder, config.seed)
+        return Classification(
+            classifier,
+            labelled(classifier, learnt, config.data, run),
+            labelled(classifier, held, config.data, run),
+            METRICS,
+            dtype=DTYPES[config.dtype],
+            smoothing=config.label_smoothing,
+            augment=lambda batch: _augmented(classifier, batch, config),
+        )
+
+    counts = {"rows": len(learnt), "validation_rows": len(held), "labels": len(labels)}
+    parent = None if base is None else manifest.read(base).id
+    return Prepared(config=config, counts=counts, parent=parent, build=build, digests=digests)
+
+
+def labelled(classifier: Classifier, rows: Sequence[FusedRow], data: DataConfig | None, run: Run | None) -> Labelled:
+    """Rows as the classifier reads them, with the numbers of their labels (none where a row has none).
+
+    Rows whose files cannot be read are left out, up to `data.bad_files`, and told to the run's log.
+
+    Raises:
+        DataError: one more than that, or a label that the classifier does not know.
+    """
+    numbers = {label: number for number, label in enumerate(classifier.labels)}
+    made, bad = Labelled([], []), 0
+    for row in rows:
+        if row.label is not None and row.label not in numbers:
+            known = ", ".join(classifier.labels)
+            raise DataError(f"the label '{row.label}' is none of {known}", file=row.file, line=row.line)
+        try:
+            made.examples.append(_example(classifier, row))
+        except DataError as error:
+            bad += 1
+            if data is None or run is None or bad > data.bad_files:
+                raise
+            run.log(f"left out: {error}")
+            continue
+        made.labels.append(() if row.label is None else (numbers[row.label],))
+    return made
+
+
+def _example(classifier: Classifier, row: FusedRow) -> Fused:
+    inputs = classifier.fused
+    tokens = inputs.text.tokens(row.text) if inputs.text is not None and row.text is not None else None
+    picture = features = None
+    if inputs.image is not None and row.image is not None:
+        picture = torch.from_numpy(images.read(row.image, inputs.image.channels, inputs.image.side).copy())
+    if inputs.bands is not None and row.audio is not None:
+        sound = audio.read(row.audio)[: MAX_SECONDS * audio.RATE]
+        features = log_mel(torch.nn.functional.pad(sound, (0, max(0, 640 - len(sound)))), inputs.bands)
+    return Fused(tokens, picture, features)
+
+
+def _augmented(classifier: Classifier, batch: tuple[Any, ...], config: TrainConfig) -> tuple[Any, ...]:
+    """A batch whose images are changed, and nothing else."""
+    present, *given = batch
+    changed = [
+        (image_augmentation.augmented(inputs[0], config.augment),) if name == "image" else inputs
+        for name, inputs in zip(classifier.fused.modalities, given, strict=True)
+    ]
+    return present, *changed
+
+
+def _fresh(
+    network: FusionNetwork, labels: Sequence[str], texts: Sequence[str], base: Path | None, run: Path, seed: int
+) -> Classifier:
+    origin, encoder, described = None, None, None
+    if "text" in network.modalities:
+        if base is not None:
+            encoder = classifiers.load_encoder(base)
+            origin, described = base, encoder.config
+        else:
+            origin = run / "tokenizer"
+            origin.mkdir(exist_ok=True)
+            tokenizer_training.train(texts, network.vocabulary, origin / "tokenizer.json", lowercase=True)
+            described = EncoderConfig(
+                vocab_size=Tokenizer.load(origin).vocabulary,
+                hidden_size=network.width,
+                num_hidden_layers=network.text_layers,
+                num_attention_heads=network.heads,
+                intermediate_size=4 * network.width,
+                max_position_embeddings=128,
+            )
+    config = FusionConfig(
+        how=network.how,
+        width=network.width,
+        heads=network.heads,
+        dropout=network.dropout,
+        drop_modality=network.drop_modality,
+        text=described,
+        image=_image_tower(network) if "image" in network.modalities else None,
+        audio=_audio_tower(network) if "audio" in network.modalities else None,
+        classes=len(labels),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = FusionClassifier(config)
+    towers: Any = made.towers
+    if encoder is not None:
+        towers["text"].encoder = encoder.requires_grad_(True)
+    if config.audio is not None:
+        positions = towers["audio"].encoder.embed_positions.weight
+        positions.data.copy_(sines(*positions.shape))
+    return Classifier(made, classifiers.inputs_of(made, origin or run), tuple(labels), origin)
+
+
+def _image_tower(network: FusionNetwork) -> ConvNetConfig:
+    return ConvNetConfig(
+        image_size=network.image_size, num_channels=network.channels, widths=network.widths, blocks=network.blocks
+    )
+
+
+def _audio_tower(network: FusionNetwork) -> WhisperConfig:
+    return WhisperConfig(
+        vocab_size=1,
+        d_model=network.width,
+        encoder_layers=network.audio_layers,
+        decoder_layers=1,
+        encoder_attention_heads=network.heads,
+        decoder_attention_heads=network.heads,
+        encoder_ffn_dim=4 * network.width,
+        decoder_ffn_dim=1,
+        dropout=network.dropout,
+    )
+
+
+def _parts(config: TrainConfig, network: FusionNetwork) -> tuple[list[FusedRow], list[FusedRow], dict[str, str]]:
+    """What to learn from, what to validate on, and the digests of both files with all that they name."""
+    data = config.data
+    rows = _labelled(Path(data.train), data, network)
+    digests = {Path(data.train).name: _together(Path(data.train), rows)}
+    if data.deduplicate:
+        rows = list({(row.key, row.label): row for row in reversed(rows)}.values())[::-1]
+    if data.validation is None:
+        return (*parted(rows, lambda row: row.key, data.holdout, config.seed), digests)
+    check_one_way(config)
+    held = _labelled(Path(data.validation), data, network)
+    return rows, held, digests | {Path(data.validation).name: _together(Path(data.validation), held)}
+
+
+def _labelled(path: Path, data: DataConfig, network: FusionNetwork) -> list[FusedRow]:
+    rows = fused.read(path, data, network.modalities)
+    for row in rows:
+        if row.label is None:
+            raise DataError("has no label", file=row.file, line=row.line, field=data.label)
+    return rows
+
+
+def _together(path: Path, rows: Sequence[FusedRow]) -> str:
+    named = {file.path for row in rows for file in (row.image, row.audio) if file is not None and file.path.is_file()}
+    files = [(file.name, manifest.sha256_file(file)) for file in sorted(named)]
+    return digest_of([(path.name, manifest.sha256_file(path)), *files])

@@ -1,0 +1,163 @@
+"""Text, image and sound together, by the stages that users call."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from steelyard.data.augmentation import Augmentation
+from steelyard.data.chat import FormatConfig
+from steelyard.errors import CheckpointError, ConfigError, DataError
+from steelyard.models import classifiers, weights
+from steelyard.models.fusion import MODALITIES
+from steelyard.models.inputs import Fused
+from steelyard.stages.evaluate import Classification, evaluate
+from steelyard.stages.predict import predict
+from steelyard.stages.train import train
+from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.networks import FusionNetwork
+from steelyard.train.optimizers import OptimizerConfig
+
+WORDS = (("cold", "frozen"), ("warm", "hot"))
+ALL = FusionNetwork(
+    modalities=("text", "image", "audio"),
+    width=16,
+    heads=2,
+    vocabulary=300,
+    text_layers=1,
+    image_size=8,
+    channels=1,
+    widths=(8,),
+    audio_layers=1,
+)
+
+
+def write_rows(folder: Path, count: int, seed: int) -> Path:
+    """A row's label is two bits: one by its words, one by its image's brightness; sound tells both."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    with (folder / "rows.jsonl").open("w") as file:
+        for number in range(count):
+            heat, light = draw.randrange(2), draw.randrange(2)
+            row = {"text": f"{draw.choice(WORDS[heat])} {draw.randrange(999)}", "label": f"{heat}{light}"}
+            if draw.random() < 0.9:
+                pixels = np.random.default_rng(number).integers(0, 60, (8, 8), np.uint8) + np.uint8(180 * light)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+                row["image"] = f"{number}.png"
+            if draw.random() < 0.5:
+                tone = np.sin(2 * np.pi * (300 + 800 * (2 * heat + light)) * np.arange(1600) / 8000)
+                soundfile.write(folder / f"{number}.wav", 0.5 * tone, 8000)
+                row["audio"] = f"{number}.wav"
+            file.write(json.dumps(row) + "\n")
+    return folder / "rows.jsonl"
+
+
+def configuration(folder: Path, **fields: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "task": "classification",
+        "network": ALL,
+        "output": str(folder / "run"),
+        "data": DataConfig(train=str(write_rows(folder / "rows", 160, 0)), holdout=30),
+        "epochs": 10,
+        "batch_size": 16,
+        "optimizer": OptimizerConfig(name="adamw", learning_rate=5e-3),
+    }
+    return TrainConfig(**{**settings, **fields})
+
+
+@pytest.mark.parametrize("how", ["late", "gated", "cross-attention"])
+def test_from_rows_to_a_prediction(how: Any, tmp_path: Path) -> None:
+    network = msgspec.structs.replace(ALL, how=how)
+    done = train(configuration(tmp_path, network=network, augment=Augmentation(flip=True), epochs=16))
+    held = write_rows(tmp_path / "held", 60, 1)
+    found = evaluate(Path(str(done.path)), held, FormatConfig())
+    assert isinstance(found, Classification)
+    assert found.accuracy > 0.8
+    assert found.ablation is not None
+    expected = [*(f"{name} alone" for name in MODALITIES), *(f"without {name}" for name in MODALITIES)]
+    assert list(found.ablation) == expected
+    assert found.ablation["text alone"][0] < 0.75, "words tell one bit of two"
+    assert found.ablation["without audio"][0] > found.ablation["text alone"][0]
+    assert predict(Path(str(done.path)), held, tmp_path / "out.jsonl", FormatConfig()) == 60
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert sum(row["label"] == row["prediction"] for row in rows) == round(found.accuracy * 60)
+
+
+@pytest.mark.parametrize("how", ["late", "gated", "cross-attention"])
+def test_a_row_depends_on_no_other_and_on_nothing_that_it_lacks(how: Any, tmp_path: Path) -> None:
+    done = train(configuration(tmp_path, network=msgspec.structs.replace(ALL, how=how), epochs=1))
+    classifier = classifiers.load(Path(str(done.path)))
+    torch.manual_seed(0)
+    picture, features = torch.randint(0, 256, (1, 8, 8)).to(torch.uint8), torch.randn(80, 31)
+    examples = [
+        Fused([5, 6, 7], picture, features),
+        Fused([8], None, None),
+        Fused(None, picture, None),
+        Fused(None, None, features[:, :20]),
+        Fused([5, 6], None, features),
+    ]
+    together = classifiers.log_probabilities(classifier, examples)
+    alone = torch.cat([classifiers.log_probabilities(classifier, [example]) for example in examples])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(together[0], together[4])
+    with pytest.raises(CheckpointError, match="reads no texts"):
+        classifier.text  # noqa: B018
+    with pytest.raises(CheckpointError, match="its labels cannot be others"):
+        classifiers.on_trained(Path(str(done.path)), ["x", "y"], torch.Generator())
+
+
+def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
+    results = []
+    for cuts in ((), (5, 11)):
+        folder = tmp_path / str(len(cuts))
+        config = configuration(folder, checkpoint_every=3, epochs=2, augment=Augmentation(shift=1))
+        for cut in cuts:
+            begun: list[Any] = []
+            train(
+                config,
+                begun=lambda trainer, counts, begun=begun: begun.append(trainer),
+                report=lambda progress, cut=cut, begun=begun: setattr(begun[0], "stopping", progress.step >= cut),
+            )
+        results.append(train(config))
+    straight, cut_off = (weights.read_tensors(Path(str(done.path))) for done in results)
+    assert all(torch.equal(straight[name], cut_off[name]) for name in straight)
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"label": "a"}, "none of text, image, audio is there"),
+        ({"text": 3, "label": "a"}, "field 'text': must be a text"),
+        ({"text": "a"}, "field 'label': has no label"),
+        ({"image": "none.png", "label": "a"}, "cannot be read"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path: Path, row: dict[str, Any], complaint: str) -> None:
+    config = configuration(tmp_path)
+    path = Path(config.data.train)
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=rf"rows.jsonl:161: .*{complaint}"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("network", "complaint"),
+    [
+        (FusionNetwork(modalities=()), "must not be empty"),
+        (FusionNetwork(modalities=("image", "text")), "in this order"),
+        (FusionNetwork(width=30, heads=4), "must divide network.width"),
+        (FusionNetwork(drop_modality=1.0), "network.drop_modality"),
+    ],
+)
+def test_a_wrong_setting_is_named(network: FusionNetwork, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        train(configuration(tmp_path, network=network))
