@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from native_forms import native
-from steelyard.kernels import library, training
+from steelyard.kernels import library, recompute, training
 from steelyard.kernels.library import Library
 
 __all__ = ["native"]  # a fixture
@@ -116,3 +116,36 @@ def test_what_the_native_form_does_not_take_runs_as_the_twin() -> None:
         assert torch.equal(training.rms_norm(x, weight, 1e-5), training.rms_norm_twin(x, weight, 1e-5))
         if x.dtype == torch.float32:
             assert torch.equal(training.silu_mul(x, x), training.silu_mul_twin(x, x))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_made_again_is_not_kept_and_changes_no_bit(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gated layer after a norm."""
+    inputs = [randn(64, 48), randn(48), randn(96, 48), randn(96, 48, seed=1), randn(48, 96)]
+    kept: list[int] = []
+
+    def gradients(pack: Callable[[torch.Tensor], Any]) -> list[torch.Tensor | None]:
+        def keep(tensor: torch.Tensor) -> Any:
+            packed = pack(tensor)
+            kept.extend([packed.data_ptr()] if isinstance(packed, torch.Tensor) else [])
+            return packed
+
+        monkeypatch.setattr(recompute, "_pack", keep)
+        x, scale, gate, up, down = (tensor.clone().requires_grad_(True) for tensor in inputs)
+        with recompute.recomputing():
+            normed = training.rms_norm(x, scale, 1e-5)
+            gated = training.silu_mul(normed @ gate.T, normed @ up.T)
+            out = gated @ down.T
+        found = sum(pointer in (normed.data_ptr(), gated.data_ptr()) for pointer in kept)
+        assert found == (0 if again else 3), "the norm twice, the gated once"
+        out.backward(randn(64, 48, seed=5))
+        return [tensor.grad for tensor in (x, scale, gate, up, down)]
+
+    packing = recompute._pack
+    found = gradients(packing if again else lambda tensor: tensor)
+    kept.clear()
+    again = not again
+    other = gradients(packing if again else lambda tensor: tensor)
+    assert all(
+        torch.equal(one, two) for one, two in zip(found, other, strict=True) if one is not None and two is not None
+    )

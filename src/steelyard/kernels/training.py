@@ -9,12 +9,14 @@ bfloat16 in and out, float32 inside. What the native form does not take (another
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from steelyard.kernels import library
+from steelyard.kernels.recompute import remake
 
 LANES = 16
 """What widths, and lengths of rows, are to be multiples of."""
@@ -28,7 +30,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     """RMS normalisation, x / rms(x) * weight, over the last dimension (Zhang and Sennrich 2019)."""
     if _is_native(x, x.shape[-1]) and weight.dtype == x.dtype:
         normed: torch.Tensor = _RmsNorm.apply(x.contiguous(), weight, epsilon)  # type: ignore[no-untyped-call]
-        return normed
+        return remake(normed, partial(rms_norm, x.detach(), weight.detach(), epsilon))
     return rms_norm_twin(x, weight, epsilon)
 
 
@@ -43,7 +45,7 @@ def silu_mul(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """silu(gate) * value, elementwise."""
     if _is_native(gate, gate.numel()):
         product: torch.Tensor = _SiluMul.apply(gate.contiguous(), value.contiguous())  # type: ignore[no-untyped-call]
-        return product
+        return remake(product, partial(silu_mul, gate.detach(), value.detach()))
     return silu_mul_twin(gate, value)
 
 

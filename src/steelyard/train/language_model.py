@@ -10,6 +10,7 @@ import torch
 from steelyard.data.packing import pack
 from steelyard.data.rows import TokenRow
 from steelyard.errors import TrainingError
+from steelyard.kernels.recompute import recomputing
 from steelyard.models import weights
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
@@ -62,7 +63,8 @@ class LanguageModelling:
     def loss(self, rows: Sequence[int]) -> torch.Tensor:
         """-log p of the trained tokens, in nats."""
         batch = pack([self._rows[row] for row in rows])
-        hidden_states = self.decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths), self.adapter)
+        with recomputing():
+            hidden_states = self.decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths), self.adapter)
         return cross_entropy(hidden_states.index_select(0, batch.places), self.decoder.lm_head.weight, batch.targets)
 
     def train(self, on: bool) -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from steelyard.data.packing import pack
 from steelyard.data.rows import TokenRow
 from steelyard.errors import TrainingError
+from steelyard.kernels.recompute import recomputing
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
@@ -102,7 +103,8 @@ class PreferenceLearning:
         """Of each pair's answers, `[P, 2]` float32, in nats."""
         rows = [row for pair in pairs for row in pair]
         batch = pack(rows)
-        hidden_states = self.decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths), adapter)
+        with recomputing():
+            hidden_states = self.decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths), adapter)
         losses = token_losses(hidden_states.index_select(0, batch.places), self.decoder.lm_head.weight, batch.targets)
         owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([row.targets for row in rows]))
         return -torch.zeros(len(rows)).index_add(0, owner, losses).view(-1, 2)
