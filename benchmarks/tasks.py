@@ -225,11 +225,12 @@ def brown(folder: Path, seeds: list[int], quick: bool) -> Found:
             model=MINILM,
             output=str(folder / f"brown-{seed}" / "run"),
             data=DataConfig(train=str(learnt), holdout=50 if quick else 1000, deduplicate=False, labels=tags),
-            epochs=1 if quick else 3,
-            batch_size=32,
+            epochs=1 if quick else 2,
+            batch_size=96,
+            micro_batch_tokens=8192,
             checkpoint_every=500,
             seed=seed,
-            optimizer=OptimizerConfig(name="adamw", learning_rate=3e-4, weight_decay=0.01, layer_decay=0.9),
+            optimizer=OptimizerConfig(name="adamw", learning_rate=5e-4, weight_decay=0.01, layer_decay=0.9),
         ), held
 
     return over_seeds(run, seeds, 0.975)

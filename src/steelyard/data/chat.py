@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from steelyard.data.readers import FORMATS, detect, json_kind, json_row, json_rows, lines, table_rows
+from steelyard.data.readers import FORMATS, PARQUET, detect, json_kind, json_row, json_rows, lines, table_rows
 from steelyard.data.rows import ROLES, Conversation, Message
 from steelyard.errors import ConfigError, DataError
 
@@ -211,7 +211,7 @@ def check_labels(labels: tuple[str, ...]) -> None:
 
 def text(path: Path, config: FormatConfig) -> Iterator[Conversation]:
     """Plain text: a .txt file is one document, a JSONL row is one."""
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in (".jsonl", ".ndjson", PARQUET):
         for line, row in json_rows(path):
             content = _string(row, config.text, path, line)
             yield Conversation(messages=(Message("text", content),), file=path, line=line)

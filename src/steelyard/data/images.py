@@ -29,7 +29,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 64 << 20
 MODES = {1: "L", 3: "RGB"}
-LISTS = (".jsonl", ".ndjson", ".csv", ".tsv")
+LISTS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 class ImageRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from steelyard.errors import DataError
+from steelyard.errors import ConfigError, DataError
 
 MAX_LINE_BYTES = 8 << 20
+PARQUET_ROWS = 1024
+"""Of a Parquet file that are held at a time."""
+PARQUET = ".parquet"
 FORMATS = ("chat", "instruction", "labelled", "text")
 JSON_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
 SAY_FORMAT = "set data.format (or --set format=...)"
@@ -31,6 +34,12 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         what = "this is a folder" if path.is_dir() else "this is no regular file" if path.exists() else "no such file"
         raise DataError(f"{what}; give the path of a JSONL, CSV, TSV or text file", file=path)
+
+
+def check_place(path: Path) -> None:
+    """Refuse what is neither a file nor a folder that could hold images or recordings. Raises as `check_file` does."""
+    if not (path.is_dir() and path.name and not path.suffix):
+        check_file(path)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -59,11 +68,14 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered JSON objects, one a line; blank lines are skipped.
+    """Numbered JSON objects, one a line; blank lines are skipped. Of Parquet, its rows.
 
     Raises:
         DataError: a line that is none: see `json_row`.
     """
+    if path.suffix.lower() == PARQUET:
+        yield from parquet_rows(path)
+        return
     for number, text in lines(path):
         if text.strip():
             yield number, json_row(text, path, number)
@@ -181,6 +193,41 @@ def _comma_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield first, fields
 
 
+def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered rows of a Parquet file, a group at a time; columns of lists and structs become JSON's.
+
+    Raises:
+        DataError: no Parquet file, damaged, or a value that JSON has not.
+        ConfigError: the library is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError("Parquet needs a library: pip install 'steelyard[data]'") from None
+    check_file(path)
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, {name: _plain(value, path, number, name) for name, value in row.items()}
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise DataError(f"no Parquet file that can be read: {what}", file=path) from None
+
+
+def _plain(value: Any, path: Path, number: int, field: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner, path, number, field) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_plain(inner, path, number, field) for inner in value]
+    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise DataError(f"a {type(value).__name__} is nothing that rows have", file=path, line=number, field=field)
+
+
 def detect(path: Path) -> str:
     """The format of a file by its ending and, for JSONL, its first row.
 
@@ -193,7 +240,7 @@ def detect(path: Path) -> str:
         return "labelled"
     if suffix in (".txt", ".md"):
         return "text"
-    if suffix in (".jsonl", ".ndjson"):
+    if suffix in (".jsonl", ".ndjson", PARQUET):
         for number, row in json_rows(path):
             for format_, field in (("chat", "messages"), ("instruction", "instruction")):
                 if field in row:
@@ -203,4 +250,5 @@ def detect(path: Path) -> str:
             reason = f"cannot tell the format: no field 'messages', 'instruction' or 'text'; {SAY_FORMAT}"
             raise DataError(reason, file=path, line=number)
         raise DataError("the file is empty", file=path)
-    raise DataError(f"cannot tell the format by the ending; known: .jsonl .csv .tsv .txt, or {SAY_FORMAT}", file=path)
+    known = ".jsonl .csv .tsv .txt .parquet"
+    raise DataError(f"cannot tell the format by the ending; known: {known}, or {SAY_FORMAT}", file=path)

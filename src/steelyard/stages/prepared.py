@@ -27,6 +27,17 @@ METRICS: dict[str, Callable[[torch.Tensor], float]] = {
 """Of a classifier's counts."""
 
 
+ORIGIN = "data.json"
+"""Written beside rows that were made ready."""
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Where rows are from: files with their sha256."""
+
+    sources: dict[str, str]
+    files: dict[str, str]
+
+
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """A run whose data have been read."""
 
@@ -43,9 +54,21 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def file_digests(config: TrainConfig) -> dict[str, str]:
-    """Of the files that a run's rows stand in."""
+    """Of the files that a run's rows stand in, and of those that they were made from, as far as `data.json` says."""
     files = [Path(config.data.train)] + ([Path(config.data.validation)] if config.data.validation else [])
-    return {path.name: manifest.sha256_file(path) for path in files}
+    digests = {path.name: manifest.sha256_file(path) for path in files}
+    for path in files:
+        digests |= {f"{path.name} from {name}": digest for name, digest in origin_of(path).items()}
+    return digests
+
+
+def origin_of(file: Path) -> dict[str, str]:
+    """The sources that `data.json` beside a file names; none, if the file was changed since."""
+    try:
+        said = msgspec.json.decode((file.parent / ORIGIN).read_bytes(), type=Origin)
+    except (OSError, msgspec.MsgspecError, ValueError):
+        return {}
+    return said.sources if said.files.get(file.name) == manifest.sha256_file(file) else {}
 
 
 def digest_of(named: Iterable[tuple[str, str]]) -> str:
