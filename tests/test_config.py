@@ -72,6 +72,7 @@ template = "{labels}: {text}"
 system = "be brief"
 
 [lora]
+dora = true
 rank = 4
 alpha = 8.0
 dropout = 0.1
@@ -138,7 +139,7 @@ def test_every_key_of_a_training_run_round_trips(tmp_path: Path) -> None:
         ({"network": {"hidden": 1}}, r"network.kind must be one of lstm, convnet, vit, speech, decoder, fusion"),
         ({"network": {"kind": "lstn"}}, r"network.kind must be one of lstm"),
         ({"network": {"kind": "lstm", "hiden": 1}}, r"unknown key 'network.hiden'; did you mean 'network.hidden'\?"),
-        ({"lora": {"zzz": 1}}, r"unknown key 'lora.zzz'; known here: rank, alpha, dropout, targets"),
+        ({"lora": {"zzz": 1}}, r"unknown key 'lora.zzz'; known here: rank, alpha, dropout, dora, targets"),
         ({"epochs": "three"}, r"Expected `int`, got `str` at `epochs`"),
         ({"lora": {"targets": ["q_proj", 1]}}, r"at `lora.targets\[1\]`"),
         ({"lora": 3}, r"at `lora`"),

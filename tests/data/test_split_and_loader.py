@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steelyard.data.loader import Loader
-from steelyard.data.packing import bins, pack
+from steelyard.data.packing import ENOUGH, LIKE, bins, pack, stacks
 from steelyard.data.rows import Conversation, Message, TokenRow
 from steelyard.data.split import remove_duplicates, split
 from steelyard.errors import ConfigError
@@ -113,3 +113,14 @@ def test_epochs_and_seeds_have_different_orders() -> None:
 def test_a_position_beyond_the_rows_is_refused(state: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="the data has changed since; start over with --fresh"):
         Loader(5, 2, 0).restore(state)
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 4000))
+def test_rows_of_like_length_are_stacked(lengths: list[int], capacity: int) -> None:
+    groups = stacks(lengths, capacity)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        longest = max(lengths[row] for row in group)
+        assert len(group) == 1 or longest * len(group) <= capacity
+        padded_after = [row for place, row in enumerate(group) if longest * place >= ENOUGH]
+        assert all(lengths[row] >= LIKE * longest for row in padded_after)

@@ -104,4 +104,5 @@ def _mixed(values: NDArray[Any]) -> NDArray[Any]:
     """Every bit by every other (the finish of splitmix64: Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: NDArray[Any] = values ^ (values >> np.uint64(31))
+    return mixed

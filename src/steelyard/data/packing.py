@@ -11,6 +11,11 @@ import torch
 
 from steelyard.data.rows import TokenRow
 
+LIKE = 0.75
+"""Of a group's longest row: shorter ones begin another group,"""
+ENOUGH = 512
+"""if it has so many tokens already: fewer would leave a product's columns idle."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pack:
@@ -64,12 +69,14 @@ def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def stacks(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Places of rows of like length, grouped so that no group exceeds `capacity` when all are padded to its longest
-    (a longer row stands alone).
+    (a longer row stands alone), and that little of a group is padding.
     """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):  # a group's first is its longest
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= capacity:
-            groups[-1].append(row)
-        else:
+        longest, count = (lengths[groups[-1][0]], len(groups[-1])) if groups else (0, 0)
+        shorter = lengths[row] < LIKE * longest and longest * count >= ENOUGH
+        if not groups or shorter or longest * (count + 1) > capacity:
             groups.append([row])
+        else:
+            groups[-1].append(row)
     return groups

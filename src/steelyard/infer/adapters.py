@@ -90,6 +90,8 @@ class Adapters:
             CheckpointError: it cannot be read or does not fit the base.
         """
         path, adapter = (None, source) if isinstance(source, Adapter) else (source, self._read(source))
+        if type(adapter) is not Adapter:  # another arithmetic than that of low-rank pairs
+            raise CheckpointError("the engine wears LoRA adapters: run `steelyard merge` on this one first")
         return Prepared(adapter.digest(), path, self._wearer.prepare(adapter))
 
     def begin(self, path: Path) -> futures.Future[Prepared]:

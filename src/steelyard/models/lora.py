@@ -152,32 +152,64 @@ class Adapter:
         Raises:
             CheckpointError: not an adapter, a variant that we do not compute, or shapes that do not fit the base.
         """
-        if kind_of(folder) != "adapter":
-            raise CheckpointError(f"'{folder}' is a model, not an adapter: it has no adapter_config.json")
-        config = read_json(folder / "adapter_config.json")
-        for field, honoured in HONOURED.items():
-            if field in config and config[field] not in honoured:
-                raise CheckpointError(f"'{folder}/adapter_config.json': {field} = {config[field]!r} is not known here")
-        try:
-            with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"'{folder / WEIGHTS}' cannot be read: {error}") from None
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise CheckpointError(f"'{folder / WEIGHTS}' holds values that are not finite: its training failed")
-        return cls(_pairs(tensors, decoder, folder), _alpha(config, folder))
+        config = check(folder)
+        return cls(pairs_of(read(folder), decoder, folder), scale_of(config, folder))
+
+    def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A layer's weight `[out, in]` float32 with the adapter in it."""
+        a, b = self.pairs[name]
+        return weight + (self.alpha / a.shape[0]) * (b.float() @ a.float())
 
 
-def _alpha(config: dict[str, Any], folder: Path) -> float:
+def check(folder: Path, computed: Sequence[str] = ()) -> dict[str, Any]:
+    """An adapter's configuration.
+
+    Args:
+        folder: the adapter.
+        computed: fields that the caller computes itself, whatever they say.
+
+    Raises:
+        CheckpointError: not an adapter, or a variant that we do not compute.
+    """
+    if kind_of(folder) != "adapter":
+        raise CheckpointError(f"'{folder}' is a model, not an adapter: it has no adapter_config.json")
+    config = read_json(folder / "adapter_config.json")
+    for field, honoured in HONOURED.items():
+        if field in config and field not in computed and config[field] not in honoured:
+            advice = ": run `steelyard merge` first" if field == "use_dora" else ""
+            what = f"{field} = {config[field]!r} is not known here{advice}"
+            raise CheckpointError(f"'{folder}/adapter_config.json': {what}")
+    return config
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors, by their names in the file.
+
+    Raises:
+        CheckpointError: they cannot be read, or are not finite.
+    """
+    try:
+        with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"'{folder / WEIGHTS}' cannot be read: {error}") from None
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise CheckpointError(f"'{folder / WEIGHTS}' holds values that are not finite: its training failed")
+    return tensors
+
+
+def scale_of(config: dict[str, Any], folder: Path) -> float:
+    """Its alpha. Raises CheckpointError: it is no number."""
     alpha = config.get("lora_alpha")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise CheckpointError(f"'{folder}/adapter_config.json': lora_alpha must be a number, and finite")
     return float(alpha)
 
 
-def _pairs(
+def pairs_of(
     tensors: dict[str, torch.Tensor], decoder: Decoder, folder: Path
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of each layer. Raises CheckpointError: shapes or names that do not fit the base."""
     sizes = linear_sizes(decoder)
     if not tensors:
         raise CheckpointError(f"'{folder}' holds no weights: it is no adapter")
@@ -233,11 +265,11 @@ class AdapterRows:
 
 @torch.no_grad()
 def merge(decoder: Decoder, adapter: Adapter) -> None:
-    """Add the adapter to the weights, W + (alpha / R) B A in float32, rounded once to the weights' dtype."""
-    for name, (a, b) in adapter.pairs.items():
+    """Add the adapter to the weights, such as W + (alpha / R) B A, in float32, rounded once to the weights' dtype."""
+    for name in adapter.pairs:
         layer = decoder.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise CheckpointError(f"'{name}' is quantised: merge the adapter into the model before quantising it")
-        wide = layer.weight.float() + (adapter.alpha / a.shape[0]) * (b.float() @ a.float())
+        wide = adapter.merged(name, layer.weight.float())
         # A new tensor: the old one may be mapped from a file.
         layer.weight = nn.Parameter(wide.to(layer.weight.dtype), requires_grad=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from steelyard.checkpoint import manifest
-from steelyard.models import weights
+from steelyard.models import dora, weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.text.chat_template import ChatTemplate
@@ -36,5 +36,5 @@ def open_checkpoint(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Opened
     """
     base = manifest.base_of(folder)
     decoder = weights.load(base, dtype)
-    adapter = Adapter.load(folder, decoder) if base != folder else None
+    adapter = dora.load(folder, decoder) if base != folder else None
     return Opened(folder, base, decoder, adapter, Tokenizer.load(base), ChatTemplate.load(base))

@@ -6,6 +6,7 @@ import msgspec
 import torch
 
 from steelyard.models.decoder import Decoder
+from steelyard.models.dora import DoraAdapter
 from steelyard.models.lora import Adapter
 
 
@@ -18,13 +19,15 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Numerator of the scale alpha / rank."""
     dropout: float = 0.0
     """Probability of dropping an adapter's input while training."""
+    dora: bool = False
+    """Learn the size of each output's weights apart from their direction (DoRA: Liu et al. 2024)."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Linear layers that get a pair, by their last name."""
 
 
 def start(decoder: Decoder, config: LoraConfig, seed: int) -> Adapter:
     """A fresh adapter for `decoder`; the seed decides it."""
-    return Adapter.create(
+    adapter = Adapter.create(
         decoder,
         rank=config.rank,
         alpha=config.alpha,
@@ -32,3 +35,4 @@ def start(decoder: Decoder, config: LoraConfig, seed: int) -> Adapter:
         dropout=config.dropout,
         generator=torch.Generator().manual_seed(seed),
     )
+    return DoraAdapter.begin(adapter, decoder) if config.dora else adapter
