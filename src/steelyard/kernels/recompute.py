@@ -7,7 +7,7 @@ is made instead. Its inputs are kept for the function's own gradient anyway, so 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,11 @@ def recomputing() -> Iterator[None]:
 
 
 def _pack(tensor: torch.Tensor) -> Any:
-    return getattr(tensor, MADE_BY, tensor)
+    packed = getattr(tensor, MADE_BY, tensor)
+    for note in _observers:
+        if packed is tensor:
+            note(tensor)
+    return packed
 
 
 def _unpack(packed: Any) -> torch.Tensor:
@@ -40,3 +44,38 @@ def _unpack(packed: Any) -> torch.Tensor:
     with torch.no_grad():
         made: torch.Tensor = packed()
     return made
+
+
+def kept_bytes(forward: Callable[[], torch.Tensor], besides: Sequence[torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, which is not made; each storage once.
+
+    Args:
+        forward: builds the graph.
+        besides: tensors that are there anyway, such as the parameters.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    found: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with _observed(note), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = forward()
+        del result  # storages lived up to here, so that no two had one place
+    return sum(found.values())
+
+
+_observers: list[Callable[[torch.Tensor], torch.Tensor]] = []
+
+
+@contextlib.contextmanager
+def _observed(note: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """`note` hears of what `recomputing` keeps, too, which hides it from hooks around it."""
+    _observers.append(note)
+    try:
+        yield
+    finally:
+        _observers.remove(note)

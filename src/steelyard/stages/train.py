@@ -18,7 +18,7 @@ from steelyard.models.classifiers import reads_images
 from steelyard.runs import Run, clear
 from steelyard.stages import classifier, fusion, image_classifier, language_model, preference, tagger, transcriber
 from steelyard.stages.prepared import Prepared
-from steelyard.train import choice
+from steelyard.train import choice, demand
 from steelyard.train.config import DataConfig, TrainConfig, check
 from steelyard.train.networks import IMAGES, DecoderNetwork, FusionNetwork
 from steelyard.train.report import training_report
@@ -95,6 +95,9 @@ def train(
     try:
         task = prepared.build(run)
         config = _decided(prepared, task.parameters, task.rows, run)
+        wanted = demand.measure(task, config)
+        run.log(f"memory: about {wanted.bytes / 1e9:.2f} GB besides the network's {_size(task.parameters) / 1e9:.2f}")
+        demand.demand_room(wanted, memory.available(), config)
         trainer = Trainer(task, config, run, Lineage(parent=prepared.parent, data=prepared.digests))
         run.log(f"data: {prepared.counts}")
         begun(trainer, prepared.counts)
@@ -116,6 +119,10 @@ def train(
         metrics=found.metrics if found else {},
         report=str(page),
     )
+
+
+def _size(parameters: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in parameters.values())
 
 
 def _settled(config: TrainConfig) -> TrainConfig:
