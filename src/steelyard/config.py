@@ -33,17 +33,25 @@ def load(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
     Raises:
         ConfigError: the file, the key and the nearest known key, or what the value should be.
     """
+    return convert(read(path), kind, overrides, str(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The plain values of a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
     if not path.is_file():
         raise ConfigError(f"no file '{path}'" + (": this is a folder" if path.is_dir() else ""))
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"'{path}' is over {MAX_BYTES >> 20} MB: this is no configuration")
     try:
-        raw = tomllib.loads(path.read_text("utf-8-sig"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be read: {error.strerror}; check its permissions") from None
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise ConfigError(f"'{path}' is not TOML: {error}") from None
-    return convert(raw, kind, overrides, str(path))
 
 
 def convert(raw: dict[str, Any], kind: type[T], overrides: Sequence[str] = (), source: str = "settings") -> T:

@@ -135,6 +135,7 @@ class Report:
         y_label: str,
         *,
         log_y: bool = False,
+        log_x: bool = False,
     ) -> None:
         """Curves over one pair of axes, by name: `(xs, ys)`. Values that are not finite (or with `log_y` not
         positive) are gaps.
@@ -157,6 +158,9 @@ class Report:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axes.yaxis.set_minor_formatter(lambda value, _: "")
+            if log_x and all(x > 0 for xs, _ in series.values() for x in xs):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.grid(visible=True)
             _axis_labels(axes, x_label, y_label)
             if len(series) > 1:

@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_mean_over_trained_tokens(
     loss = mean_loss(reference, rows)
     loss.backward()
     ours = trainer(base, tmp_path, rows, micro_batch_tokens=micro_batch_tokens)
-    assert ours._gradient(range(len(rows))) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert ours.gradient(range(len(rows))) == pytest.approx(float(loss.detach()), rel=1e-5)
     for name, expected in reference.named_parameters():
         torch.testing.assert_close(ours.masters[name].grad, expected.grad, atol=1e-6, rtol=1e-4, msg=name)
 
@@ -232,7 +232,7 @@ def test_the_fused_kernels_give_the_gradient_of_rows_of_any_length(base: Path, t
     gradients = []
     for dtype in ("float32", "bfloat16"):
         ours = trainer(base, tmp_path / dtype, rows, dtype=dtype)
-        ours._gradient(range(len(rows)))
+        ours.gradient(range(len(rows)))
         gradients.append(
             torch.cat([master.grad.flatten() for master in ours.masters.values() if master.grad is not None])
         )

@@ -18,7 +18,20 @@ from steelyard.errors import BUG, ConfigError, SteelyardError, edge
 
 MAX_MESSAGE = 2000  # characters
 
-LIFECYCLE = ("pull", "data", "train", "merge", "compress", "evaluate", "predict", "generate", "serve", "worker", "demo")
+LIFECYCLE = (
+    "pull",
+    "data",
+    "train",
+    "search",
+    "merge",
+    "compress",
+    "evaluate",
+    "predict",
+    "generate",
+    "serve",
+    "worker",
+    "demo",
+)
 ADMINISTRATION = ("projects", "keys", "budgets", "prices", "usage", "ledger", "secrets")
 MIGRATION = ("import",)
 VERBS = LIFECYCLE + ADMINISTRATION + MIGRATION

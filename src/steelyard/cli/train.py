@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from steelyard import config as configuration
 from steelyard.cli import console
+from steelyard.stages import rate
 from steelyard.stages import train as stage
 from steelyard.train import trainer as training
 from steelyard.train.config import TrainConfig
@@ -23,6 +24,7 @@ HELP = console.examples(
     "train run.toml",
     "train run.toml --set optimizer.learning_rate=2e-4 --set epochs=1",
     "train run.toml --fresh",
+    "train run.toml --find-rate",
 )
 
 
@@ -30,11 +32,17 @@ def command(
     file: Annotated[Path, typer.Argument(help="The run's configuration (TOML).")],
     settings: console.Settings = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier run left there.")] = False,
+    find_rate: Annotated[
+        bool, typer.Option("--find-rate", help="Instead of the run: which learning rate it should have.")
+    ] = False,
     as_json: console.Json = False,
 ) -> None:
     """See HELP."""
     console.logs()
     config = configuration.load(file, TrainConfig, settings or ())
+    if find_rate:
+        _find_rate(config, as_json)
+        return
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -61,6 +69,13 @@ def command(
         console.result(msgspec.to_builtins(done), as_json, table=_summary(done))
     if not done.finished:
         raise typer.Exit(130)
+
+
+def _find_rate(config: TrainConfig, as_json: bool) -> None:
+    with console.counting("raising the learning rate") as report:
+        found = rate.find(config, report=report)
+    told = f"optimizer.learning_rate = {found.learning_rate:g}\nreport {escape(found.report)}"
+    console.result(msgspec.to_builtins(found), as_json, table=told)
 
 
 def _stop_on_signal(trainer: training.Trainer) -> None:

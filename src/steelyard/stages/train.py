@@ -83,7 +83,7 @@ def train(
         TrainingError: the run cannot go on.
     """
     check(config)
-    config = _settled(config)
+    config = settled(config)
     prepared = TASKS[config.task](config)
     output = Path(config.output)
     if fresh:
@@ -94,7 +94,7 @@ def train(
     run = Run(output, msgspec.to_builtins(prepared.config), defaults)
     try:
         task = prepared.build(run)
-        config = _decided(prepared, task.parameters, task.rows, run)
+        config = decided(prepared, task.parameters, task.rows, run)
         wanted = demand.measure(task, config)
         run.log(f"memory: about {wanted.bytes / 1e9:.2f} GB besides the network's {_size(task.parameters) / 1e9:.2f}")
         demand.demand_room(wanted, memory.available(), config)
@@ -125,7 +125,7 @@ def _size(parameters: dict[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in parameters.values())
 
 
-def _settled(config: TrainConfig) -> TrainConfig:
+def settled(config: TrainConfig) -> TrainConfig:
     """With what follows from what the run begins from."""
     plain = config.network is not None and not isinstance(config.network, DecoderNetwork)
     if config.dtype == "auto":
@@ -135,7 +135,7 @@ def _settled(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _decided(prepared: Prepared, parameters: dict[str, torch.Tensor], rows: int, run: Run) -> TrainConfig:
+def decided(prepared: Prepared, parameters: dict[str, torch.Tensor], rows: int, run: Run) -> TrainConfig:
     """With an optimizer, where it was left to us; why it is this one stands in the run's log."""
     config = prepared.config
     if config.optimizer.name != choice.AUTO:

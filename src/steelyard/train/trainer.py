@@ -111,7 +111,7 @@ class Trainer:
                 started = time.perf_counter()
                 batch = self.loader.next()
                 try:
-                    loss, norm = self._gradient(batch), self._clip()
+                    loss, norm = self.gradient(batch), self.clip()
                     self._demand_steady(loss)
                 except Diverged as error:
                     self._roll_back(error)
@@ -120,7 +120,7 @@ class Trainer:
                 self.optimizer.step()
                 self.step += 1
                 self.averages.update(self.step)
-                self._publish()
+                self.publish()
                 self._record(batch, loss, norm, rate, time.perf_counter() - started, report)
                 if self._due(self.config.evaluate_every or self.loader.batches_per_epoch):
                     self._evaluate()
@@ -135,7 +135,7 @@ class Trainer:
         """Whether all steps are done, or so many evaluations were no better that the run ends early."""
         return self.step == self.steps or 0 < self.config.patience <= self._worse
 
-    def _gradient(self, batch: Sequence[int]) -> float:
+    def gradient(self, batch: Sequence[int]) -> float:
         """Gradient of the mean loss over the targets of a batch's rows, into the masters; returns that loss.
 
         Forward passes take `micro_batch_tokens` at most; their sums are added in float32, so that how a batch is cut
@@ -158,7 +158,7 @@ class Trainer:
         self._demand_finite("loss", total)
         return total
 
-    def _clip(self) -> float:
+    def clip(self) -> float:
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip or math.inf))
         self._demand_finite("norm of the gradient", norm)
         return norm
@@ -212,7 +212,7 @@ class Trainer:
         return rate
 
     @torch.no_grad()
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Round the masters into the weights that the forward pass uses."""
         for name, master in self.masters.items():
             self.parameters[name].copy_(master)
@@ -252,7 +252,7 @@ class Trainer:
         """Measure, keep the last checkpoint, and the best one if this is it."""
         with self.averages.worn() as different:
             if different:
-                self._publish()
+                self.publish()
             found = self._measure()
             if found:
                 self.run.measure(step=self.step, **found)
@@ -266,7 +266,7 @@ class Trainer:
                 self.best = score
                 self.write_checkpoint(self.run.folder / "best", found)
         if different:
-            self._publish()
+            self.publish()
         if self.finished and self.step < self.steps:
             self.run.log(f"step {self.step}: no better for {self._worse} evaluations: the run ends")
 
@@ -341,7 +341,7 @@ class Trainer:
         self.scale, self._usual, self._high = float(info.get("scale", 1)), info.get("usual"), int(info.get("high", 0))
         self._worse = int(info.get("worse", 0))
         self.step, self.best = int(info["step"]), math.inf if info["best"] is None else float(info["best"])
-        self._publish()
+        self.publish()
 
     def _origin(self) -> dict[str, Any]:
         return {"parent": self.lineage.parent, "data": self.lineage.data}
