@@ -136,7 +136,7 @@ def test_every_key_of_a_training_run_round_trips(tmp_path: Path) -> None:
         ),
         ({"data": {"trian": "x"}}, r"unknown key 'data.trian'; did you mean 'data.train'\?"),
         ({"optimizer": {"groups": [{"match": "a"}, {"mach": "b"}]}}, r"'optimizer.groups\[1\].mach'; did you mean"),
-        ({"network": {"hidden": 1}}, r"network.kind must be one of lstm, convnet, vit, speech, decoder, fusion"),
+        ({"network": {"hidden": 1}}, r"network.kind must be one of lstm, convnet, vit, speech, decoder"),
         ({"network": {"kind": "lstn"}}, r"network.kind must be one of lstm"),
         ({"network": {"kind": "lstm", "hiden": 1}}, r"unknown key 'network.hiden'; did you mean 'network.hidden'\?"),
         ({"lora": {"zzz": 1}}, r"unknown key 'lora.zzz'; known here: rank, alpha, dropout, dora, targets"),

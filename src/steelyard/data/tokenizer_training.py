@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -13,7 +13,15 @@ SMALLEST = 256 + 1
 """Every byte, and the token that ends a text."""
 
 
-def train(texts: Iterable[str], vocabulary: int, path: Path, *, lowercase: bool = False, exact: bool = False) -> int:
+def train(
+    texts: Iterable[str],
+    vocabulary: int,
+    path: Path,
+    *,
+    lowercase: bool = False,
+    exact: bool = False,
+    marks: Sequence[str] = (),
+) -> int:
     """Learn merges from texts and write `tokenizer.json`; returns how many tokens it has.
 
     Args:
@@ -22,6 +30,7 @@ def train(texts: Iterable[str], vocabulary: int, path: Path, *, lowercase: bool 
         path: of the file.
         lowercase: read all letters as small ones.
         exact: keep every byte, so that tokens are their text again; otherwise forms of a letter are one (NFKC).
+        marks: tokens besides that no text has.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     if not exact:
@@ -33,7 +42,7 @@ def train(texts: Iterable[str], vocabulary: int, path: Path, *, lowercase: bool 
         vocab_size=max(vocabulary, SMALLEST),
         min_frequency=2,
         show_progress=False,
-        special_tokens=[END],
+        special_tokens=[END, *marks],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)

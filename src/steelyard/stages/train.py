@@ -16,7 +16,16 @@ from steelyard.checkpoint.sources import resolve
 from steelyard.data import augmentation
 from steelyard.models.classifiers import reads_images
 from steelyard.runs import Run, clear
-from steelyard.stages import classifier, fusion, image_classifier, language_model, preference, tagger, transcriber
+from steelyard.stages import (
+    classifier,
+    encoder,
+    fusion,
+    image_classifier,
+    language_model,
+    preference,
+    tagger,
+    transcriber,
+)
 from steelyard.stages.prepared import Prepared
 from steelyard.train import choice, demand
 from steelyard.train.config import DataConfig, TrainConfig, check
@@ -38,6 +47,8 @@ TASKS: dict[str, Callable[[TrainConfig], Prepared]] = {
     "generation": language_model.prepare,
     "classification": _classifier,
     "tagging": tagger.prepare,
+    "masked": encoder.prepare_masked,
+    "contrastive": encoder.prepare_contrastive,
     "transcription": transcriber.prepare,
     "preference": preference.prepare,
 }

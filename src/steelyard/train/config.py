@@ -38,12 +38,16 @@ class DataConfig(FormatConfig, frozen=True, kw_only=True):
     """How many images or recordings that cannot be read are left out, each with a line in the log; one more ends it."""
 
 
+TaskName = Literal["generation", "classification", "tagging", "masked", "contrastive", "transcription", "preference"]
+
+
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A training run."""
 
-    task: Literal["generation", "classification", "tagging", "transcription", "preference"] = "generation"
+    task: TaskName = "generation"
     """What is learnt: to go on with a text, which label a text or image has, which tag each word of a sentence has,
-    what is said in a recording, or which of two answers is preferred (DPO).
+    what was hidden in a text, which texts belong together, what is said in a recording, or which of two answers is
+    preferred (DPO).
     """
     beta: float = 0.1
     """preference: how strongly the base as it was holds."""
@@ -177,6 +181,14 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "tagging": (
         *("beta", "method", "lora", "augment", "data.bad_files", "data.max_length", "data.too_long"),
         *_but("tokens", "tags", "labels"),
+    ),
+    "masked": (
+        *("beta", "method", "lora", "label_smoothing", "augment", "data.bad_files", "data.too_long"),
+        *_but("format", "text", "columns"),
+    ),
+    "contrastive": (
+        *("beta", "method", "lora", "label_smoothing", "augment", "data.bad_files", "data.too_long"),
+        *_but("columns"),
     ),
     "transcription": (
         *("beta", "method", "lora", "label_smoothing", "data.max_length", "data.too_long"),

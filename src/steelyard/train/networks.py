@@ -70,6 +70,18 @@ class DecoderNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"
     """Most tokens that it sees."""
 
 
+class EncoderNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="encoder"):
+    """Texts, read from both sides: a BERT, with a tokenizer learnt from the training rows."""
+
+    vocabulary: int = 8000
+    lowercase: bool = True
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    context: int = 128
+    dropout: float = 0.1
+
+
 class FusionNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="fusion"):
     """Texts, images and recordings together: a tower for each, and how these are joined."""
 
@@ -92,11 +104,12 @@ class FusionNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
     """Share of the rows that learn without one of their modalities."""
 
 
-Network = LstmNetwork | ConvNetwork | VitNetwork | SpeechNetwork | DecoderNetwork | FusionNetwork
+Network = LstmNetwork | ConvNetwork | VitNetwork | SpeechNetwork | DecoderNetwork | EncoderNetwork | FusionNetwork
 IMAGES = (ConvNetwork, VitNetwork)
 OF_TASK: dict[str, tuple[type[Network], ...]] = {
     "generation": (DecoderNetwork,),
     "classification": (LstmNetwork, ConvNetwork, VitNetwork, FusionNetwork),
+    "masked": (EncoderNetwork,),
     "transcription": (SpeechNetwork,),
 }
 """Which kinds each task knows; the others begin from a model."""
@@ -151,5 +164,5 @@ def check(network: Network) -> None:
             raise ConfigError("network.modalities must be some of text, image, audio, each once, in this order")
         if not network.modalities or network.width % network.heads:
             raise ConfigError("network.modalities must not be empty, and network.heads must divide network.width")
-    if isinstance(network, VitNetwork | SpeechNetwork) and network.hidden % network.heads:
+    if isinstance(network, VitNetwork | SpeechNetwork | EncoderNetwork) and network.hidden % network.heads:
         raise ConfigError(f"network.heads {network.heads} must divide network.hidden {network.hidden}")
