@@ -10,7 +10,7 @@ import pytest
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError
 from steelyard.stages import data as stage
-from steelyard.stages.prepared import file_digests, origin_of
+from steelyard.stages.tasks.prepared import file_digests, origin_of
 from steelyard.train.config import DataConfig, TrainConfig
 
 LONG = "the quick brown fox jumps over the lazy dog and runs away from all the other dogs of the village"

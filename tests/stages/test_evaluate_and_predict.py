@@ -19,8 +19,9 @@ from steelyard.models import opening
 from steelyard.models.lora import Adapter
 from steelyard.models.opening import open_checkpoint
 from steelyard.stages import evaluate as evaluating
-from steelyard.stages.evaluate import Classification, Likelihood, evaluate
+from steelyard.stages.evaluate import Likelihood, evaluate
 from steelyard.stages.formats import trained_format
+from steelyard.stages.labelling import Classification
 from steelyard.stages.predict import predict
 
 LABELS = ("ham", "spam", "other")

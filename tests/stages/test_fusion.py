@@ -20,7 +20,8 @@ from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.models import classifiers, weights
 from steelyard.models.fusion import MODALITIES
 from steelyard.models.inputs import Fused
-from steelyard.stages.evaluate import Classification, evaluate
+from steelyard.stages.evaluate import evaluate
+from steelyard.stages.labelling import Classification
 from steelyard.stages.predict import predict
 from steelyard.stages.train import train
 from steelyard.train.config import DataConfig, TrainConfig

@@ -14,7 +14,8 @@ from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError, DataError
 from steelyard.models import weights
-from steelyard.stages.evaluate import Classification, evaluate
+from steelyard.stages.evaluate import evaluate
+from steelyard.stages.labelling import Classification
 from steelyard.stages.predict import predict
 from steelyard.stages.train import train
 from steelyard.train.config import DataConfig, TrainConfig

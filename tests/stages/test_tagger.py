@@ -17,7 +17,8 @@ from steelyard.data.chat import FormatConfig
 from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.models import classifiers
 from steelyard.models.inputs import shape
-from steelyard.stages.evaluate import Classification, evaluate
+from steelyard.stages.evaluate import evaluate
+from steelyard.stages.labelling import Classification
 from steelyard.stages.predict import predict
 from steelyard.stages.train import train
 from steelyard.train.config import DataConfig, TrainConfig

@@ -16,6 +16,7 @@ from steelyard.cli.data import given
 from steelyard.data.readers import check_place
 from steelyard.stages import evaluate as stage
 from steelyard.stages.formats import trained_format
+from steelyard.stages.labelling import Classification
 
 HELP = console.examples(
     "Measure a model or adapter: accuracy, Matthews correlation and confusion matrix on labelled texts, images, tagged "
@@ -54,6 +55,6 @@ def command(
     values = msgspec.to_builtins(found)
     table = console.rows({key: value for key, value in values.items() if key != "confusion" and value is not None})
     console.result(values, as_json, table=table)
-    if isinstance(found, stage.Classification) and len(found.labels) <= WIDEST and not as_json:
+    if isinstance(found, Classification) and len(found.labels) <= WIDEST and not as_json:
         lines = [[label, *map(str, row)] for label, row in zip(found.labels, found.confusion, strict=True)]
         console.out.print(console.table(["truth \\ predicted", *found.labels], lines))

@@ -23,7 +23,7 @@ from steelyard.evaluate.certificate import Certificate, weight_bytes
 from steelyard.models.opening import open_checkpoint
 from steelyard.runs import read_metrics
 from steelyard.stages.compress import compress
-from steelyard.stages.evaluate import Classification, classify
+from steelyard.stages.labelling import Classification, classify
 from steelyard.stages.train import train
 from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.optimizers import OptimizerConfig

@@ -20,7 +20,7 @@ from steelyard.data.rows import Conversation, Message
 from steelyard.data.split import remove_duplicates, split
 from steelyard.errors import ConfigError
 from steelyard.report import Report
-from steelyard.stages.prepared import ORIGIN
+from steelyard.stages.tasks.prepared import ORIGIN
 
 EXAMPLES = 10
 """Odd rows of a kind that the page names."""

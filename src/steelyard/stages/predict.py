@@ -23,9 +23,9 @@ from steelyard.infer.request import Request, Sampling
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.opening import Opened, open_checkpoint
-from steelyard.stages.fusion import labelled as labelled_rows
-from steelyard.stages.tagger import sentences as as_read
-from steelyard.stages.transcriber import open_transcriber, transcribes
+from steelyard.stages.tasks.fusion import labelled as labelled_rows
+from steelyard.stages.tasks.tagger import sentences as as_read
+from steelyard.stages.tasks.transcriber import open_transcriber, transcribes
 
 
 def predict(

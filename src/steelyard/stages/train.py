@@ -16,7 +16,7 @@ from steelyard.checkpoint.sources import resolve
 from steelyard.data import augmentation
 from steelyard.models.classifiers import reads_images
 from steelyard.runs import Run, clear
-from steelyard.stages import (
+from steelyard.stages.tasks import (
     classifier,
     encoder,
     fusion,
@@ -26,7 +26,7 @@ from steelyard.stages import (
     tagger,
     transcriber,
 )
-from steelyard.stages.prepared import Prepared
+from steelyard.stages.tasks.prepared import Prepared
 from steelyard.train import choice, demand
 from steelyard.train.config import DataConfig, TrainConfig, check
 from steelyard.train.networks import IMAGES, DecoderNetwork, FusionNetwork

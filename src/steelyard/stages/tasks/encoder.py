@@ -15,7 +15,7 @@ from steelyard.errors import DataError
 from steelyard.models import classifiers, encoders
 from steelyard.models.encoder import Encoder, EncoderConfig
 from steelyard.runs import Run
-from steelyard.stages.prepared import DTYPES, Prepared, check_one_way, conversations, file_digests
+from steelyard.stages.tasks.prepared import DTYPES, Prepared, check_one_way, conversations, file_digests
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.config import TrainConfig
 from steelyard.train.contrastive import Contrastive

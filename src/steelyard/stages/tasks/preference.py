@@ -15,8 +15,8 @@ from steelyard.data.tokenize import tokenize
 from steelyard.errors import DataError
 from steelyard.models import weights
 from steelyard.runs import Run
-from steelyard.stages.language_model import check_dense
-from steelyard.stages.prepared import DTYPES, Prepared, check_one_way, file_digests
+from steelyard.stages.tasks.language_model import check_dense
+from steelyard.stages.tasks.prepared import DTYPES, Prepared, check_one_way, file_digests
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora

@@ -21,7 +21,7 @@ from steelyard.models.mel import HOP, RATE
 from steelyard.models.seq2seq import WhisperConfig, sines
 from steelyard.models.speech import Recogniser, SpeechCTC, normalised
 from steelyard.runs import Run
-from steelyard.stages.prepared import DTYPES, Prepared, check_one_way, digest_of
+from steelyard.stages.tasks.prepared import DTYPES, Prepared, check_one_way, digest_of
 from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.networks import SpeechNetwork
 from steelyard.train.transcription import Spoken, Transcription

@@ -18,7 +18,7 @@ from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.tagger import EncoderTagger
 from steelyard.runs import Run
-from steelyard.stages.prepared import DTYPES, METRICS, Prepared, check_one_way, file_digests
+from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, check_one_way, file_digests
 from steelyard.train.classification import Classification, Labelled
 from steelyard.train.config import TrainConfig
 

@@ -18,7 +18,7 @@ from steelyard.models.classifiers import Classifier
 from steelyard.models.inputs import TextInputs
 from steelyard.models.recurrent import RecurrentClassifier, RecurrentConfig
 from steelyard.runs import Run
-from steelyard.stages.prepared import DTYPES, METRICS, Prepared, conversations, file_digests
+from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, conversations, file_digests
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.classification import Classification, Labelled
 from steelyard.train.config import DataConfig, TrainConfig

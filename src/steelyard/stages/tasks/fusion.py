@@ -24,7 +24,7 @@ from steelyard.models.inputs import Fused
 from steelyard.models.mel import log_mel
 from steelyard.models.seq2seq import WhisperConfig, sines
 from steelyard.runs import Run
-from steelyard.stages.prepared import DTYPES, METRICS, Prepared, check_one_way, digest_of
+from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, check_one_way, digest_of
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.classification import Classification, Labelled
 from steelyard.train.config import DataConfig, TrainConfig

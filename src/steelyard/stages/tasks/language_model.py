@@ -15,8 +15,8 @@ from steelyard.models import weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.runs import Run
-from steelyard.stages import fresh_decoder
-from steelyard.stages.prepared import DTYPES, Prepared, conversations, file_digests
+from steelyard.stages.tasks import fresh_decoder
+from steelyard.stages.tasks.prepared import DTYPES, Prepared, conversations, file_digests
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora

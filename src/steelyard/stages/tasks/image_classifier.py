@@ -23,7 +23,7 @@ from steelyard.models.convnet import ConvNet, ConvNetConfig
 from steelyard.models.inputs import ImageInputs
 from steelyard.models.vision import VisionConfig, VisionTransformer
 from steelyard.runs import Run
-from steelyard.stages.prepared import DTYPES, METRICS, Prepared, check_one_way, digest_of
+from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, check_one_way, digest_of
 from steelyard.train.classification import Classification, Labelled
 from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.networks import ConvNetwork, Network, VitNetwork
