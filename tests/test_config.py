@@ -26,6 +26,7 @@ epochs = 2
 batch_size = 4
 micro_batch_tokens = 2048
 clip = 0.5
+recompute = "blocks"
 evaluate_every = 10
 checkpoint_every = 5
 keep_checkpoints = 2

@@ -19,7 +19,7 @@ from steelyard.checkpoint import manifest
 from steelyard.data.rows import TokenRow
 from steelyard.errors import TrainingError
 from steelyard.models import weights
-from steelyard.models.decoder import Decoder
+from steelyard.models.decoder import Block, Decoder
 from steelyard.runs import Run
 from steelyard.train import lora
 from steelyard.train.config import DataConfig, TrainConfig
@@ -238,3 +238,35 @@ def test_the_fused_kernels_give_the_gradient_of_rows_of_any_length(base: Path, t
         )
     exact, rounded = gradients
     assert float((rounded - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("full", "bfloat16"), ("lora", "bfloat16"), ("full", "float32")])
+def test_blocks_that_are_made_again_change_no_bit(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str
+) -> None:
+    """An adapter's dropout falls the same way again."""
+    calls = [0]
+    forward = Block.forward
+
+    def counted(self: Block, *inputs: Any) -> torch.Tensor:
+        calls[0] += 1
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    gradients, counts = [], []
+    for blocks in (False, True):
+        fields: dict[str, Any] = {"method": method, "dtype": dtype, "lora": LoraConfig(rank=4, dropout=0.3)}
+        ours = trainer(base, tmp_path / str(blocks), token_rows(8, seed=5, longest=60), **fields)
+        ours.task.decoder.recompute_blocks = blocks  # type: ignore[attr-defined]
+        ours.task.train(True)
+        for name, tensor in ours.parameters.items():
+            if "lora_B" in name:
+                tensor.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(3)
+        calls[0] = 0
+        ours.gradient(range(8))
+        counts.append(calls[0])
+        gradients.append([master.grad for master in ours.masters.values() if master.grad is not None])
+    assert counts[1] == 2 * counts[0], "each block once more on the way back"
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

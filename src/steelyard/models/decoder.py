@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from steelyard.kernels.training import rms_norm, rotate, silu_mul
 from steelyard.models.attention import Attend
@@ -148,6 +149,8 @@ class Decoder(nn.Module):
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._frequencies: tuple[torch.Tensor, float] | None = None
+        self.recompute_blocks = False
+        """While gradients are taken: keep what goes into each block, and make the rest again (Chen et al. 2016)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,7 +182,10 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens(token_ids)
         rotary = self.rotary(positions)
         for block in self.model.layers:
-            x = block(x, rotary, attend, adapters)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, attend, adapters, use_reentrant=False)
+            else:
+                x = block(x, rotary, attend, adapters)
         normed: torch.Tensor = self.model.norm(x)
         return normed
 

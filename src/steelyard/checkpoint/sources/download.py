@@ -1,10 +1,11 @@
-"""One file over HTTP into a blob: streamed, bounded, resumed, and verified by its sha256 before it has its name.
+"""One file over HTTP into a blob: streamed, bounded, resumed, and verified by its digest before it has its name.
 
 Knows nothing of indexes or packages.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import ssl
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import httpx
 
-from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources.cache import Report
 from steelyard.errors import ArtifactError, SourceError
 
@@ -46,7 +46,8 @@ def download(
     url: str,
     blob: Path,
     *,
-    sha256: str,
+    sha256: str = "",
+    sha512: str = "",
     limit: int,
     report: Report,
     what: str,
@@ -62,6 +63,7 @@ def download(
         url: http or https.
         blob: where the file will be.
         sha256: 64 hex digits that the file must have.
+        sha512: or 128 of that kind.
         limit: most bytes that are accepted.
         report: see `Report`.
         what: the file's name, for messages.
@@ -71,7 +73,9 @@ def download(
         SourceError: unreachable, refused, or broken off; says that the next try goes on from there.
         ArtifactError: more bytes than `limit`, or another digest.
     """
-    if blob.is_file() and manifest.sha256_file(blob) == sha256:
+    kind, wanted = ("sha512", sha512) if sha512 else ("sha256", sha256)
+    assert wanted, "what is fetched is verified"
+    if blob.is_file() and _digest(blob, kind) == wanted:
         report(what, blob.stat().st_size, blob.stat().st_size)
         return
     blob.parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +90,16 @@ def download(
                 raise SourceError(f"download of {what} broke off ({reason}): run it again, it will go on") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise SourceError(f"{what} cannot be downloaded: {error}") from None
-    found = manifest.sha256_file(part)
-    if found != sha256:
+    found = _digest(part, kind)
+    if found != wanted:
         part.unlink()
-        raise ArtifactError(f"{what} has sha256 {found} where {sha256} was promised: it is damaged or not that file")
+        raise ArtifactError(f"{what} has {kind} {found} where {wanted} was promised: it is damaged or not that file")
     part.replace(blob)
+
+
+def _digest(path: Path, kind: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def _continue(

@@ -40,6 +40,7 @@ def prepare(config: TrainConfig) -> Prepared:
     def build(run: Run) -> LanguageModelling:
         decoder = weights.load(base, DTYPES[config.dtype])
         check_dense(decoder)
+        decoder.recompute_blocks = config.recompute == "blocks"
         adapter = lora.start(decoder, config.lora, config.seed) if config.method == "lora" else None
         evaluator = _evaluator(held, validation, config, tokenizer, template)
         return LanguageModelling(decoder, adapter, rows, base.resolve(), evaluator)
@@ -66,6 +67,7 @@ def _from_nothing(config: TrainConfig) -> Prepared:
         longest = min(config.data.max_length, network.context)
         rows, held = (tokenize(texts, tokenizer, None, longest) for texts in (learnt, validation))
         decoder = fresh_decoder.begin(folder, config.seed).to(DTYPES[config.dtype])
+        decoder.recompute_blocks = config.recompute == "blocks"
         run.log(f"tokens: {token_counts(rows)}; {sum(map(torch.numel, decoder.parameters())):,} parameters")
         evaluator = _evaluator(held, validation, config, tokenizer, None)
         return LanguageModelling(decoder, None, rows, folder, evaluator)

@@ -43,6 +43,7 @@ def prepare(config: TrainConfig) -> Prepared:
     def build(run: Run) -> PreferenceLearning:
         decoder = weights.load(base, DTYPES[config.dtype])
         check_dense(decoder)
+        decoder.recompute_blocks = config.recompute == "blocks"
         adapter = lora.start(decoder, config.lora, config.seed)
         return PreferenceLearning(decoder, adapter, learning, validation, config.beta, base.resolve())
 
