@@ -95,7 +95,7 @@ def test_what_cannot_be_verified_is_not_fetched(registry: FileServer, body: byte
             pull(SOURCE, cache=tmp_path / "cache")
     list_package(registry, body)
     registry.files["/files/m.tgz"] = Content(body + b"x")
-    with pytest.raises(ArtifactError, match="sha512 .* was promised"):
+    with pytest.raises(ArtifactError, match=r"sha512 .* was promised"):
         pull(SOURCE, cache=tmp_path / "cache")
     list_package(registry, body, url="file:///etc/passwd")
     with pytest.raises(SourceError, match="not https"):

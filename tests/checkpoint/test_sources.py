@@ -246,7 +246,7 @@ def test_unknown_sources(cache: Path, source: str) -> None:
         pull(source, cache=cache)
     assert "\n" not in str(caught.value)
     if source.startswith("s4"):
-        assert "pypi:, hf:, file:" in str(caught.value)
+        assert "pypi:, npm:, hf:, file:" in str(caught.value)
 
 
 def test_other_files(tmp_path: Path, cache: Path) -> None:
