@@ -102,3 +102,18 @@ def test_the_estimate_of_a_decoder_holds_for_other_rows(tiny_model: Path) -> Non
     assert found.units == 200
     assert found.fixed > 10_000
     assert found.passing(200) / demand.PASSING == pytest.approx(truth, rel=0.3)
+
+
+def test_a_frozen_base_is_there_anyway(tiny_model: Path) -> None:
+    from steelyard.data.rows import TokenRow
+    from steelyard.models import weights
+    from steelyard.train import lora
+    from steelyard.train.language_model import LanguageModelling
+    from steelyard.train.lora import LoraConfig
+
+    decoder = weights.load(tiny_model)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in decoder.model.layers.parameters())
+    rows = [TokenRow(tokens=list(range(3, 3 + length)), trained=[False, *[True] * (length - 1)]) for length in (5, 6)]
+    adapter = lora.start(decoder, LoraConfig(rank=2), 0)
+    found = demand.measure(LanguageModelling(decoder, adapter, rows, tiny_model), configuration())
+    assert found.fixed < size / 2, "its weights do not count"

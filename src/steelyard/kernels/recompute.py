@@ -51,14 +51,15 @@ def kept_bytes(forward: Callable[[], torch.Tensor], besides: Sequence[torch.Tens
 
     Args:
         forward: builds the graph.
-        besides: tensors that are there anyway, such as the parameters.
+        besides: tensors that are there anyway; a module's parameters need not be named.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in besides}
     found: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        whole = tensor if tensor._base is None else tensor._base
+        if storage.data_ptr() not in known and not isinstance(whole, torch.nn.Parameter):
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 

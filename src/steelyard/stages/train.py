@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ def train(
         run.log(f"data: {prepared.counts}")
         begun(trainer, prepared.counts)
         finished = trainer.fit(report)
+        if finished:
+            shutil.rmtree(output / "prepared", ignore_errors=True)  # made again if it is wanted again
         page = output / "report.html"
         write_file(page, training_report(config, run.metrics(), prepared.counts).html())
     finally:
