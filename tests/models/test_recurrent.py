@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from steelyard.models.classifiers import padded
+from steelyard.models.inputs import padded
 from steelyard.models.recurrent import RecurrentClassifier, RecurrentConfig
 
 
