@@ -119,7 +119,7 @@ def test_detect(tmp_path: Path, name: str, content: str, format_: str) -> None:
     [
         ("a.jsonl", '\n{"prompt": 1}', 2, "set data.format"),
         ("a.jsonl", "", None, "the file is empty"),
-        ("a.parquet", "PAR1", None, "known: .jsonl .csv .tsv .txt"),
+        ("a.orc", "PAR1", None, "known: .jsonl .csv .tsv .txt"),
     ],
 )
 def test_what_cannot_be_detected(tmp_path: Path, name: str, content: str, line: int | None, reason: str) -> None:

@@ -190,3 +190,9 @@ def test_the_same_draws_give_the_same(tmp_path: Path) -> None:
     first = augmented(pictures(), config)
     torch.set_rng_state(state)
     assert torch.equal(augmented(pictures(), config), first)
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 30_069, 65_535]] * 4, np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert images.read(row(tmp_path / "a.png"), 1, 4)[0, 0].tolist() == [0, 1, 117, 255]

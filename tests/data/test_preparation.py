@@ -72,6 +72,11 @@ def test_short_texts_have_one_run(text: str) -> None:
         ("card 4111 1111 1111 1111 and 5500-0000-0000-0004", "card [CARD] and [CARD]"),
         ("to GB82 WEST 1234 5698 7654 32.", "to [IBAN]."),
         ("from 10.1.2.3 and fe80::1ff:fe23:4567:890a", "from [IP] and [IP]"),
+        ("My card is 4111 1111 1111 1111. It is mine", "My card is [CARD]. It is mine"),
+        ("card 4111 1111 1111 1111 12/27 ok", "card [CARD] 12/27 ok"),
+        ("IBAN AT61 1904 3002 3457 3201 BIC BKAUATWW", "IBAN [IBAN] BIC BKAUATWW"),
+        ("host 192.168.4.20.", "host [IP]."),
+        ("order 12 4111 1111 1111 1111", "order 12 [CARD]"),
         ("no card: 4111 1111 1111 1112", "no card: 4111 1111 1111 1112"),
         ("version 1.2.3, at 10:30:15, on 2024-01-02, pi 3.14159265358979", None),
         ("a@b, @handle, x@y", None),
@@ -148,3 +153,10 @@ def test_what_is_no_parquet_is_named(tmp_path: Path, content: bytes) -> None:
 def test_a_value_that_rows_have_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.parquet:2: field 'text': a bytes"):
         list(parquet_rows(parquet(tmp_path / "a.parquet", text=[None, b"x"])))
+
+
+def test_a_small_parquet_file_that_is_large_inside(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", text=["x" * (9 << 20)] * 40)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(DataError, match="a row from 1 on is over 8 MB"):
+        list(parquet_rows(path))

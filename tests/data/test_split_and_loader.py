@@ -124,3 +124,10 @@ def test_rows_of_like_length_are_stacked(lengths: list[int], capacity: int) -> N
         assert len(group) == 1 or longest * len(group) <= capacity
         padded_after = [row for place, row in enumerate(group) if longest * place >= ENOUGH]
         assert all(lengths[row] >= LIKE * longest for row in padded_after)
+
+
+def test_rows_that_belong_together_are_not_cut() -> None:
+    lengths = [600] + [50] * 31
+    assert sorted(map(len, stacks(lengths, 4096))) == [1, 31]
+    assert sorted(map(len, stacks([100] * 8 + [60] * 12 + [40] * 12, 4096, whole=True))) == [32]
+    assert sorted(map(len, stacks(lengths, 600 * 32, whole=True))) == [32]

@@ -39,7 +39,14 @@ def test_rows_are_made_ready(rows: Path, tmp_path: Path) -> None:
     against = write_rows(tmp_path / "test.jsonl", ["in the test set, word for word!", "another"])
     wishes = stage.Wishes(near=0.8, against=against, redact=True)
     ready = stage.make_ready(rows, FormatConfig(), wishes)
-    assert ready.counts == {"rows": 6, "exact_duplicates": 1, "near_duplicates": 1, "leaks": 1, "redactions": 1}
+    assert ready.counts == {
+        "rows": 6,
+        "exact_duplicates": 1,
+        "near_duplicates": 1,
+        "leaks": 1,
+        "redactions": 1,
+        "alike_when_redacted": 0,
+    }
     assert [stage.text_of(row) for row in ready.rows] == [LONG, "mail me at [EMAIL]", "x"]
     assert ready.personal == {"email": 1}
     assert ready.labels == {"a": 1, "b": 2}
@@ -76,3 +83,14 @@ def test_lengths_between_powers_of_two() -> None:
 def test_a_wish_that_cannot_be(rows: Path) -> None:
     with pytest.raises(ConfigError, match="above 0 and at most 1"):
         stage.make_ready(rows, FormatConfig(), stage.Wishes(near=1.5))
+
+
+def test_what_is_alike_when_redacted_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "text,label\n" + "".join(f"call me at u{number}@mail.com,a\n" for number in range(10)) + "other,b\n"
+    )
+    ready = stage.make_ready(path, FormatConfig(), stage.Wishes(redact=True))
+    assert [(row.text, row.label) for row in ready.rows] == [("call me at [EMAIL]", "a"), ("other", "b")]
+    assert ready.counts["alike_when_redacted"] == 9
+    assert ready.rows[0].prompt_key == ("call me at [EMAIL]",)

@@ -162,3 +162,18 @@ def test_a_wrong_row_is_named(tmp_path: Path, row: dict[str, Any], complaint: st
 def test_a_wrong_setting_is_named(network: FusionNetwork, complaint: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=complaint):
         train(configuration(tmp_path, network=network))
+
+
+def test_all_of_it_in_bfloat16(tmp_path: Path) -> None:
+    done = train(configuration(tmp_path, dtype="bfloat16", epochs=1))
+    assert done.finished
+
+
+def test_a_text_that_is_too_long_is_named(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    path = Path(config.data.train)
+    path.write_text(path.read_text() + json.dumps({"text": "word " * 400, "label": "00"}) + "\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:161: \d+ tokens, at most 128 fit"):
+        train(config)
+    data = msgspec.structs.replace(config.data, too_long="truncate")
+    assert train(msgspec.structs.replace(config, data=data, epochs=1), fresh=True).finished

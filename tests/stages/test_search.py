@@ -61,6 +61,12 @@ def test_trials_find_the_better_setting_and_go_on(config: TrainConfig) -> None:
     found = search(raw, wanted, 5)
     assert [trial.number for trial in found.trials] == [0, 1, 2, 3, 4]
     assert found.trials[:2] == first.trials, "those were done"
+    drawn = [tuple(trial.settings.items()) for trial in found.trials]
+    assert drawn[2:4] != drawn[:2], "what goes on does not draw the same again"
+    for other in (space(["network.dense=4..8:int"]), wanted):
+        metric = "validation_loss" if other is not wanted else "validation_accuracy"
+        with pytest.raises(ConfigError, match=r"has another (space|metric)"):
+            search(raw, other, 6, metric=metric)
     assert found.best is not None
     assert found.best.settings["optimizer.learning_rate"] == "3e-2"
     assert found.best.value == min(trial.value or 9 for trial in found.trials)

@@ -137,3 +137,23 @@ def test_what_a_tagger_cannot_do_is_said(encoder: Path, tmp_path: Path) -> None:
 def test_shapes() -> None:
     words = ["house", "Rome", "NATO", "McAdam", "1961", "well-known", "A", ",", "3rd", "x-Ray"]
     assert [shape(word) for word in words] == [1, 2, 3, 4, 5, 6, 7, 0, 1, 4]
+
+
+def test_the_same_sentence_is_not_validated_on(encoder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 20, 0)
+    config = configuration(tmp_path, encoder, data=DataConfig(train=str(rows), validation=str(rows)))
+    with pytest.raises(DataError, match=r"rows.jsonl:\d+: the same is in the training data, line \d+"):
+        train(config)
+
+
+def test_two_files_of_one_name_are_told_apart(encoder: Path, tmp_path: Path) -> None:
+    places = []
+    for seed, name in enumerate(("train", "valid")):
+        (tmp_path / name).mkdir()
+        line = {"tokens": [f"word{seed}", "the"], "tags": ["nn", "at"]}
+        places.append(tmp_path / name / "rows.jsonl")
+        places[-1].write_text(json.dumps(line) + "\n")
+    data = DataConfig(train=str(places[0]), validation=str(places[1]))
+    done = train(configuration(tmp_path, encoder, data=data, epochs=1))
+    said = json.loads((Path(str(done.path)) / "steelyard.json").read_text())
+    assert set(said["data"]) == {"train: rows.jsonl", "validation: rows.jsonl"}

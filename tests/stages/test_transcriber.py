@@ -197,7 +197,7 @@ def test_a_wrong_setting_is_named(fields: dict[str, Any], complaint: str, tmp_pa
         ({"text": "a"}, "field 'audio'"),
         ({"audio": "0.wav"}, "field 'text': must say"),
         ({"audio": "0.wav", "text": "?!"}, "field 'text': must say"),
-        ({"audio": "none.wav", "text": "a"}, "no such file"),
+        ({"audio": "none.wav", "text": "a"}, "No such file"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path: Path, row: dict[str, Any], complaint: str) -> None:
@@ -210,8 +210,49 @@ def test_a_wrong_row_is_named(tmp_path: Path, row: dict[str, Any], complaint: st
 def test_masks_leave_the_rest() -> None:
     torch.manual_seed(0)
     before = torch.randn(80, 100)
-    after = augmented(before, Augmentation(mask_bands=10, mask_frames=10))
+    after = augmented(before, Augmentation(mask_bands=10, mask_frames=10), 100)
     changed = after != before
     assert 0 < changed.float().mean() < 0.5
     assert (before == torch.randn(80, 100, generator=torch.Generator().manual_seed(0))).all(), "left as it was"
-    assert augmented(before, Augmentation(tempo=0.2)).shape[0] == 80
+    assert augmented(before, Augmentation(tempo=0.2), 3000).shape[0] == 80
+
+
+def test_slower_sound_is_never_longer_than_the_network_takes() -> None:
+    torch.manual_seed(0)
+    lengths = {augmented(torch.randn(80, 2950), Augmentation(tempo=0.3), 3000).shape[1] for _ in range(20)}
+    assert max(lengths) == 3000
+    assert min(lengths) < 2950
+
+
+def test_a_header_that_promises_too_much(tmp_path: Path) -> None:
+    """A FLAC of some bytes that says it has an hour of sixteen channels."""
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.zeros(100), 16_000)
+    raw = bytearray(path.read_bytes())
+    raw[21:26] = bytes([(raw[21] & 0xF0) | 0x0F, 0xFF, 0xFF, 0xFF, 0xFF])  # of all samples
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=r"an hour|no sound|empty"):
+        audio.read(Recording(path=path, text=None, file=path))
+
+
+def test_characters_that_were_not_learnt_count_as_errors(tmp_path: Path) -> None:
+    config = configuration(tmp_path, epochs=1)
+    held = write_clips(tmp_path / "held", 3, 9)
+    held.write_text(held.read_text().replace('."}', 'zzz."}', 1))
+    data = DataConfig(train=config.data.train, validation=str(held))
+    lines = [json.loads(line)["text"] for line in Path(config.data.train).read_text().splitlines()]
+    kept = [line for line in held.read_text().splitlines() if json.loads(line)["text"] not in lines]
+    held.write_text("\n".join(kept) + "\n")
+    done = train(msgspec.structs.replace(config, data=data))
+    assert done.data["validation_rows"] == len(kept) >= 1
+    assert "validation_cer" in done.metrics
+
+
+def test_recordings_that_are_not_there_are_left_out_as_stated(tmp_path: Path) -> None:
+    config = configuration(tmp_path, epochs=1)
+    path = Path(config.data.train)
+    path.write_text(path.read_text() + json.dumps({"audio": "x" * 300, "text": "abc"}) + "\n")
+    with pytest.raises(DataError, match=r"list.jsonl:81: .*cannot be read"):
+        train(config)
+    train(msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, bad_files=1)), fresh=True)
+    assert "left out" in (tmp_path / "run" / "log.txt").read_text()

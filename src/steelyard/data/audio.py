@@ -7,6 +7,7 @@ WAV, FLAC, OGG and MP3 are decoded by libsndfile, resampled by soxr (extra `audi
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from steelyard.errors import ConfigError, DataError
 
 MAX_BYTES = 256 << 20
 MAX_SECONDS = 3600
+MAX_FRAMES = MAX_SECONDS * 96_000
+BLOCK = 1 << 18
+"""Frames of all channels that are held at a time."""
 RATE = 16_000
 FORMATS = ("WAV", "FLAC", "OGG", "MP3", "WAVEX")
 ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
@@ -66,6 +70,24 @@ def _recording(row: dict[str, Any], path: Path, line: int, config: FormatConfig)
     return Recording(path=path.parent / named, text=text, file=path, line=line)
 
 
+def digest(recording: Recording) -> str:
+    """The sha256 of a recording's file. Raises DataError: it cannot be read, or is too large."""
+    return hashlib.sha256(_bytes(recording)).hexdigest()
+
+
+def _bytes(recording: Recording) -> bytes:
+    where: dict[str, Any] = {"file": recording.file, "line": recording.line}
+    try:
+        with recording.path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"'{recording.path}' cannot be read: {reason}", **where) from None
+    if len(content) > MAX_BYTES:
+        raise DataError(f"'{recording.path}' is over {MAX_BYTES >> 20} MB", **where)
+    return content
+
+
 def read(recording: Recording) -> torch.Tensor:
     """Samples `[S]` float32 of 16 kHz, -1 to 1, the mean of all channels.
 
@@ -79,25 +101,19 @@ def read(recording: Recording) -> torch.Tensor:
     except ImportError:
         raise ConfigError("recordings need two libraries more: pip install 'steelyard[audio]'") from None
     where: dict[str, Any] = {"file": recording.file, "line": recording.line}
-    try:
-        with recording.path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"'{recording.path}' cannot be read: {reason}", **where) from None
-    if len(content) > MAX_BYTES:
-        raise DataError(f"'{recording.path}' is over {MAX_BYTES >> 20} MB", **where)
+    content = _bytes(recording)
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as opened:
             if opened.format not in FORMATS:
                 raise DataError(f"'{recording.path}' is {opened.format}; known: {', '.join(ENDINGS)}", **where)
             rate, channels, frames = opened.samplerate, opened.channels, opened.frames
-            if not 1000 <= rate <= 384_000 or channels > 16 or frames > MAX_SECONDS * rate:
+            if not 1000 <= rate <= 384_000 or channels > 16 or frames > min(MAX_SECONDS * rate, MAX_FRAMES):
                 raise DataError(f"'{recording.path}' is longer than an hour, or of a strange rate", **where)
-            samples = opened.read(MAX_SECONDS * rate, dtype="float32", always_2d=True)
+            # A header can promise anything: what is there is read piece by piece.
+            pieces = [piece.mean(1) for piece in opened.blocks(BLOCK, dtype="float32", always_2d=True)]
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         raise DataError(f"'{recording.path}' is no sound that is known here: {error}", **where) from None
-    mono = samples.mean(1)
+    mono = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
     if not len(mono) or not np.isfinite(mono).all():
         raise DataError(f"'{recording.path}' is empty or damaged", **where)
     return torch.from_numpy(np.ascontiguousarray(soxr.resample(mono, rate, RATE), dtype=np.float32))

@@ -13,11 +13,11 @@ MASKS = 2
 """Of each kind (Park et al. 2019, section 2)."""
 
 
-def augmented(features: torch.Tensor, config: Augmentation) -> torch.Tensor:
-    """Log-mel features `[M, F]` -> the same, changed: their number of frames, too."""
+def augmented(features: torch.Tensor, config: Augmentation, longest: int) -> torch.Tensor:
+    """Log-mel features `[M, F]` -> the same, changed: their number of frames, too, up to the `longest`."""
     if config.tempo:
         factor = 1 + config.tempo * (2 * float(torch.rand(())) - 1)
-        frames = max(8, round(features.shape[-1] / factor))
+        frames = min(longest, max(8, round(features.shape[-1] / factor)))
         features = F.interpolate(features[None], frames, mode="linear")[0]
     bands, frames = features.shape
     mean = features.mean()

@@ -118,6 +118,10 @@ def read(row: ImageRow, channels: int, side: int) -> np.ndarray[Any, np.dtype[np
                 raise DataError(f"{opened.width} x {opened.height} pixels are too many", **_where(row))
             opened.draft(MODES[channels], (side, side))
             turned = ImageOps.exif_transpose(opened)
+            if turned.mode.startswith("I;16"):  # Pillow would cut, not scale
+                turned = Image.fromarray((np.asarray(turned, dtype=np.uint16) // 257).astype(np.uint8))
+            if turned.mode in ("I", "F"):
+                raise DataError(f"'{row.path}' has numbers for pixels, whose white nobody knows", **_where(row))
             if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
                 layer = turned.convert("RGBA")
                 turned = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)

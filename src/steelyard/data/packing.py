@@ -67,14 +67,14 @@ def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def stacks(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def stacks(lengths: Sequence[int], capacity: int, *, whole: bool = False) -> list[list[int]]:
     """Places of rows of like length, grouped so that no group exceeds `capacity` when all are padded to its longest
-    (a longer row stands alone), and that little of a group is padding.
+    (a longer row stands alone), and that little of a group is padding; `whole`: as few groups as can be.
     """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):  # a group's first is its longest
         longest, count = (lengths[groups[-1][0]], len(groups[-1])) if groups else (0, 0)
-        shorter = lengths[row] < LIKE * longest and longest * count >= ENOUGH
+        shorter = not whole and lengths[row] < LIKE * longest and longest * count >= ENOUGH
         if not groups or shorter or longest * (count + 1) > capacity:
             groups.append([row])
         else:

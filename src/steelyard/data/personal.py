@@ -16,11 +16,13 @@ from steelyard.errors import ConfigError
 MAX_TEXT = 1 << 20
 """Characters that are looked through at a time."""
 OVERLAP = 256
+MOST_CUTS = 4
+"""Groups at a candidate's end that may be something else."""
 MAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])")
-CARD = re.compile(r"(?<![\d.])\d(?:[ -]?\d){12,18}(?![\d.])")
+CARD = re.compile(r"(?<![\d.])\d(?:[ -]?\d){12,18}(?!\d|\.\d)")
 ACCOUNT = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?(?!\w)")
 MACHINE = re.compile(
-    r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.])|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:])"
+    r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?!\d|\.\d)|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:])"
 )
 
 
@@ -84,9 +86,12 @@ def _finders(region: str | None) -> dict[str, Finder]:
 
     def by(pattern: re.Pattern[str], check: Callable[[str], bool]) -> Finder:
         def look(text: str) -> Iterator[tuple[int, int]]:
-            for match in pattern.finditer(text):
-                if check(match[0]):
-                    yield match.span()
+            at = 0
+            while match := pattern.search(text, at):
+                size = next((size for size in _beginnings(match[0]) if check(match[0][:size])), 0)
+                if size:
+                    yield match.start(), match.start() + size
+                at = match.start() + (size or _first_group(match[0]))
 
         return look
 
@@ -102,6 +107,17 @@ def _finders(region: str | None) -> dict[str, Finder]:
         "iban": by(ACCOUNT, lambda account: bool(iban.is_valid(account))),
         "ip": by(MACHINE, _is_machine),
     }
+
+
+def _beginnings(candidate: str) -> list[int]:
+    """How long a candidate may be: whole, or up to one of its last spaces, the longest first."""
+    cuts = [place for place, letter in enumerate(candidate) if letter in " -"]
+    return [len(candidate), *reversed(cuts[-MOST_CUTS:])]
+
+
+def _first_group(candidate: str) -> int:
+    """Where the next candidate may begin, when this one is none."""
+    return next((place for place, letter in enumerate(candidate) if letter in " -"), len(candidate) - 1) + 1
 
 
 def _is_machine(text: str) -> bool:

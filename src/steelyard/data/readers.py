@@ -12,7 +12,7 @@ from typing import Any
 from steelyard.errors import ConfigError, DataError
 
 MAX_LINE_BYTES = 8 << 20
-PARQUET_ROWS = 1024
+PARQUET_ROWS = 16
 """Of a Parquet file that are held at a time."""
 PARQUET = ".parquet"
 FORMATS = ("chat", "instruction", "labelled", "text")
@@ -210,6 +210,8 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(PARQUET_ROWS):
+                if batch.nbytes > PARQUET_ROWS * MAX_LINE_BYTES:
+                    raise DataError(f"a row from {number + 1} on is over {MAX_LINE_BYTES >> 20} MB", file=path)
                 for row in batch.to_pylist():
                     number += 1
                     yield number, {name: _plain(value, path, number, name) for name, value in row.items()}

@@ -74,8 +74,10 @@ def make_ready(file: Path, format_: FormatConfig, wishes: Wishes, report: Tellin
         counts["leaks"] = len(leaked)
     found: Counter[str] = Counter()
     if wishes.redact:
-        rows = [_redacted(row, wishes.region, found) for row in rows]
+        hidden = [_redacted(row, wishes.region, found) for row in rows]
+        rows = remove_duplicates(hidden)  # what was hidden may have been all that told them apart
         counts["redactions"] = found.total()
+        counts["alike_when_redacted"] = len(hidden) - len(rows)
     labels = Counter(row.label for row in rows if row.label is not None)
     return Ready(rows=rows, counts=counts, labels=dict(sorted(labels.items())), personal=dict(found))
 
@@ -91,8 +93,9 @@ def _redacted(row: Conversation, region: str | None, counts: Counter[str]) -> Co
         counts.update(each.kind for each in found)
         return personal.redact(text, found)
 
-    if row.text is not None:  # a labelled row is written as text and label; its turns follow from these
-        return msgspec.structs.replace(row, text=hidden(row.text))
+    if row.text is not None:  # a labelled row is written as text and label; that text is what tells rows apart
+        text = hidden(row.text)
+        return msgspec.structs.replace(row, text=text, messages=(Message("user", text), row.messages[-1]))
     messages = tuple(Message(turn.role, hidden(turn.content), turn.trained) for turn in row.messages)
     return msgspec.structs.replace(row, messages=messages)
 

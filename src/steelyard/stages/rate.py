@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import torch
 
 from steelyard.atomic import write_file
 from steelyard.report import Report
@@ -32,6 +33,9 @@ def find(config: TrainConfig, *, steps: int = 100, report: Callable[[int, int], 
     """
     check(config)
     config = stage.settled(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
     prepared = stage.TASKS[config.task](config)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), {})

@@ -5,6 +5,7 @@ Trials are kept in `study.db` in the output folder, so that the same command goe
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,9 +119,15 @@ def search(
         study_name="search",
         storage=f"sqlite:///{folder / 'study.db'}",
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=config.seed),
         direction="minimize" if metric.endswith(("loss", "cer")) else "maximize",
     )
+    asked = {"space": _shown(wanted), "metric": metric, "settings": msgspec.to_builtins(config)}
+    for name, value in json.loads(json.dumps(asked)).items():
+        if study.user_attrs.setdefault(name, value) != value:
+            raise ConfigError(f"the search in '{folder}' has another {name}: name another output, or remove study.db")
+        study.set_user_attr(name, value)
+    # Each trial draws by its own number: what goes on after an interruption does not begin the same draws anew.
+    study.sampler = optuna.samplers.TPESampler(seed=(config.seed + 7919 * len(study.trials)) % 2**32)
 
     def one(trial: Any) -> float:
         chosen = {key: _suggested(trial, key, options) for key, options in wanted.items()}
@@ -142,6 +149,13 @@ def search(
     page = folder / "search.html"
     write_file(page, _page(folder, found, best, metric).html())
     return Searched(best=best, trials=found, metric=metric, report=str(page))
+
+
+def _shown(wanted: Space) -> dict[str, str]:
+    return {
+        key: ",".join(options) if isinstance(options, tuple) else f"{options.low}..{options.high}:{options.scale}"
+        for key, options in wanted.items()
+    }
 
 
 def _suggested(trial: Any, key: str, options: Range | tuple[str, ...]) -> Any:

@@ -43,7 +43,7 @@ class Classification:
         TrainingError: there is no row.
     """
 
-    padded = True
+    padded, whole = True, False
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ class Contrastive:
         TrainingError: there is no pair.
     """
 
-    padded = True
+    padded, whole = True, True
 
     def __init__(
         self,

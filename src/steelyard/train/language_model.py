@@ -45,7 +45,7 @@ class LanguageModelling:
         if not rows:
             raise TrainingError("no row is left to learn from")
         self.decoder, self.adapter, self.base, self.evaluator = decoder, adapter, base, evaluator
-        self.padded = False
+        self.padded = self.whole = False
         self.rows, self._rows = len(rows), rows
         self.parameters = dict(adapter.parameters() if adapter else decoder.named_parameters())
         if adapter is None:  # weights may be mapped from a file: train a copy

@@ -35,7 +35,7 @@ class MaskedLanguage:
         TrainingError: there is no row.
     """
 
-    padded = True
+    padded, whole = True, False
 
     def __init__(
         self,

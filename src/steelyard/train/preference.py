@@ -51,7 +51,7 @@ class PreferenceLearning:
         if not pairs:
             raise TrainingError("no row is left to learn from")
         self.decoder, self.adapter, self.beta, self.base = decoder, adapter, beta, base
-        self.padded = False
+        self.padded = self.whole = False
         self.rows, self._pairs, self._held = len(pairs), pairs, held
         self.parameters = dict(adapter.parameters())
         self._before: dict[int, tuple[float, float]] = {}

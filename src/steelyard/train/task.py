@@ -16,6 +16,8 @@ class Task(Protocol):
     """How many there are to learn from."""
     padded: bool
     """Whether the rows of a forward pass are padded to the longest; otherwise they lie side by side."""
+    whole: bool
+    """Whether the rows of a forward pass belong together, so that a batch is cut as little as can be."""
     parameters: dict[str, torch.Tensor]
     """What is trained, in the dtype that the forward pass uses."""
 

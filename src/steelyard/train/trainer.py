@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ class Trainer:
         changes nothing but rounding.
         """
         targets, total = self.task.targets(batch), 0.0
-        grouped = stacks if self.task.padded else bins
+        grouped = partial(stacks, whole=self.task.whole) if self.task.padded else bins
         for group in grouped([self.task.size(row) for row in batch], self.config.micro_batch_tokens):
             loss = self.task.loss([batch[place] for place in group]) / targets
             loss.backward()  # type: ignore[no-untyped-call]

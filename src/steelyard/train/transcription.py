@@ -43,7 +43,7 @@ class Transcription:
         TrainingError: there is no row.
     """
 
-    padded = True
+    padded, whole = True, False
 
     def __init__(
         self,
@@ -96,14 +96,15 @@ class Transcription:
         self.recogniser.network.train(on)
 
     def evaluate(self) -> Mapping[str, float]:
-        """The loss on the held rows, and how their texts are recognised."""
+        """The loss on the held rows whose characters are all known, and how the texts of all are recognised."""
         if not self._held:
             return {}
-        nats = sum(float(self._loss([row.features], [row.text])) for row in self._held)
+        known = [row for row in self._held if all(letter in self._numbers for letter in row.text)]
+        nats = sum(float(self._loss([row.features], [row.text])) for row in known)
         logits = speech.logits_of(self.recogniser, [row.features for row in self._held])
         heard = [speech.greedy(each, self.recogniser.vocabulary) for each in logits]
         texts = [row.text for row in self._held]
-        loss = nats / sum(map(len, texts))
+        loss = nats / max(1, sum(len(row.text) for row in known))
         return {"validation_loss": loss, **{name: metric(texts, heard) for name, metric in self._metrics.items()}}
 
     def save(self, folder: Path) -> None:

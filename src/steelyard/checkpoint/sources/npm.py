@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import gzip
 import os
 import re
 import tarfile
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import quote
 
 import httpx
@@ -31,6 +32,7 @@ MAX_INDEX_BYTES = 64 << 20
 MAX_TARBALL_BYTES = 8 << 30
 MAX_ENTRIES = 100_000
 CHUNK = 1 << 20
+MOST_AT_ONCE = 16 << 20
 NAME = re.compile(r"(@[a-z0-9][a-z0-9._-]*/)?[a-z0-9][a-z0-9._-]*")
 VERSION = re.compile(r"\d+\.\d+\.\d+[A-Za-z0-9.+-]*")
 
@@ -147,9 +149,13 @@ def _repack(tarball: Path, target: Path) -> None:
         ArtifactError: damaged, too many or too large entries, or one that swells as a bomb does.
     """
     room = min(archive.MAX_TOTAL_BYTES, archive.SMALL_BYTES + archive.MAX_RATIO * tarball.stat().st_size)
-    count = written = 0
+    count = 0
     try:
-        with tarfile.open(tarball, "r:gz") as tar, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
+        with (
+            gzip.open(tarball) as plain,
+            tarfile.open(fileobj=_bounded(plain, room, tarball), mode="r|") as tar,
+            zipfile.ZipFile(target, "w") as packed,
+        ):
             for member in tar:
                 count += 1
                 if count > MAX_ENTRIES:
@@ -157,13 +163,10 @@ def _repack(tarball: Path, target: Path) -> None:
                 content = tar.extractfile(member) if member.isreg() else None
                 if content is None:  # folders, links, devices
                     continue
-                written += member.size
-                if written > room:
-                    raise ArtifactError(f"'{tarball}' swells when unpacked: refused as a bomb")
                 with packed.open(member.name.partition("/")[2] or member.name, "w", force_zip64=True) as file:
                     _copy(content, file)
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"'{tarball}' is a damaged or truncated tarball: {reason}") from None
@@ -172,3 +175,24 @@ def _repack(tarball: Path, target: Path) -> None:
 def _copy(content: IO[bytes], file: IO[bytes]) -> None:
     while chunk := content.read(CHUNK):
         file.write(chunk)
+
+
+def _bounded(file: Any, room: int, tarball: Path) -> Any:
+    return _Bounded(file, room, tarball)
+
+
+class _Bounded:
+    """Inflated bytes, so many in all and so many at once: a header may ask for as much as it likes."""
+
+    def __init__(self, file: Any, room: int, tarball: Path) -> None:
+        self._file, self._room, self._tarball = file, room, tarball
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
+        if not 0 <= size <= MOST_AT_ONCE:
+            raise tarfile.ReadError(f"{size} bytes at once")
+        found: bytes = self._file.read(size)
+        self._room -= len(found)
+        if self._room < 0:
+            raise ArtifactError(f"'{self._tarball}' swells when unpacked: refused as a bomb")
+        return found

@@ -10,12 +10,11 @@ from steelyard.checkpoint.sources import resolve
 from steelyard.data import pairs, tokenizer_training
 from steelyard.data.pairs import TextPair
 from steelyard.data.rows import Conversation
-from steelyard.data.split import parted
 from steelyard.errors import DataError
 from steelyard.models import classifiers, encoders
 from steelyard.models.encoder import Encoder, EncoderConfig
 from steelyard.runs import Run
-from steelyard.stages.tasks.prepared import DTYPES, Prepared, check_one_way, conversations, file_digests
+from steelyard.stages.tasks.prepared import DTYPES, Prepared, conversations, file_digests, parts
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.config import TrainConfig
 from steelyard.train.contrastive import Contrastive
@@ -74,10 +73,7 @@ def _pairs(config: TrainConfig) -> tuple[list[TextPair], list[TextPair]]:
     rows = pairs.read(Path(config.data.train), config.data)
     if config.data.deduplicate:
         rows = list({(row.anchor, row.positive): row for row in reversed(rows)}.values())[::-1]
-    if config.data.validation is None:
-        return parted(rows, lambda row: row.anchor, config.data.holdout, config.seed)
-    check_one_way(config)
-    return rows, pairs.read(Path(config.data.validation), config.data)
+    return parts(config, rows, lambda path: pairs.read(path, config.data), lambda row: row.anchor, lambda row: row)
 
 
 def _rows(tokenizer: Tokenizer, text: Conversation, most: int) -> list[list[int]]:

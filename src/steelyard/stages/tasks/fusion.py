@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.data import audio, augmentation, fused, image_augmentation, images, tokenizer_training
 from steelyard.data.fused import FusedRow
-from steelyard.data.split import parted
 from steelyard.errors import DataError
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
@@ -24,7 +24,7 @@ from steelyard.models.inputs import Fused
 from steelyard.models.mel import log_mel
 from steelyard.models.seq2seq import WhisperConfig, sines
 from steelyard.runs import Run
-from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, check_one_way, digest_of
+from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, digest_of, named, parts
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.classification import Classification, Labelled
 from steelyard.train.config import DataConfig, TrainConfig
@@ -75,7 +75,7 @@ def labelled(classifier: Classifier, rows: Sequence[FusedRow], data: DataConfig 
             known = ", ".join(classifier.labels)
             raise DataError(f"the label '{row.label}' is none of {known}", file=row.file, line=row.line)
         try:
-            made.examples.append(_example(classifier, row))
+            made.examples.append(_example(classifier, row, data))
         except DataError as error:
             bad += 1
             if data is None or run is None or bad > data.bad_files:
@@ -86,9 +86,16 @@ def labelled(classifier: Classifier, rows: Sequence[FusedRow], data: DataConfig 
     return made
 
 
-def _example(classifier: Classifier, row: FusedRow) -> Fused:
+def _example(classifier: Classifier, row: FusedRow, data: DataConfig | None) -> Fused:
     inputs = classifier.fused
-    tokens = inputs.text.tokens(row.text) if inputs.text is not None and row.text is not None else None
+    tokens = None
+    if inputs.text is not None and row.text is not None:
+        tokens = inputs.text.all_tokens(row.text)
+        most = min(inputs.text.context or len(tokens), len(tokens) if data is None else data.max_length)
+        if len(tokens) > most and data is not None and data.too_long == "error":
+            reason = f"{len(tokens)} tokens, at most {most} fit: shorten it, or set data.too_long to truncate"
+            raise DataError(reason, file=row.file, line=row.line)
+        tokens = tokens[:most]
     picture = features = None
     if inputs.image is not None and row.image is not None:
         picture = torch.from_numpy(images.read(row.image, inputs.image.channels, inputs.image.side).copy())
@@ -175,14 +182,13 @@ def _parts(config: TrainConfig, network: FusionNetwork) -> tuple[list[FusedRow],
     """What to learn from, what to validate on, and the digests of both files with all that they name."""
     data = config.data
     rows = _labelled(Path(data.train), data, network)
-    digests = {Path(data.train).name: _together(Path(data.train), rows)}
+    train = _together(Path(data.train), rows)
     if data.deduplicate:
         rows = list({(row.key, row.label): row for row in reversed(rows)}.values())[::-1]
-    if data.validation is None:
-        return (*parted(rows, lambda row: row.key, data.holdout, config.seed), digests)
-    check_one_way(config)
-    held = _labelled(Path(data.validation), data, network)
-    return rows, held, digests | {Path(data.validation).name: _together(Path(data.validation), held)}
+    learnt, held = parts(
+        config, rows, lambda path: _labelled(path, data, network), lambda row: row.key, lambda row: row
+    )
+    return learnt, held, named(config, train, _together(Path(data.validation), held) if data.validation else None)
 
 
 def _labelled(path: Path, data: DataConfig, network: FusionNetwork) -> list[FusedRow]:
@@ -194,6 +200,12 @@ def _labelled(path: Path, data: DataConfig, network: FusionNetwork) -> list[Fuse
 
 
 def _together(path: Path, rows: Sequence[FusedRow]) -> str:
-    named = {file.path for row in rows for file in (row.image, row.audio) if file is not None and file.path.is_file()}
-    files = [(file.name, manifest.sha256_file(file)) for file in sorted(named)]
-    return digest_of([(path.name, manifest.sha256_file(path)), *files])
+    files: dict[str, str] = {}
+    for row in rows:
+        with contextlib.suppress(DataError):  # what cannot be read is told when it is looked at
+            if row.image is not None:
+                files[str(row.image.path)] = images.digest(row.image)
+            if row.audio is not None:
+                files[str(row.audio.path)] = audio.digest(row.audio)
+    found = [(Path(name).name, digest) for name, digest in files.items()]
+    return digest_of([(path.name, manifest.sha256_file(path)), *found])

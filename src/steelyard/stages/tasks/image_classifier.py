@@ -15,7 +15,6 @@ from steelyard.checkpoint.sources import resolve
 from steelyard.data import images
 from steelyard.data.image_augmentation import augmented
 from steelyard.data.images import ImageRow
-from steelyard.data.split import parted
 from steelyard.errors import ConfigError, DataError
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
@@ -23,7 +22,7 @@ from steelyard.models.convnet import ConvNet, ConvNetConfig
 from steelyard.models.inputs import ImageInputs
 from steelyard.models.vision import VisionConfig, VisionTransformer
 from steelyard.runs import Run
-from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, check_one_way, digest_of
+from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, digest_of, named, parts
 from steelyard.train.classification import Classification, Labelled
 from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.networks import ConvNetwork, Network, VitNetwork
@@ -82,19 +81,13 @@ def _parts(
 ) -> tuple[list[Digested], list[Digested], dict[str, str]]:
     """What to learn from, what to validate on, and the digests of both places."""
     data = config.data
-    digests = {Path(data.train).name: _together(rows, data.train)}
+    train = _together(rows, data.train)
     if data.deduplicate:
         rows = list({digest: (row, digest) for row, digest in reversed(rows)}.values())[::-1]
-    if data.validation is None:
-        return (*parted(rows, lambda row: row[1], data.holdout, config.seed), digests)
-    check_one_way(config)
-    held = _labelled(Path(data.validation), data, notes)
-    learnt = {digest: row for row, digest in rows}
-    for row, digest in held:
-        if digest in learnt:
-            reason = f"'{row.path}' is '{learnt[digest].path}' of the training images: the validation would be too kind"
-            raise DataError(reason, file=row.file, line=row.line)
-    return rows, held, digests | {Path(data.validation).name: _together(held, data.validation)}
+    learnt, held = parts(
+        config, rows, lambda path: _labelled(path, data, notes), lambda row: row[1], lambda row: row[0]
+    )
+    return learnt, held, named(config, train, _together(held, data.validation) if data.validation else None)
 
 
 def _together(rows: Sequence[Digested], place: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import msgspec
 import torch
@@ -12,7 +13,7 @@ import torch
 from steelyard.checkpoint import manifest
 from steelyard.data import chat
 from steelyard.data.rows import Conversation
-from steelyard.data.split import remove_duplicates, split
+from steelyard.data.split import parted, remove_duplicates, split
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.runs import Run
@@ -56,7 +57,8 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 def file_digests(config: TrainConfig) -> dict[str, str]:
     """Of the files that a run's rows stand in, and of those that they were made from, as far as `data.json` says."""
     files = [Path(config.data.train)] + ([Path(config.data.validation)] if config.data.validation else [])
-    digests = {path.name: manifest.sha256_file(path) for path in files}
+    train, *validation = (manifest.sha256_file(path) for path in files)
+    digests = named(config, train, validation[0] if validation else None)
     for path in files:
         digests |= {f"{path.name} from {name}": digest for name, digest in origin_of(path).items()}
     return digests
@@ -101,6 +103,67 @@ def conversations(config: TrainConfig) -> tuple[TrainConfig, list[Conversation],
             reason = f"the same text is in the training file, line {twin.line}: the validation would be too kind"
             raise DataError(reason, file=row.file, line=row.line)
     return config, rows, held
+
+
+class Placed(Protocol):
+    """A row that knows where it stands."""
+
+    @property
+    def file(self) -> Path | None:
+        """The file that it stands in."""
+        ...
+
+    @property
+    def line(self) -> int | None:
+        """Its line there."""
+        ...
+
+
+Row = TypeVar("Row")
+
+
+def parts(
+    config: TrainConfig,
+    rows: Sequence[Row],
+    read: Callable[[Path], list[Row]],
+    key: Callable[[Row], Hashable],
+    place: Callable[[Row], Placed],
+) -> tuple[list[Row], list[Row]]:
+    """Rows to learn from and rows to validate on: held out, or a file's of their own.
+
+    Args:
+        config: says which.
+        rows: of the training file.
+        read: reads the validation file.
+        key: what makes two rows the same example.
+        place: where a row stands.
+
+    Raises:
+        ConfigError: both ways at once, or more to hold out than there is.
+        DataError: an example that is in both.
+    """
+    if config.data.validation is None:
+        return parted(rows, key, config.data.holdout, config.seed)
+    check_one_way(config)
+    held = read(Path(config.data.validation))
+    learnt = {key(row): row for row in rows}
+    for row in held:
+        if (twin := learnt.get(key(row))) is not None:
+            where = f"line {place(twin).line}" if place(twin).line else f"'{place(twin).file}'"
+            reason = f"the same is in the training data, {where}: the validation would be too kind"
+            raise DataError(reason, file=place(row).file, line=place(row).line)
+    return list(rows), held
+
+
+def named(config: TrainConfig, train: str, validation: str | None) -> dict[str, str]:
+    """Digests of both places by their names, which tell them apart."""
+    data = config.data
+    if validation is None or data.validation is None:
+        return {Path(data.train).name: train}
+    first, second = Path(data.train).name, Path(data.validation).name
+    if first == second:
+        first, second = f"train: {first}", f"validation: {second}"
+    return {first: train, second: validation}
 
 
 def check_one_way(config: TrainConfig) -> None:

@@ -11,14 +11,13 @@ import torch
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.data import tagged
-from steelyard.data.split import parted
 from steelyard.data.tagged import TaggedSentence
 from steelyard.errors import DataError
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.tagger import EncoderTagger
 from steelyard.runs import Run
-from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, check_one_way, file_digests
+from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, file_digests, parts
 from steelyard.train.classification import Classification, Labelled
 from steelyard.train.config import TrainConfig
 
@@ -92,7 +91,4 @@ def _parts(config: TrainConfig) -> tuple[list[TaggedSentence], list[TaggedSenten
     rows = tagged.read(Path(config.data.train), config.data)
     if config.data.deduplicate:
         rows = list({(row.words, row.tags): row for row in reversed(rows)}.values())[::-1]
-    if config.data.validation is None:
-        return parted(rows, lambda row: row.words, config.data.holdout, config.seed)
-    check_one_way(config)
-    return rows, tagged.read(Path(config.data.validation), config.data)
+    return parts(config, rows, lambda path: tagged.read(path, config.data), lambda row: row.words, lambda row: row)

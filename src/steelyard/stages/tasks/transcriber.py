@@ -12,7 +12,6 @@ from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.data import audio, audio_augmentation, augmentation
 from steelyard.data.audio import Recording
-from steelyard.data.split import parted
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate.transcription import character_error_rate
 from steelyard.infer import transcription
@@ -21,7 +20,7 @@ from steelyard.models.mel import HOP, RATE
 from steelyard.models.seq2seq import WhisperConfig, sines
 from steelyard.models.speech import Recogniser, SpeechCTC, normalised
 from steelyard.runs import Run
-from steelyard.stages.tasks.prepared import DTYPES, Prepared, check_one_way, digest_of
+from steelyard.stages.tasks.prepared import DTYPES, Prepared, digest_of, named, parts
 from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.networks import SpeechNetwork
 from steelyard.train.transcription import Spoken, Transcription
@@ -55,19 +54,21 @@ def open_transcriber(folder: Path) -> Transcribe:
 def prepare(config: TrainConfig) -> Prepared:
     """Find a run's recordings. Raises as `stages.train.train` does."""
     augmentation.check(config.augment, augmentation.SOUND)
-    learnt, held, digests = _parts(config)
+    learnt, held, digests, notes = _parts(config)
     base = None if config.model is None else resolve(config.model)
     vocabulary = sorted({letter for row, _ in learnt for letter in normalised(str(row.text))})
 
     def build(run: Run) -> Transcription:
+        for note in notes:
+            run.log(note)
         recogniser = _recogniser(config, base, vocabulary)
         return Transcription(
             recogniser,
             _spoken(recogniser, learnt, config.data, run),
-            [row for row in _spoken(recogniser, held, config.data, run) if set(row.text) <= set(vocabulary)],
+            _spoken(recogniser, held, config.data, run),
             {"validation_cer": character_error_rate},
             dtype=DTYPES[config.dtype],
-            augment=partial(audio_augmentation.augmented, config=config.augment),
+            augment=partial(audio_augmentation.augmented, config=config.augment, longest=recogniser.context),
         )
 
     counts = {"rows": len(learnt), "validation_rows": len(held), "characters": len(vocabulary)}
@@ -98,28 +99,37 @@ def _recogniser(config: TrainConfig, base: Path | None, vocabulary: Sequence[str
     return Recogniser(made, tuple(vocabulary))
 
 
-def _parts(config: TrainConfig) -> tuple[list[Digested], list[Digested], dict[str, str]]:
-    """What to learn from, what to validate on (no text is in both), and the digests of both lists with their files."""
+def _parts(config: TrainConfig) -> tuple[list[Digested], list[Digested], dict[str, str], list[str]]:
+    """What to learn from, what to validate on (no text is in both), the digests of both lists with their files, and
+    what is to be said of recordings that are not there.
+    """
     data = config.data
-    rows = _texted(Path(data.train), data)
-    digests = {Path(data.train).name: _together(rows)}
+    notes: list[str] = []
+    rows = _texted(Path(data.train), data, notes)
+    train = _together(rows)
     if data.deduplicate:
         rows = list({(row.text, digest): (row, digest) for row, digest in reversed(rows)}.values())[::-1]
-    if data.validation is None:
-        return (*parted(rows, lambda row: normalised(str(row[0].text)), data.holdout, config.seed), digests)
-    check_one_way(config)
-    held = _texted(Path(data.validation), data)
-    return rows, held, digests | {Path(data.validation).name: _together(held)}
+
+    def key(row: Digested) -> str:
+        return normalised(str(row[0].text))
+
+    learnt, held = parts(config, rows, lambda path: _texted(path, data, notes), key, lambda row: row[0])
+    return learnt, held, named(config, train, _together(held) if data.validation else None), notes
 
 
-def _texted(path: Path, data: DataConfig) -> list[Digested]:
+def _texted(path: Path, data: DataConfig, notes: list[str]) -> list[Digested]:
     rows = [row for _, row in audio.listed(path, data)]
+    found: list[Digested] = []
     for row in rows:
         if row.text is None or not normalised(row.text):
             raise DataError("must say what is spoken", file=row.file, line=row.line, field=data.text)
-        if not row.path.is_file():
-            raise DataError(f"'{row.path}' cannot be read: no such file", file=row.file, line=row.line)
-    return [(row, manifest.sha256_file(row.path)) for row in rows]
+        try:
+            found.append((row, audio.digest(row)))
+        except DataError as error:
+            if len(notes) >= data.bad_files:
+                raise
+            notes.append(f"left out: {error}")
+    return found
 
 
 def _together(rows: Sequence[Digested]) -> str:
