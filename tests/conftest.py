@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from hypothesis import settings
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from databases import KINDS, database_url, postgres_server
 from steelyard.checkpoint.sources import pull
 from steelyard.checkpoint.sources.cache import default_cache
+
+settings.register_profile("untimed", deadline=None)  # a machine under load is no failure
+settings.load_profile("untimed")
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
