@@ -46,6 +46,7 @@ from steelyard.checkpoint.sources import pull
 from steelyard.checkpoint.sources.cache import default_cache
 from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
+from steelyard.data.images import MAX_PIXELS
 from steelyard.demo import sms
 from steelyard.models import classifiers, inputs
 from steelyard.models.speech import normalised
@@ -426,8 +427,13 @@ def captioned_images(folder: Path, most: int | None) -> tuple[Path, Path]:
         category = image.relative_to(root).parts[0]
         if image.is_symlink() or category == "unsorted":
             continue
-        with Image.open(image) as opened:
-            title = str(opened.info.get("Title") or image.stem.replace("_", " "))
+        try:
+            with Image.open(image) as opened:
+                title = str(opened.info.get("Title") or image.stem.replace("_", " "))
+                if opened.width * opened.height > MAX_PIXELS:
+                    continue  # some are posters that nothing of ours opens
+        except Image.DecompressionBombError:
+            continue
         words = [word for word in re.split(r"[^a-z]+", title.lower()) if word]
         masked = " ".join("[MASK]" if word in hidden else word for word in words)
         row = {"text": masked, "image": str(image), "label": category}
