@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from interrupted import ends_the_same
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError, DataError
-from steelyard.models import classifiers, weights
+from steelyard.models import classifiers
 from steelyard.stages.evaluate import evaluate
 from steelyard.stages.labelling import Classification
 from steelyard.stages.predict import predict
@@ -86,23 +87,7 @@ def test_from_nothing_to_a_prediction(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
-    results = []
-    for cuts in ((), (7, 31)):
-        folder = tmp_path / str(len(cuts))
-        folder.mkdir()
-        config = configuration(folder, checkpoint_every=3)
-        for cut in cuts:
-            begun: list[Any] = []
-            stopped = train(
-                config,
-                begun=lambda trainer, counts, begun=begun: begun.append(trainer),
-                report=lambda progress, cut=cut, begun=begun: setattr(begun[0], "stopping", progress.step >= cut),
-            )
-            assert not stopped.finished
-        results.append(train(config))
-    straight, cut_off = (weights.read_tensors(Path(str(done.path))) for done in results)
-    assert all(torch.equal(straight[name], cut_off[name]) for name in straight)
-    assert straight.keys() == cut_off.keys()
+    ends_the_same(tmp_path, lambda folder: configuration(folder, checkpoint_every=3), (7, 31))
 
 
 def test_on_a_trained_encoder(encoder: Path, tmp_path: Path) -> None:
@@ -137,6 +122,7 @@ def test_features_alone(encoder: Path, tmp_path: Path) -> None:
         ({"task": "preference"}, "leave .network. out"),
         ({"method": "full"}, "method means nothing to task classification"),
         ({"beta": 0.2}, "beta means nothing"),
+        ({"data": DataConfig(train="x", bad_files=2)}, "data.bad_files means nothing to a classifier of texts"),
     ],
 )
 def test_a_configuration_that_cannot_be_run(tmp_path: Path, fields: dict[str, Any], complaint: str) -> None:

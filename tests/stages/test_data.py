@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,10 @@ def test_what_is_alike_when_redacted_is_one_row(tmp_path: Path) -> None:
     assert [(row.text, row.label) for row in ready.rows] == [("call me at [EMAIL]", "a"), ("other", "b")]
     assert ready.counts["alike_when_redacted"] == 9
     assert ready.rows[0].prompt_key == ("call me at [EMAIL]",)
+
+
+def test_the_page_needs_no_library_but_for_languages(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    page = stage.profile(rows, stage.make_ready(rows, FormatConfig(), stage.Wishes()), None).html()
+    assert "Languages are not shown" in page
+    assert "Characters of a row" in page

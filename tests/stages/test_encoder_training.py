@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
+from interrupted import ends_the_same
 from steelyard.errors import CheckpointError, ConfigError, DataError
-from steelyard.models import classifiers, encoders, weights
+from steelyard.models import classifiers, encoders
 from steelyard.models.inputs import padded
 from steelyard.stages.train import train
 from steelyard.train import masked
@@ -91,19 +92,7 @@ def test_a_share_is_hidden_in_its_ways(trained: Path) -> None:
 
 
 def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
-    results = []
-    for cuts in ((), (5, 21)):
-        config = configuration(tmp_path / str(len(cuts)), checkpoint_every=4, epochs=2)
-        for cut in cuts:
-            begun: list[Any] = []
-            train(
-                config,
-                begun=lambda trainer, counts, begun=begun: begun.append(trainer),
-                report=lambda progress, cut=cut, begun=begun: setattr(begun[0], "stopping", progress.step >= cut),
-            )
-        results.append(train(config))
-    straight, cut_off = (weights.read_tensors(Path(str(done.path))) for done in results)
-    assert all(torch.equal(straight[name], cut_off[name]) for name in straight)
+    ends_the_same(tmp_path, lambda folder: configuration(folder, checkpoint_every=4, epochs=2), (5, 21))
 
 
 def test_it_is_a_base_of_classifiers_and_of_itself(trained: Path, tmp_path: Path) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from interrupted import ends_the_same
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError, DataError
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
-from steelyard.models import weights
 from steelyard.models.opening import open_checkpoint
 from steelyard.stages.evaluate import Likelihood, evaluate
 from steelyard.stages.train import train
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.lora import LoraConfig
 from steelyard.train.networks import DecoderNetwork, LstmNetwork
 from steelyard.train.optimizers import OptimizerConfig
 
@@ -72,21 +73,7 @@ def test_every_byte_comes_back(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
-    results = []
-    for cuts in ((), (7, 30)):
-        folder = tmp_path / str(len(cuts))
-        folder.mkdir()
-        config = configuration(folder, checkpoint_every=4, epochs=2)
-        for cut in cuts:
-            begun: list[Any] = []
-            train(
-                config,
-                begun=lambda trainer, counts, begun=begun: begun.append(trainer),
-                report=lambda progress, cut=cut, begun=begun: setattr(begun[0], "stopping", progress.step >= cut),
-            )
-        results.append(train(config))
-    straight, cut_off = (weights.read_tensors(Path(str(done.path))) for done in results)
-    assert all(torch.equal(straight[name], cut_off[name]) for name in straight)
+    ends_the_same(tmp_path, lambda folder: configuration(folder, checkpoint_every=4, epochs=2), (7, 30))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +84,7 @@ def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
         ({"network": LstmNetwork()}, "network.kind lstm is none for task generation: decoder"),
         ({"network": SMALL, "model": "base"}, "name one of them"),
         ({"network": None}, "name one of them"),
+        ({"lora": LoraConfig(rank=3)}, "lora means nothing to a network that begins from nothing"),
     ],
 )
 def test_a_wrong_setting_is_named(fields: dict[str, Any], complaint: str, tmp_path: Path) -> None:

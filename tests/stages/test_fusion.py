@@ -14,10 +14,11 @@ import soundfile
 import torch
 from PIL import Image
 
+from interrupted import ends_the_same
 from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import CheckpointError, ConfigError, DataError
-from steelyard.models import classifiers, weights
+from steelyard.models import classifiers
 from steelyard.models.fusion import MODALITIES
 from steelyard.models.inputs import Fused
 from steelyard.stages.evaluate import evaluate
@@ -117,20 +118,8 @@ def test_a_row_depends_on_no_other_and_on_nothing_that_it_lacks(how: Any, tmp_pa
 
 
 def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
-    results = []
-    for cuts in ((), (5, 11)):
-        folder = tmp_path / str(len(cuts))
-        config = configuration(folder, checkpoint_every=3, epochs=2, augment=Augmentation(shift=1))
-        for cut in cuts:
-            begun: list[Any] = []
-            train(
-                config,
-                begun=lambda trainer, counts, begun=begun: begun.append(trainer),
-                report=lambda progress, cut=cut, begun=begun: setattr(begun[0], "stopping", progress.step >= cut),
-            )
-        results.append(train(config))
-    straight, cut_off = (weights.read_tensors(Path(str(done.path))) for done in results)
-    assert all(torch.equal(straight[name], cut_off[name]) for name in straight)
+    fields: dict[str, Any] = {"epochs": 2, "augment": Augmentation(shift=1)}
+    ends_the_same(tmp_path, lambda folder: configuration(folder, checkpoint_every=3, **fields), (5, 11))
 
 
 @pytest.mark.parametrize(
@@ -175,5 +164,20 @@ def test_a_text_that_is_too_long_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text() + json.dumps({"text": "word " * 400, "label": "00"}) + "\n")
     with pytest.raises(DataError, match=r"rows.jsonl:161: \d+ tokens, at most 128 fit"):
         train(config)
-    data = msgspec.structs.replace(config.data, too_long="truncate")
-    assert train(msgspec.structs.replace(config, data=data, epochs=1), fresh=True).finished
+    for number, way in enumerate(("truncate", "drop", "keep")):
+        data = msgspec.structs.replace(config.data, too_long=way)
+        asked = msgspec.structs.replace(config, data=data, epochs=1, output=str(tmp_path / f"run{number}"))
+        if way == "keep":
+            with pytest.raises(ConfigError, match=r"data\.too_long 'keep' is not known"):
+                train(asked)
+        else:
+            assert train(asked).finished
+
+
+def test_a_sound_that_is_too_long_is_named(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    path = Path(config.data.train)
+    soundfile.write(path.parent / "long.wav", np.random.default_rng(0).normal(0, 0.1, 31 * 8000), 8000)
+    path.write_text(path.read_text() + json.dumps({"audio": "long.wav", "label": "00"}) + "\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:161: 31 s of sound, at most 30 fit"):
+        train(config)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
+from interrupted import ends_the_same
 from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError, DataError
-from steelyard.models import weights
 from steelyard.stages.evaluate import evaluate
 from steelyard.stages.labelling import Classification
 from steelyard.stages.predict import predict
@@ -77,22 +77,8 @@ def test_from_nothing_to_a_prediction(network: Any, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
-    results = []
-    for cuts in ((), (5, 17)):
-        folder = tmp_path / str(len(cuts))
-        augment = Augmentation(flip=True, shift=1, erase=3)
-        config = configuration(folder, checkpoint_every=3, epochs=4, augment=augment)
-        for cut in cuts:
-            begun: list[Any] = []
-            stopped = train(
-                config,
-                begun=lambda trainer, counts, begun=begun: begun.append(trainer),
-                report=lambda progress, cut=cut, begun=begun: setattr(begun[0], "stopping", progress.step >= cut),
-            )
-            assert not stopped.finished
-        results.append(train(config))
-    straight, cut_off = (weights.read_tensors(Path(str(done.path))) for done in results)
-    assert all((straight[name] == cut_off[name]).all() for name in straight)
+    fields: dict[str, Any] = {"epochs": 4, "augment": Augmentation(flip=True, shift=1, erase=3)}
+    ends_the_same(tmp_path, lambda folder: configuration(folder, checkpoint_every=3, **fields), (5, 17))
 
 
 def test_how_a_batch_is_cut_changes_nothing(tmp_path: Path) -> None:
@@ -143,6 +129,8 @@ def test_the_same_image_is_not_validated_on(tmp_path: Path) -> None:
         ({"network": VitNetwork(image_size=30, patch=8)}, "must divide network.image_size"),
         ({"network": VitNetwork(hidden=30, heads=4)}, "must divide network.hidden"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
+        ({"data": DataConfig(train="x", max_length=9)}, "data.max_length means nothing to a classifier of images"),
+        ({"data": DataConfig(train="x", bad_files=-1)}, "data.bad_files must be at least 0"),
     ],
 )
 def test_a_wrong_setting_is_named(fields: dict[str, Any], complaint: str, tmp_path: Path) -> None:

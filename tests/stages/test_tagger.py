@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from interrupted import ends_the_same
 from steelyard.data import tagged
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import CheckpointError, ConfigError, DataError
@@ -157,3 +158,7 @@ def test_two_files_of_one_name_are_told_apart(encoder: Path, tmp_path: Path) -> 
     done = train(configuration(tmp_path, encoder, data=data, epochs=1))
     said = json.loads((Path(str(done.path)) / "steelyard.json").read_text())
     assert set(said["data"]) == {"train: rows.jsonl", "validation: rows.jsonl"}
+
+
+def test_an_interrupted_run_ends_the_same(encoder: Path, tmp_path: Path) -> None:
+    ends_the_same(tmp_path, lambda folder: configuration(folder, encoder, checkpoint_every=4, epochs=2), (5, 21))

@@ -14,6 +14,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
+from interrupted import ends_the_same
 from steelyard.data import audio
 from steelyard.data.audio import Recording
 from steelyard.data.audio_augmentation import augmented
@@ -21,7 +22,7 @@ from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate.transcription import edits, error_rate
-from steelyard.models import speech, weights
+from steelyard.models import speech
 from steelyard.models.speech import normalised
 from steelyard.stages.evaluate import Transcription, evaluate
 from steelyard.stages.predict import predict
@@ -77,20 +78,8 @@ def test_from_nothing_to_a_text(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
-    results = []
-    for cuts in ((), (5, 17)):
-        folder = tmp_path / str(len(cuts))
-        config = configuration(folder, checkpoint_every=3, epochs=3, augment=Augmentation(tempo=0.1, mask_bands=9))
-        for cut in cuts:
-            begun: list[Any] = []
-            train(
-                config,
-                begun=lambda trainer, counts, begun=begun: begun.append(trainer),
-                report=lambda progress, cut=cut, begun=begun: setattr(begun[0], "stopping", progress.step >= cut),
-            )
-        results.append(train(config))
-    straight, cut_off = (weights.read_tensors(Path(str(done.path))) for done in results)
-    assert all(torch.equal(straight[name], cut_off[name]) for name in straight)
+    fields: dict[str, Any] = {"epochs": 3, "augment": Augmentation(tempo=0.1, mask_bands=9)}
+    ends_the_same(tmp_path, lambda folder: configuration(folder, checkpoint_every=2, **fields), (3, 8))
 
 
 def test_how_a_batch_is_cut_changes_nothing(tmp_path: Path) -> None:

@@ -155,7 +155,6 @@ def readable(
     most_bad: int,
     look: Callable[[ImageRow], Any],
     note: Callable[[str], None],
-    report: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[list[ImageRow], list[Any]]:
     """The rows that `look` takes, with what it makes of them; up to `most_bad` others are told to `note` and left out.
 
@@ -163,7 +162,7 @@ def readable(
         DataError: one file more than that cannot be read.
     """
     kept, made, bad = [], [], 0
-    for number, row in enumerate(rows):
+    for row in rows:
         try:
             made.append(look(row))
             kept.append(row)
@@ -173,7 +172,6 @@ def readable(
                 advice = "mend it, or let so many be left out by data.bad_files"
                 raise DataError(f"{error.reason} ({bad} such; {advice})", **_where(row)) from None
             note(f"left out: {error}")
-        report(number + 1, len(rows))
     return kept, made
 
 

@@ -139,9 +139,6 @@ def profile(file: Path, ready: Ready, lengths: Sequence[int] | None) -> Report:
         file: where they are from.
         ready: the rows.
         lengths: tokens of each, if a model counted them.
-
-    Raises:
-        ConfigError: the library that tells languages is not installed.
     """
     texts = list(map(text_of, ready.rows))
     found = [quality.of(text) for text in texts]
@@ -152,7 +149,10 @@ def profile(file: Path, ready: Ready, lengths: Sequence[int] | None) -> Report:
     report.bars("Characters of a row", histogram([each.characters for each in found]), "rows")
     if lengths is not None:
         report.bars("Tokens of a row", histogram(lengths), "rows")
-    report.bars("Languages", dict(quality.languages(texts).most_common(12)), "rows")
+    try:
+        report.bars("Languages", dict(quality.languages(texts).most_common(12)), "rows")
+    except ConfigError as error:  # the rest of the page needs no library
+        report.text(f"Languages are not shown: {error}.")
     if ready.personal:
         report.bars("Personal data that was hidden", ready.personal, "places")
     odd: dict[str, list[Conversation]] = {}

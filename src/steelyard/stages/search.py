@@ -19,7 +19,6 @@ from steelyard.errors import ConfigError, TrainingError
 from steelyard.report import Report
 from steelyard.stages.train import train
 from steelyard.train.config import TrainConfig
-from steelyard.train.trainer import Progress
 
 RANGE = re.compile(r"([-+.\deE]+)\.\.([-+.\deE]+)(?::(log|int))?")
 DEFAULT = "validation_loss"
@@ -91,7 +90,6 @@ def search(
     *,
     metric: str = DEFAULT,
     report: Callable[[int, int], None] = lambda done, of: None,
-    trained: Callable[[Progress], None] = lambda progress: None,
 ) -> Searched:
     """Run trials until there are so many.
 
@@ -101,7 +99,6 @@ def search(
         trials: how many there are to be, earlier ones counted.
         metric: of the validation; losses and error rates are to be low, all else high.
         report: told (trials done, of how many).
-        trained: told after every step of a trial.
 
     Raises:
         ConfigError: a setting; a metric that the runs do not measure; Optuna is not installed.
@@ -134,7 +131,7 @@ def search(
         output = folder / f"trial-{trial.number:03}"
         settings = [f"{key}={_toml(value)}" for key, value in chosen.items()]
         asked = configuration.convert({**raw, "output": str(output)}, TrainConfig, settings)
-        done = train(asked, fresh=True, report=trained)
+        done = train(asked, fresh=True)
         if metric not in done.metrics:
             known = ", ".join(done.metrics) or "nothing: set data.holdout or data.validation"
             raise ConfigError(f"the runs do not measure '{metric}'; they measure {known}")

@@ -29,7 +29,7 @@ from steelyard.stages.tasks import (
 )
 from steelyard.stages.tasks.prepared import Prepared
 from steelyard.train import choice, demand
-from steelyard.train.config import DataConfig, TrainConfig, check
+from steelyard.train.config import OF_IMAGES, OF_TEXTS, DataConfig, TrainConfig, check, refuse
 from steelyard.train.networks import IMAGES, DecoderNetwork, FusionNetwork
 from steelyard.train.report import training_report
 from steelyard.train.trainer import Lineage, Progress, Trainer
@@ -41,6 +41,7 @@ def _classifier(config: TrainConfig) -> Prepared:
         return fusion.prepare(config)
     seen = isinstance(config.network, IMAGES) or (config.model is not None and reads_images(resolve(config.model)))
     augmentation.check(config.augment, augmentation.IMAGE if seen else ())
+    refuse(config, OF_IMAGES if seen else OF_TEXTS, f"a classifier of {'images' if seen else 'texts'}")
     return image_classifier.prepare(config) if seen else classifier.prepare(config)
 
 
@@ -144,7 +145,7 @@ def settled(config: TrainConfig) -> TrainConfig:
     plain = config.network is not None and not isinstance(config.network, DecoderNetwork)
     if config.dtype == "auto":
         config = msgspec.structs.replace(config, dtype="float32" if plain else "bfloat16")
-    if config.network is not None and config.method == "lora":  # there is no base for an adapter
+    if isinstance(config.network, DecoderNetwork):  # there is no base for an adapter
         config = msgspec.structs.replace(config, method="full")
     return config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -123,6 +124,8 @@ def check(config: TrainConfig) -> None:
     for key in ("evaluate_every", "keep_checkpoints", "patience"):
         if getattr(config, key) < 0:
             raise ConfigError(f"{key} must be at least 0, not {getattr(config, key)}")
+    if config.data.bad_files < 0:
+        raise ConfigError(f"data.bad_files must be at least 0, not {config.data.bad_files}")
     if not 0 <= config.ema < 1:
         raise ConfigError(f"ema must be at least 0 and below 1, not {config.ema}")
     if config.ema and config.optimizer.name == "schedule-free":
@@ -158,14 +161,24 @@ def _check_origin(config: TrainConfig) -> None:
 
 
 def _check_task(config: TrainConfig) -> None:
-    """Refuse what the task does nothing with, where it is not left as it is by default."""
+    refuse(config, FOREIGN[config.task], f"task {config.task}")
+    if config.network is not None:
+        refuse(config, ("lora",), "a network that begins from nothing")
+
+
+def refuse(config: TrainConfig, paths: Sequence[str], who: str) -> None:
+    """Refuse settings that mean nothing, where they are not left as they are by default.
+
+    Raises:
+        ConfigError: the first of them.
+    """
     plain = TrainConfig(output="", data=DataConfig(train=""))
-    for path in FOREIGN[config.task]:
+    for path in paths:
         asked, usual = config, plain
         for name in path.split("."):
             asked, usual = getattr(asked, name), getattr(usual, name)
         if asked != usual:
-            raise ConfigError(f"{path} means nothing to task {config.task}: leave it out")
+            raise ConfigError(f"{path} means nothing to {who}: leave it out")
 
 
 def _but(*kept: str) -> tuple[str, ...]:
@@ -204,3 +217,6 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     ),
 }
 """Settings that a task does nothing with."""
+OF_TEXTS = ("data.image", "data.audio", "data.bad_files")
+OF_IMAGES = ("data.text", "data.audio", "data.max_length", "data.too_long")
+"""Settings that a classifier of the one or the other does nothing with."""

@@ -14,7 +14,8 @@ from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.data import audio, augmentation, fused, image_augmentation, images, tokenizer_training
 from steelyard.data.fused import FusedRow
-from steelyard.errors import DataError
+from steelyard.data.tokenize import TOO_LONG
+from steelyard.errors import ConfigError, DataError
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.convnet import ConvNetConfig
@@ -38,6 +39,8 @@ def prepare(config: TrainConfig) -> Prepared:
     network = config.network
     assert isinstance(network, FusionNetwork), "checked before"
     augmentation.check(config.augment, augmentation.IMAGE if "image" in network.modalities else ())
+    if config.data.too_long not in TOO_LONG:
+        raise ConfigError(f"data.too_long '{config.data.too_long}' is not known; known: {', '.join(TOO_LONG)}")
     learnt, held, digests = _parts(config, network)
     labels = config.data.labels or tuple(sorted({str(row.label) for row in learnt}))
     config = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, labels=labels))
@@ -63,10 +66,15 @@ def prepare(config: TrainConfig) -> Prepared:
 def labelled(classifier: Classifier, rows: Sequence[FusedRow], data: DataConfig | None, run: Run | None) -> Labelled:
     """Rows as the classifier reads them, with the numbers of their labels (none where a row has none).
 
-    Rows whose files cannot be read are left out, up to `data.bad_files`, and told to the run's log.
+    Args:
+        classifier: what reads them.
+        rows: of a file.
+        data: what becomes of rows that are too long, and how many may have files that cannot be read; None: what is too
+            long is cut, and every file has to be there.
+        run: hears of what is left out.
 
     Raises:
-        DataError: one more than that, or a label that the classifier does not know.
+        DataError: one bad file more than that, a row that is too long, or a label that the classifier does not know.
     """
     numbers = {label: number for number, label in enumerate(classifier.labels)}
     made, bad = Labelled([], []), 0
@@ -74,35 +82,52 @@ def labelled(classifier: Classifier, rows: Sequence[FusedRow], data: DataConfig 
         if row.label is not None and row.label not in numbers:
             known = ", ".join(classifier.labels)
             raise DataError(f"the label '{row.label}' is none of {known}", file=row.file, line=row.line)
+        tokens, long_text = _tokens(classifier, row, data)
         try:
-            made.examples.append(_example(classifier, row, data))
+            picture, (sound, long_sound) = _picture(classifier, row), _sound(classifier, row)
         except DataError as error:
             bad += 1
             if data is None or run is None or bad > data.bad_files:
                 raise
             run.log(f"left out: {error}")
             continue
+        too_long = long_text or long_sound
+        if too_long and data is not None and data.too_long == "error":
+            reason = f"{too_long}: shorten it, or set data.too_long"
+            raise DataError(reason, file=row.file, line=row.line)
+        if too_long and data is not None and data.too_long == "drop":
+            continue
+        made.examples.append(Fused(tokens, picture, sound))
         made.labels.append(() if row.label is None else (numbers[row.label],))
     return made
 
 
-def _example(classifier: Classifier, row: FusedRow, data: DataConfig | None) -> Fused:
-    inputs = classifier.fused
-    tokens = None
-    if inputs.text is not None and row.text is not None:
-        tokens = inputs.text.all_tokens(row.text)
-        most = min(inputs.text.context or len(tokens), len(tokens) if data is None else data.max_length)
-        if len(tokens) > most and data is not None and data.too_long == "error":
-            reason = f"{len(tokens)} tokens, at most {most} fit: shorten it, or set data.too_long to truncate"
-            raise DataError(reason, file=row.file, line=row.line)
-        tokens = tokens[:most]
-    picture = features = None
-    if inputs.image is not None and row.image is not None:
-        picture = torch.from_numpy(images.read(row.image, inputs.image.channels, inputs.image.side).copy())
-    if inputs.bands is not None and row.audio is not None:
-        sound = audio.read(row.audio)[: MAX_SECONDS * audio.RATE]
-        features = log_mel(torch.nn.functional.pad(sound, (0, max(0, 640 - len(sound)))), inputs.bands)
-    return Fused(tokens, picture, features)
+def _tokens(classifier: Classifier, row: FusedRow, data: DataConfig | None) -> tuple[list[int] | None, str]:
+    """As many as fit, and what to say if that is not all."""
+    inputs = classifier.fused.text
+    if inputs is None or row.text is None:
+        return None, ""
+    tokens = inputs.all_tokens(row.text)
+    most = min(inputs.context or len(tokens), len(tokens) if data is None else data.max_length)
+    return tokens[:most], f"{len(tokens)} tokens, at most {most} fit" if len(tokens) > most else ""
+
+
+def _picture(classifier: Classifier, row: FusedRow) -> torch.Tensor | None:
+    inputs = classifier.fused.image
+    if inputs is None or row.image is None:
+        return None
+    return torch.from_numpy(images.read(row.image, inputs.channels, inputs.side).copy())
+
+
+def _sound(classifier: Classifier, row: FusedRow) -> tuple[torch.Tensor | None, str]:
+    """Features of as much as fits, and what to say if that is not all."""
+    bands = classifier.fused.bands
+    if bands is None or row.audio is None:
+        return None, ""
+    sound, most = audio.read(row.audio), MAX_SECONDS * audio.RATE
+    seconds = f"{len(sound) / audio.RATE:.0f} s of sound, at most {MAX_SECONDS} fit"
+    padded = torch.nn.functional.pad(sound[:most], (0, max(0, 640 - len(sound))))
+    return log_mel(padded, bands), seconds if len(sound) > most else ""
 
 
 def _augmented(classifier: Classifier, batch: tuple[Any, ...], config: TrainConfig) -> tuple[Any, ...]:
