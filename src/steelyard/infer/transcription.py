@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +76,9 @@ def transcribe(
     transcriber: Transcriber, sounds: Sequence[torch.Tensor], report: Callable[[int], None] = lambda done: None
 ) -> list[str]:
     """The texts of recordings, each of samples `[S]` float32 of 16 kHz; what is longer than 30 s is heard in pieces."""
-    pieces = [(number, piece) for number, sound in enumerate(sounds) for piece in _pieces(sound)]
+    pieces = ((number, piece) for number in range(len(sounds)) for piece in _pieces(sounds[number]))
     texts = [""] * len(sounds)
-    for first in range(0, len(pieces), ROWS):
-        chosen = pieces[first : first + ROWS]
+    while chosen := list(itertools.islice(pieces, ROWS)):  # no more of them are read than are heard together
         features = torch.stack([_features(piece, transcriber) for _, piece in chosen])
         for (number, _), tokens in zip(chosen, _greedy(transcriber, features), strict=True):
             texts[number] += transcriber.tokenizer.decode(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.networks import SpeechNetwork
 from steelyard.train.transcription import Spoken, Transcription
 
+TOGETHER = 64
+"""Pieces of recordings that are held at a time."""
 Digested = tuple[Recording, str]
 Transcribe = Callable[[Sequence[torch.Tensor], Callable[[int], None]], list[str]]
 
@@ -41,11 +44,13 @@ def open_transcriber(folder: Path) -> Transcribe:
     recogniser = speech.load(folder)
 
     def recognise(sounds: Sequence[torch.Tensor], report: Callable[[int], None]) -> list[str]:
-        pieces = [(number, piece) for number in range(len(sounds)) for piece in recogniser.pieces(sounds[number])]
+        pieces = ((number, piece) for number in range(len(sounds)) for piece in recogniser.pieces(sounds[number]))
         texts = [""] * len(sounds)
-        logits = speech.logits_of(recogniser, [piece for _, piece in pieces], report)
-        for (number, _), found in zip(pieces, logits, strict=True):
-            texts[number] = f"{texts[number]} {speech.greedy(found, recogniser.vocabulary)}".strip()
+        while chosen := list(itertools.islice(pieces, TOGETHER)):
+            logits = speech.logits_of(recogniser, [piece for _, piece in chosen])
+            for (number, _), found in zip(chosen, logits, strict=True):
+                texts[number] = f"{texts[number]} {speech.greedy(found, recogniser.vocabulary)}".strip()
+            report(chosen[-1][0] + 1)
         return texts
 
     return recognise
