@@ -86,6 +86,31 @@ def test_attention_of_a_length_that_the_native_form_does_not_take() -> None:
     compare(training.causal_attention, training.causal_attention_twin, inputs, forward=0.02)
 
 
+@pytest.mark.parametrize(
+    ("rows", "heads", "length", "size"), [(3, 1, 5, 16), (3, 2, 13, 32), (5, 4, 48, 20), (2, 3, 257, 64)]
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention(
+    rows: int, heads: int, length: int, size: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SCORES", 3 * 64 * 64)  # several heads together, and one alone
+    inputs = [randn(rows, heads, length, size, seed=seed) for seed in range(3)]
+    lengths = torch.randint(1, length + 1, (rows,), generator=torch.Generator().manual_seed(1)) if padded else None
+    compare(training.attention, training.attention_twin, inputs, lengths, forward=0.02)
+
+
+def test_attention_sees_nothing_behind_a_row() -> None:
+    queries, keys, values = (randn(2, 2, 20, 16, seed=seed).requires_grad_(True) for seed in range(3))
+    lengths = torch.tensor([7, 20])
+    mixed = training.attention(queries, keys, values, lengths)
+    mixed.sum().backward()
+    assert keys.grad is not None
+    assert values.grad is not None
+    assert not keys.grad[0, :, 7:].any()
+    assert not values.grad[0, :, 7:].any()
+    assert values.grad[0, :, :7].all()
+
+
 @pytest.mark.parametrize("count", [1, 16, 33, 1000])
 def test_accumulate(count: int) -> None:
     total, x = torch.randn(count), randn(count)

@@ -1,4 +1,4 @@
-"""What a decoder does between two products, forward and backward, fused; and beside each its twin in PyTorch.
+"""What a network does between two products, forward and backward, fused; and beside each its twin in PyTorch.
 
 bfloat16 in and out, float32 inside. What the native form does not take (another dtype, a width that is no multiple of
 16, no compiler) runs as the twin, under autograd.
@@ -21,7 +21,9 @@ from steelyard.kernels.recompute import remake
 LANES = 16
 """What widths, and lengths of rows, are to be multiples of."""
 BLOCK = 128
-"""Queries that attention takes together."""
+"""Queries that causal attention takes together."""
+SCORES = 1 << 22
+"""Of attention in both directions, that are made together: what stays in the cache until it was used."""
 PARTS = 16
 """Into which rows are cut where they are summed up, whatever the number of threads."""
 
@@ -142,7 +144,7 @@ class _CausalAttention(torch.autograd.Function):
             end = min(begin + BLOCK, length)
             scores = torch.bmm(_part(q, begin, end), k[:, :end].transpose(1, 2))
             sums = torch.empty(len(q), grouped[1], end - begin)
-            _library().attention_forward(scores, sums, end - begin, begin, size**-0.5)
+            _library().attention_forward(scores, _causal(sums, begin), sums, size**-0.5)
             mixed[:, :, begin:end] = torch.bmm(scores, v[:, :end]).view(len(q), grouped[1], end - begin, size)
             lse[:, :, begin:end] = sums
         ctx.save_for_backward(q, k, v, mixed, lse)
@@ -162,7 +164,7 @@ class _CausalAttention(torch.autograd.Function):
             scores = torch.bmm(part, k[:, :end].transpose(1, 2))
             dp = torch.bmm(dpart, v[:, :end].transpose(1, 2))
             sums, shift = (tensor[:, :, begin:end].contiguous() for tensor in (lse, delta))
-            _library().attention_backward(scores, dp, sums, shift, end - begin, begin, q.shape[3] ** -0.5)
+            _library().attention_backward(scores, dp, _causal(sums, begin), sums, shift, q.shape[3] ** -0.5)
             dv[:, :end] += torch.bmm(scores.transpose(1, 2), dpart)
             dk[:, :end] += torch.bmm(dp.transpose(1, 2), part)
             dq[:, :, begin:end] = torch.bmm(dp, k[:, :end]).view(dpart.shape[0], q.shape[1], end - begin, q.shape[3])
@@ -173,6 +175,86 @@ class _CausalAttention(torch.autograd.Function):
 def _part(x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """`[N, G, L, E]` -> `[N, G (end - begin), E]`: some places of every head of a group."""
     return x[:, :, begin:end].reshape(len(x), -1, x.shape[3])
+
+
+def _causal(sums: torch.Tensor, begin: int) -> torch.Tensor:
+    """How many keys each query of a block `[N, G, end - begin]` sees, which begins at a place: flat, int32."""
+    return torch.arange(begin + 1, begin + 1 + sums.shape[2], dtype=torch.int32).expand(sums.shape).reshape(-1)
+
+
+def attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Each query over all keys of its row, in both directions: softmax(q k / sqrt(E)) v, made as `causal_attention` is.
+
+    Args:
+        queries: `[B, H, L, E]`.
+        keys: likewise.
+        values: likewise.
+        lengths: `[B]` int64, at least 1: keys from there on are not seen; None: all are.
+    """
+    if _is_native(queries, LANES) and queries.shape == keys.shape and torch.is_grad_enabled():
+        mixed: torch.Tensor = _Attention.apply(queries, keys, values, lengths)  # type: ignore[no-untyped-call]
+        return mixed
+    return attention_twin(queries, keys, values, lengths)
+
+
+def attention_twin(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See `attention`."""
+    seen = None if lengths is None else (torch.arange(keys.shape[2]) < lengths[:, None])[:, None, None, :]
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None
+    ) -> torch.Tensor:
+        rows, heads, length, size = queries.shape
+        q, k, v = (_widened(tensor) for tensor in (queries, keys, values))
+        if lengths is None:
+            lengths = torch.full((rows,), length)
+        seen = lengths.to(torch.int32).repeat_interleave(heads * q.shape[1]).view(len(q), -1)
+        mixed, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+        for part in _parts(q):
+            scores = torch.bmm(q[part], k[part].transpose(1, 2))
+            _library().attention_forward(scores, seen[part], lse[part], size**-0.5)
+            torch.bmm(scores, v[part], out=mixed[part])
+        ctx.save_for_backward(q, k, v, mixed, lse, seen)
+        return mixed[:, :length].view(queries.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        q, k, v, mixed, lse, seen = ctx.saved_tensors
+        dout = _widened(gradient)
+        delta = (mixed.float() * dout.float()).sum(-1)
+        dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
+        for part in _parts(q):
+            scores = torch.bmm(q[part], k[part].transpose(1, 2))
+            dp = torch.bmm(dout[part], v[part].transpose(1, 2))
+            _library().attention_backward(scores, dp, seen[part], lse[part], delta[part], q.shape[2] ** -0.5)
+            torch.bmm(scores.transpose(1, 2), dout[part], out=dv[part])
+            torch.bmm(dp.transpose(1, 2), q[part], out=dk[part])
+            torch.bmm(dp, k[part], out=dq[part])
+        dq, dk, dv = (tensor[:, : gradient.shape[2]].view(gradient.shape) for tensor in (dq, dk, dv))
+        return dq, dk, dv, None
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    """`[B, H, L, E]` -> `[B H, length, E]` with a length that the native form takes, 0 behind the row's."""
+    rows, heads, length, size = x.shape
+    widened = x.new_empty(rows, heads, -(-length // LANES) * LANES, size)
+    widened[:, :, :length] = x
+    widened[:, :, length:] = 0
+    return widened.flatten(0, 1)
+
+
+def _parts(q: torch.Tensor) -> list[slice]:
+    """Of the heads of all rows, those that are taken together."""
+    step = max(1, SCORES // q.shape[1] ** 2)
+    return [slice(begin, begin + step) for begin in range(0, len(q), step)]
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -287,33 +369,28 @@ class Calls:
         """See training.cpp."""
         self._native.steelyard_accumulate(_at(total), _at(x), ctypes.c_int64(x.numel()))
 
-    def attention_forward(
-        self, scores: torch.Tensor, lse: torch.Tensor, queries: int, first: int, scale: float
-    ) -> None:
+    def attention_forward(self, scores: torch.Tensor, seen: torch.Tensor, lse: torch.Tensor, scale: float) -> None:
         """See training.cpp."""
-        rows, keys = scores.shape[0] * scores.shape[1], scores.shape[2]
+        rows, keys = lse.numel(), scores.shape[-1]
         self._native.steelyard_attention_forward(
-            _at(scores), ctypes.c_int64(rows), queries, keys, first, ctypes.c_float(scale), _at(lse)
+            _at(scores), _at(seen), ctypes.c_int64(rows), keys, ctypes.c_float(scale), _at(lse)
         )
 
     def attention_backward(
         self,
         scores: torch.Tensor,
         dp: torch.Tensor,
+        seen: torch.Tensor,
         lse: torch.Tensor,
         delta: torch.Tensor,
-        queries: int,
-        first: int,
         scale: float,
     ) -> None:
         """See training.cpp."""
-        rows, keys = scores.shape[0] * scores.shape[1], scores.shape[2]
+        rows, keys = lse.numel(), scores.shape[-1]
         self._native.steelyard_attention_backward(
-            *(_at(tensor) for tensor in (scores, dp, lse, delta)),
+            *(_at(tensor) for tensor in (scores, dp, seen, lse, delta)),
             ctypes.c_int64(rows),
-            queries,
             keys,
-            first,
             ctypes.c_float(scale),
         )
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from steelyard.models.dropout import Dropout
 from steelyard.models.images import ImageConfig, normalised
 
 GROUP = 8
@@ -66,7 +67,7 @@ class ConvNet(nn.Module):
                 layers.append(_Block(inputs, width, 2 if stage and not block else 1))
                 inputs = width
         self.blocks = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.classifier = nn.Linear(inputs, config.classes)
 
     def places(self, images: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 
 from steelyard.errors import CheckpointError
 from steelyard.models.decoder import Decoder
+from steelyard.models.dropout import dropout
 from steelyard.models.lora import Adapter, check, pairs_of, read, scale_of
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -65,7 +66,7 @@ class DoraAdapter(Adapter):
         factor = self._factor(name).to(outputs.dtype)
         if layer.bias is not None:
             outputs = outputs - layer.bias
-        dropped = F.dropout(inputs, self.dropout) if self.training and self.dropout else inputs
+        dropped = dropout(inputs, self.dropout) if self.training and self.dropout else inputs
         turned = torch.addmm(outputs, F.linear(dropped, a), b.T, alpha=self.alpha / a.shape[0]) * factor
         return turned if layer.bias is None else turned + layer.bias
 

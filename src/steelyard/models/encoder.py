@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from steelyard.errors import CheckpointError
+from steelyard.kernels.training import attention
+from steelyard.models.dropout import Dropout
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 """How torch's gelu is approximated, by `hidden_act`."""
@@ -79,13 +81,13 @@ class _SelfAttention(nn.Module):
         self.heads = config.num_attention_heads
         self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         rows, length, width = x.shape
         q, k, v = (
             layer(x).view(rows, length, self.heads, width // self.heads).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = attention(q, k, v, lengths)
         return mixed.transpose(1, 2).reshape(rows, length, width)
 
 
@@ -96,7 +98,7 @@ class _Output(nn.Module):
         super().__init__()
         self.dense = nn.Linear(inputs, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, inner: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         added: torch.Tensor = self.LayerNorm(x + self.dropout(self.dense(inner)))
@@ -109,8 +111,8 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(config)
         self.output = _Output(config.hidden_size, config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        attended: torch.Tensor = self.output(self.self(x, mask), x)
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        attended: torch.Tensor = self.output(self.self(x, lengths), x)
         return attended
 
 
@@ -131,8 +133,8 @@ class _Layer(nn.Module):
         self.intermediate = _Intermediate(config)
         self.output = _Output(config.intermediate_size, config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        x = self.attention(x, mask)
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        x = self.attention(x, lengths)
         fed: torch.Tensor = self.output(self.intermediate(x), x)
         return fed
 
@@ -151,7 +153,7 @@ class Encoder(nn.Module):
         self.config = config
         self.embeddings = _Embeddings(config)
         self.encoder = _Stack(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
         self, token_ids: torch.Tensor, lengths: torch.Tensor, extra: torch.Tensor | None = None
@@ -160,11 +162,10 @@ class Encoder(nn.Module):
 
         `extra` `[B, L, D]` is added to the embeddings before they are normalised.
         """
-        seen = is_token(token_ids, lengths)
-        mask = None if bool(seen.all()) else seen[:, None, None, :]
+        seen = None if bool((lengths == token_ids.shape[1]).all()) else lengths
         x: torch.Tensor = self.dropout(self.embeddings(token_ids, extra))
         for layer in self.encoder.layer:
-            x = layer(x, mask)
+            x = layer(x, seen)
         return x
 
     def embed(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch import nn
 from steelyard.errors import CheckpointError
 from steelyard.models import images
 from steelyard.models.convnet import ConvNet, ConvNetConfig
+from steelyard.models.dropout import Dropout
 from steelyard.models.encoder import Encoder, EncoderConfig, is_token
 from steelyard.models.seq2seq import WhisperConfig, WhisperEncoder
 
@@ -130,7 +131,7 @@ class _Gated(nn.Module):
         self.features = nn.ModuleDict({name: nn.Linear(config.width, config.width) for name in config.modalities})
         self.gates = nn.Linear(count * config.width, count * config.width)
         self.classifier = nn.Linear(config.width, config.classes)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, seen: dict[str, Seen], present: torch.Tensor) -> torch.Tensor:
         means = torch.stack([_mean(found) for found in seen.values()], 1) * present[..., None]
@@ -153,7 +154,7 @@ class _CrossAttention(nn.Module):
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
         self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.classifier = nn.Linear(width, config.classes)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, seen: dict[str, Seen], present: torch.Tensor) -> torch.Tensor:
         states = torch.cat([self.norm(found + self.kinds[name]) for name, (found, _) in seen.items()], 1)

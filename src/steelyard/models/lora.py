@@ -24,6 +24,7 @@ from torch import nn
 from steelyard.checkpoint.manifest import kind_of, read_json
 from steelyard.errors import CheckpointError, ConfigError
 from steelyard.models.decoder import Decoder
+from steelyard.models.dropout import dropout
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -108,7 +109,7 @@ class Adapter:
         if pair is None:
             return outputs
         if self.training and self.dropout:
-            inputs = F.dropout(inputs, self.dropout)
+            inputs = dropout(inputs, self.dropout)
         a, b = pair
         return torch.addmm(outputs, F.linear(inputs, a), b.T, alpha=self.alpha / a.shape[0])
 

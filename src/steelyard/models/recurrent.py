@@ -12,6 +12,8 @@ import msgspec
 import torch
 from torch import nn
 
+from steelyard.models.dropout import Dropout
+
 
 class RecurrentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes of the network."""
@@ -37,7 +39,7 @@ class RecurrentClassifier(nn.Module):
         self.summary = nn.LSTM(config.hidden_size, config.hidden_size, batch_first=True)
         self.dense = nn.Linear(config.hidden_size, config.dense_size)
         self.classifier = nn.Linear(config.dense_size, config.classes)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     @property
     def context(self) -> int | None:

@@ -19,7 +19,9 @@ from torch import nn
 
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
+from steelyard.kernels.training import attention
 from steelyard.models import weights
+from steelyard.models.dropout import Dropout
 
 ARCHITECTURE = "WhisperForConditionalGeneration"
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -74,10 +76,13 @@ class _Attention(nn.Module):
         return key, value
 
     def forward(
-        self, x: torch.Tensor, seen: Pair, mask: torch.Tensor | None = None, causal: bool = False
+        self, x: torch.Tensor, seen: Pair, lengths: torch.Tensor | None = None, causal: bool = False
     ) -> torch.Tensor:
         query = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query, *seen, attn_mask=mask, is_causal=causal)
+        if causal:
+            mixed = F.scaled_dot_product_attention(query, *seen, is_causal=True)
+        else:
+            mixed = attention(query, *seen, lengths)
         attended: torch.Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return attended
 
@@ -91,11 +96,11 @@ class _EncoderLayer(nn.Module):
         self.fc1 = nn.Linear(width, config.encoder_ffn_dim)
         self.fc2 = nn.Linear(config.encoder_ffn_dim, width)
         self.final_layer_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         inner = self.self_attn_layer_norm(x)
-        x = x + self.dropout(self.self_attn(inner, self.self_attn.keys_and_values(inner), mask))
+        x = x + self.dropout(self.self_attn(inner, self.self_attn.keys_and_values(inner), lengths))
         fed: torch.Tensor = x + self.dropout(self.fc2(F.gelu(self.fc1(self.final_layer_norm(x)))))
         return fed
 
@@ -110,7 +115,7 @@ class WhisperEncoder(nn.Module):
         self.embed_positions = nn.Embedding(config.max_source_positions, config.d_model)
         self.layers = nn.ModuleList(_EncoderLayer(config) for _ in range(config.encoder_layers))
         self.layer_norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, features: torch.Tensor, frames: torch.Tensor | None = None) -> torch.Tensor:
         """Features `[B, M, F]`, of which each row's first `frames` `[B]` are sound (None: all) -> `[B, P, D]`.
@@ -118,15 +123,14 @@ class WhisperEncoder(nn.Module):
         What stands behind a row's frames must be 0, and changes nothing before it.
         """
         x = F.gelu(self.conv1(features))
-        mask = None
+        lengths = None
         if frames is not None and bool((frames < features.shape[-1]).any()):
             x = x * (torch.arange(x.shape[-1]) < frames[:, None])[:, None, :]  # as beyond the end, for the next one
-            seen = torch.arange((x.shape[-1] + 1) // 2) < ((frames + 1) // 2)[:, None]
-            mask = seen[:, None, None, :]
+            lengths = (frames + 1) // 2
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         x = self.dropout(x + self.embed_positions.weight[: x.shape[1]])
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, lengths)
         states: torch.Tensor = self.layer_norm(x)
         return states
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from steelyard.errors import CheckpointError
+from steelyard.kernels.training import attention
 from steelyard.models import images as image_networks
+from steelyard.models.dropout import Dropout
 from steelyard.models.images import ImageConfig, normalised
 
 
@@ -81,7 +83,7 @@ class _Attention(nn.Module):
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed: torch.Tensor = self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        mixed: torch.Tensor = self.o_proj(attention(q, k, v).transpose(1, 2).flatten(2))
         return mixed
 
 
@@ -103,7 +105,7 @@ class _Layer(nn.Module):
         self.mlp = _FeedForward(config)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.dropout(self.attention(self.layernorm_before(x)))

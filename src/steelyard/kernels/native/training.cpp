@@ -1,4 +1,4 @@
-// What a decoder's forward and backward pass do between two products, in bfloat16 with float32 inside.
+// What a network's forward and backward pass do between two products, in bfloat16 with float32 inside.
 //
 // Sums over rows are made in `parts` of fixed extent and added up by the caller, so that no result depends on how many
 // threads there are.
@@ -138,58 +138,57 @@ EXPORT void steelyard_accumulate(float* sum, const uint16_t* x, int64_t count) {
     for (int64_t i = 16 * whole; i < count; i++) sum[i] += from_bf16(x[i]);
 }
 
-// Between the products of attention's forward pass: scores = q k [batches, groups * queries, keys] become softmax(scale
-// scores) in their places, and their log-sums lse [batches, groups * queries]. Query i of a group stands at `first` + i
-// and sees no key behind it; keys is a multiple of 16.
-EXPORT void steelyard_attention_forward(uint16_t* scores, int64_t rows, int32_t queries, int32_t keys, int32_t first,
-                                        float scale, float* lse) {
+// Between the products of attention's forward pass: scores = q k [rows, keys] become softmax(scale scores) in their
+// places, and their log-sums lse [rows]. Row i sees its first seen[i] keys, at least one; keys is a multiple of 16.
+EXPORT void steelyard_attention_forward(uint16_t* scores, const int32_t* seen, int64_t rows, int32_t keys, float scale,
+                                        float* lse) {
     alignas(64) float places[16];
     for (int i = 0; i < 16; i++) places[i] = (float)i;
     const F place = load(places), by = set(scale), lowest = set(-LARGEST);
 #pragma omp parallel for schedule(dynamic, 64)
     for (int64_t row = 0; row < rows; row++) {
-        const int32_t seen = first + (int32_t)(row % queries) + 1;
+        const int32_t end = seen[row];
         uint16_t* s = scores + row * keys;
         F most = lowest;
-        for (int32_t i = 0; i < seen; i += 16) {
-            const M in = less(add(place, set((float)i)), set((float)seen));
+        for (int32_t i = 0; i < end; i += 16) {
+            const M in = less(add(place, set((float)i)), set((float)end));
             most = max(most, choose(in, mul(by, load_bf16(s + i)), lowest));
         }
         const float peak = largest(most);
         F sums = zero();
-        for (int32_t i = 0; i < seen; i += 16) {
-            const M in = less(add(place, set((float)i)), set((float)seen));
+        for (int32_t i = 0; i < end; i += 16) {
+            const M in = less(add(place, set((float)i)), set((float)end));
             sums = add(sums, choose(in, exp(fma(by, load_bf16(s + i), set(-peak))), zero()));
         }
         lse[row] = peak + std::log(sum(sums));
         const F minus = set(-lse[row]);
         for (int32_t i = 0; i < keys; i += 16) {
-            const M in = less(add(place, set((float)i)), set((float)seen));
-            store_bf16(s + i, i < seen ? choose(in, exp(fma(by, load_bf16(s + i), minus)), zero()) : zero());
+            const M in = less(add(place, set((float)i)), set((float)end));
+            store_bf16(s + i, i < end ? choose(in, exp(fma(by, load_bf16(s + i), minus)), zero()) : zero());
         }
     }
 }
 
-// Between the products of attention's backward pass: of scores = q k and dp = dout v, both [batches, groups * queries,
-// keys], to p = exp(scale scores - lse) and ds = scale p (dp - delta), in their places. Query i of a group stands at
-// `first` + i and sees no key behind it. lse and delta are [batches, groups * queries]; keys is a multiple of 16.
-EXPORT void steelyard_attention_backward(uint16_t* scores, uint16_t* dp, const float* lse, const float* delta,
-                                         int64_t rows, int32_t queries, int32_t keys, int32_t first, float scale) {
+// Between the products of attention's backward pass: of scores = q k and dp = dout v, both [rows, keys], to
+// p = exp(scale scores - lse) and ds = scale p (dp - delta), in their places. Row i sees its first seen[i] keys. lse and
+// delta are [rows]; keys is a multiple of 16.
+EXPORT void steelyard_attention_backward(uint16_t* scores, uint16_t* dp, const int32_t* seen, const float* lse,
+                                         const float* delta, int64_t rows, int32_t keys, float scale) {
     alignas(64) float places[16];
     for (int i = 0; i < 16; i++) places[i] = (float)i;
     const F place = load(places);
 #pragma omp parallel for schedule(dynamic, 64)
     for (int64_t row = 0; row < rows; row++) {
-        const int32_t seen = first + (int32_t)(row % queries) + 1;
+        const int32_t end = seen[row];
         const F minus = set(-lse[row]), less_delta = set(-delta[row]), by = set(scale);
         uint16_t *s = scores + row * keys, *d = dp + row * keys;
         for (int32_t i = 0; i < keys; i += 16) {
-            if (i >= seen) {
+            if (i >= end) {
                 store_bf16(s + i, zero());
                 store_bf16(d + i, zero());
                 continue;
             }
-            const F in = choose(less(add(place, set((float)i)), set((float)seen)), set(1.0f), zero());
+            const F in = choose(less(add(place, set((float)i)), set((float)end)), set(1.0f), zero());
             const F p = mul(exp(fma(by, load_bf16(s + i), minus)), in);
             store_bf16(s + i, p);
             store_bf16(d + i, mul(mul(by, p), add(load_bf16(d + i), less_delta)));
