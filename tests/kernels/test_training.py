@@ -52,6 +52,21 @@ def test_rms_norm_of_heads() -> None:
     compare(training.rms_norm, training.rms_norm_twin, [randn(5, 3, 32), randn(32)], 1e-6, forward=0.008)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((1, 1, 4, 4), 1), ((3, 12, 5, 5), 3), ((2, 16, 28, 28), 2), ((4, 6, 3), 6), ((5, 8), 2)]
+)
+def test_group_norm(shape: tuple[int, ...], groups: int, relu: bool) -> None:
+    def ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return training.group_norm(x, weight, bias, groups, 1e-5, relu=relu)
+
+    def twin(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return training.group_norm_twin(x, weight, bias, groups, 1e-5, relu=relu)
+
+    inputs = [3 * randn(*shape) + 2, randn(shape[1]), randn(shape[1], seed=1)]
+    compare(ours, twin, inputs, forward=0.02)
+
+
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (40, 1536)])
 def test_silu_mul(shape: tuple[int, int]) -> None:
     compare(training.silu_mul, training.silu_mul_twin, [3 * randn(*shape), randn(*shape, seed=1)], forward=0.008)

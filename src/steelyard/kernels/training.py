@@ -43,6 +43,33 @@ def rms_norm_twin(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torc
     return weight * wide.to(x.dtype)
 
 
+def group_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, epsilon: float, *, relu: bool = False
+) -> torch.Tensor:
+    """Each of some groups of channels brought to mean 0 and deviation 1, then scaled and shifted (Wu and He 2018).
+
+    Args:
+        x: `[B, C, ...]`, of any size.
+        weight: `[C]`.
+        bias: `[C]`.
+        groups: how many; a divisor of C.
+        epsilon: added to the variance.
+        relu: whether what is below zero becomes zero.
+    """
+    if _is_native(x, LANES) and x.numel() and weight.dtype == bias.dtype == x.dtype:
+        normed: torch.Tensor = _GroupNorm.apply(x.contiguous(), weight, bias, groups, epsilon, relu)  # type: ignore[no-untyped-call]
+        return normed
+    return group_norm_twin(x, weight, bias, groups, epsilon, relu=relu)
+
+
+def group_norm_twin(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, epsilon: float, *, relu: bool = False
+) -> torch.Tensor:
+    """See `group_norm`."""
+    normed = F.group_norm(x, groups, weight, bias, epsilon)
+    return F.relu(normed) if relu else normed
+
+
 def silu_mul(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """silu(gate) * value, elementwise."""
     if _is_native(gate, gate.numel()):
@@ -274,6 +301,33 @@ class _RmsNorm(torch.autograd.Function):
         return dx, None if dw is None else dw.sum(0).to(weight.dtype), None
 
 
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        groups: int,
+        epsilon: float,
+        relu: bool,
+    ) -> torch.Tensor:
+        y = torch.empty_like(x)
+        means, inverses = (torch.empty(len(x), groups) for _ in range(2))
+        _library().group_norm(x, weight, bias, epsilon, relu, y, means, inverses)
+        ctx.save_for_backward(x, weight, bias, means, inverses)
+        ctx.relu = relu
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias, means, inverses = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dw, db = (torch.empty(x.shape[:2]) for _ in range(2))
+        _library().group_norm_backward(x, weight, bias, means, inverses, gradient.contiguous(), ctx.relu, dx, dw, db)
+        return dx, dw.sum(0).to(weight.dtype), db.sum(0).to(bias.dtype), None, None, None
+
+
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -339,6 +393,47 @@ class Calls:
             _at(dx),
             None if dw is None else _at(dw),
             PARTS,
+        )
+
+    def group_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        epsilon: float,
+        relu: bool,
+        y: torch.Tensor,
+        means: torch.Tensor,
+        inverses: torch.Tensor,
+    ) -> None:
+        images, channels = x.shape[:2]
+        self._native.steelyard_group_norm(
+            *(_at(tensor) for tensor in (x, weight, bias)),
+            *(images, channels, means.shape[1], x.numel() // (images * channels)),
+            ctypes.c_float(epsilon),
+            int(relu),
+            *(_at(tensor) for tensor in (y, means, inverses)),
+        )
+
+    def group_norm_backward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        means: torch.Tensor,
+        inverses: torch.Tensor,
+        dy: torch.Tensor,
+        relu: bool,
+        dx: torch.Tensor,
+        dw: torch.Tensor,
+        db: torch.Tensor,
+    ) -> None:
+        images, channels = x.shape[:2]
+        self._native.steelyard_group_norm_backward(
+            *(_at(tensor) for tensor in (x, weight, bias, means, inverses, dy)),
+            *(images, channels, means.shape[1], x.numel() // (images * channels)),
+            int(relu),
+            *(_at(tensor) for tensor in (dx, dw, db)),
         )
 
     def silu_mul(self, gate: torch.Tensor, value: torch.Tensor, y: torch.Tensor) -> None:

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from steelyard.kernels.training import group_norm
 from steelyard.models.dropout import Dropout
 from steelyard.models.images import ImageConfig, normalised
 
 GROUP = 8
 """Channels of a group, at most."""
+EPSILON = 1e-5
 
 
 class ConvNetConfig(ImageConfig, frozen=True, kw_only=True):
@@ -30,8 +32,14 @@ class ConvNetConfig(ImageConfig, frozen=True, kw_only=True):
     """Of what the last layer reads, while it is trained."""
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(max(1, channels // GROUP) if channels % GROUP == 0 else 1, channels)
+class _Norm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.groups = channels // GROUP if channels % GROUP == 0 else 1
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
+        return group_norm(x, self.weight, self.bias, self.groups, EPSILON, relu=relu)
 
 
 class _Block(nn.Module):
@@ -40,15 +48,15 @@ class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm1 = _norm(outputs)
+        self.norm1 = _Norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = _norm(outputs)
+        self.norm2 = _Norm(outputs)
         nn.init.zeros_(self.norm2.weight)  # a block begins as its shortcut (Goyal et al. 2017)
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = F.relu(self.norm1(self.conv1(x)))
+        inner = self.norm1(self.conv1(x), relu=True)
         return F.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))
 
 
@@ -59,7 +67,7 @@ class ConvNet(nn.Module):
         super().__init__()
         self.config = config
         self.stem = nn.Conv2d(config.num_channels, config.widths[0], 3, padding=1, bias=False)
-        self.norm = _norm(config.widths[0])
+        self.norm = _Norm(config.widths[0])
         layers: list[nn.Module] = []
         inputs = config.widths[0]
         for stage, width in enumerate(config.widths):
@@ -73,7 +81,7 @@ class ConvNet(nn.Module):
     def places(self, images: torch.Tensor) -> torch.Tensor:
         """Images `[B, C, S, S]` uint8 -> what was seen where: `[B, last width, s, s]`."""
         x = normalised(images, self.config, self.stem.weight.dtype)
-        seen: torch.Tensor = self.blocks(F.relu(self.norm(self.stem(x))))
+        seen: torch.Tensor = self.blocks(self.norm(self.stem(x), relu=True))
         return seen
 
     def features(self, images: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "simd.h"
 
@@ -16,10 +17,24 @@ constexpr float LARGEST = 3.0e38f;
 
 INLINE F sigmoid(F x) { return div(set(1.0f), add(set(1.0f), exp(sub(zero(), x)))); }
 
+// The last elements of a row that is no multiple of 16: 0 behind them, or only they are written.
+INLINE F load_some(const uint16_t* p, int count) {
+    alignas(64) uint16_t padded[16] = {};
+    std::memcpy(padded, p, 2 * count);
+    return load_bf16(padded);
+}
+
+INLINE void store_some(uint16_t* p, F x, int count) {
+    alignas(64) uint16_t padded[16];
+    store_bf16(padded, x);
+    std::memcpy(p, padded, 2 * count);
+}
+
 }  // namespace
 
 extern "C" {
 
+#define INLINE_LAMBDA __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
 // y = w * (x / rms(x)), rounded once after the quotient and once after the product; width a multiple of 16.
@@ -192,6 +207,103 @@ EXPORT void steelyard_attention_backward(uint16_t* scores, uint16_t* dp, const i
             const F p = mul(exp(fma(by, load_bf16(s + i), minus)), in);
             store_bf16(s + i, p);
             store_bf16(d + i, mul(mul(by, p), add(load_bf16(d + i), less_delta)));
+        }
+    }
+}
+
+// Group normalisation of x [images, channels, places]: y = w (x - mean) / deviation + b, of every group of channels, and
+// what is below zero becomes zero if `relu`. mean and inverse deviation are [images, groups].
+EXPORT void steelyard_group_norm(const uint16_t* x, const uint16_t* weight, const uint16_t* bias, int32_t images,
+                                 int32_t channels, int32_t groups, int32_t places, float epsilon, int32_t relu,
+                                 uint16_t* y, float* means, float* inverses) {
+    const int32_t width = channels / groups, whole = places / 16 * 16, rest = places - whole;
+    const int64_t size = (int64_t)width * places;
+#pragma omp parallel for
+    for (int64_t group = 0; group < (int64_t)images * groups; group++) {
+        const uint16_t* in = x + group * size;
+        uint16_t* out = y + group * size;
+        F total = zero();
+        for (int64_t i = 0; i < size / 16 * 16; i += 16) total = add(total, load_bf16(in + i));
+        if (size % 16) total = add(total, load_some(in + size / 16 * 16, size % 16));
+        const float mean = sum(total) / (float)size;
+        const F middle = set(mean);
+        F squares = zero();
+        for (int64_t i = 0; i < size / 16 * 16; i += 16) {
+            const F away = sub(load_bf16(in + i), middle);
+            squares = fma(away, away, squares);
+        }
+        float spread = sum(squares);
+        for (int64_t i = size / 16 * 16; i < size; i++) {
+            const float away = from_bf16(in[i]) - mean;
+            spread += away * away;
+        }
+        const float inverse = 1.0f / std::sqrt(spread / (float)size + epsilon);
+        means[group] = mean;
+        inverses[group] = inverse;
+        const F least = set(relu ? 0.0f : -LARGEST);
+        for (int32_t c = 0; c < width; c++) {
+            const int32_t channel = (int32_t)(group % groups) * width + c;
+            const float by = from_bf16(weight[channel]) * inverse;
+            const F scale = set(by), shift = set(from_bf16(bias[channel]) - by * mean);
+            const int64_t at = (int64_t)c * places;
+            for (int32_t i = 0; i < whole; i += 16)
+                store_bf16(out + at + i, max(least, fma(scale, load_bf16(in + at + i), shift)));
+            if (rest)
+                store_some(out + at + whole, max(least, fma(scale, load_some(in + at + whole, rest), shift)), rest);
+        }
+    }
+}
+
+// dx of the same, and of every image dw and db [images, channels], to be summed over the images. With v = (x - mean) r
+// and d = dy, 0 where relu hid y: dw = sum(d v), db = sum(d), dx = r (w d - mean(w d) - v mean(w d v)).
+EXPORT void steelyard_group_norm_backward(const uint16_t* x, const uint16_t* weight, const uint16_t* bias,
+                                          const float* means, const float* inverses, const uint16_t* dy, int32_t images,
+                                          int32_t channels, int32_t groups, int32_t places, int32_t relu, uint16_t* dx,
+                                          float* dw, float* db) {
+    const int32_t width = channels / groups, whole = places / 16 * 16, rest = places - whole;
+    const int64_t size = (int64_t)width * places;
+#pragma omp parallel for
+    for (int64_t group = 0; group < (int64_t)images * groups; group++) {
+        const uint16_t *in = x + group * size, *up = dy + group * size;
+        uint16_t* out = dx + group * size;
+        const float mean = means[group], inverse = inverses[group];
+        const F middle = set(mean), factor = set(inverse);
+        float of_d = 0, of_dv = 0;
+        for (int32_t c = 0; c < width; c++) {
+            const int32_t channel = (int32_t)(group % groups) * width + c;
+            const float w = from_bf16(weight[channel]);
+            const F scale = set(w), shift = set(from_bf16(bias[channel]));
+            const int64_t at = (int64_t)c * places;
+            F along = zero(), across = zero();
+            const auto take = [&](F v, F d) INLINE_LAMBDA {
+                v = mul(sub(v, middle), factor);
+                if (relu) d = choose(less(zero(), fma(scale, v, shift)), d, zero());
+                along = add(along, d);
+                across = fma(d, v, across);
+            };
+            for (int32_t i = 0; i < whole; i += 16) take(load_bf16(in + at + i), load_bf16(up + at + i));
+            if (rest) take(load_some(in + at + whole, rest), load_some(up + at + whole, rest));
+            const int64_t to = group / groups * channels + channel;
+            db[to] = sum(along);
+            dw[to] = sum(across);
+            of_d += w * db[to];
+            of_dv += w * dw[to];
+        }
+        const F away = set(of_d / (float)size), turn = set(of_dv / (float)size);
+        for (int32_t c = 0; c < width; c++) {
+            const int32_t channel = (int32_t)(group % groups) * width + c;
+            const F scale = set(from_bf16(weight[channel])), shift = set(from_bf16(bias[channel]));
+            const int64_t at = (int64_t)c * places;
+            const auto make = [&](F v, F d) INLINE_LAMBDA {
+                v = mul(sub(v, middle), factor);
+                if (relu) d = choose(less(zero(), fma(scale, v, shift)), d, zero());
+                return mul(factor, sub(sub(mul(scale, d), away), mul(v, turn)));
+            };
+            for (int32_t i = 0; i < whole; i += 16)
+                store_bf16(out + at + i, make(load_bf16(in + at + i), load_bf16(up + at + i)));
+            if (rest)
+                store_some(out + at + whole, make(load_some(in + at + whole, rest), load_some(up + at + whole, rest)),
+                           rest);
         }
     }
 }
