@@ -40,6 +40,7 @@ def steelyard(model: Path, rows: torch.Tensor, batch: int, method: str, clock: C
     import msgspec
 
     from steelyard.data.rows import TokenRow
+    from steelyard.data.token_rows import TokenRows
     from steelyard.models import weights
     from steelyard.runs import Run
     from steelyard.train import lora
@@ -66,7 +67,7 @@ def steelyard(model: Path, rows: torch.Tensor, batch: int, method: str, clock: C
     decoder = weights.load(model, torch.bfloat16)
     adapter = lora.start(decoder, config.lora, 0) if method == "lora" else None
     learnt = [TokenRow(tokens=row, trained=[False] + [True] * (len(row) - 1)) for row in rows.tolist()]
-    task = LanguageModelling(decoder, adapter, learnt, model)
+    task = LanguageModelling(decoder, adapter, TokenRows.of(learnt), model)
     run = Run(folder, msgspec.to_builtins(config))
     trainer = Trainer(task, config, run, Lineage(parent=None, data={}))
     trainer.loader = InOrder(len(rows), batch)  # type: ignore[assignment]

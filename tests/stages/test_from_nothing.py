@@ -9,20 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from interrupted import ends_the_same
+from steelyard.data import chat
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError, DataError
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
 from steelyard.models.opening import open_checkpoint
 from steelyard.stages.evaluate import Likelihood, evaluate
+from steelyard.stages.tasks import language_model, prepared
 from steelyard.stages.train import train
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.lora import LoraConfig
 from steelyard.train.networks import DecoderNetwork, LstmNetwork
 from steelyard.train.optimizers import OptimizerConfig
+from steelyard.train.trainer import Trainer
 
 SMALL = DecoderNetwork(vocabulary=300, hidden=32, layers=2, heads=2, kv_heads=1, context=64)
 
@@ -70,6 +74,45 @@ def test_every_byte_comes_back(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(Path(str(done.path)))
     text = "Ümlaut ﬁ ½ \t\x01 日本 end"
     assert tokenizer.decode(tokenizer.encode_plain(text)) == text
+
+
+def test_rows_in_mapped_files_are_learnt_from_likewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every document is read one after the other; the rows go when the run is finished, and stay while it is not."""
+
+    def learnt(name: str) -> dict[str, torch.Tensor]:
+        done = train(configuration(tmp_path, epochs=2, output=str(tmp_path / name)))
+        return load_file(Path(str(done.path)) / "model.safetensors")
+
+    expected = learnt("in-memory")
+    monkeypatch.setattr(prepared, "LARGE", 0)
+
+    def stop(trainer: Trainer, counts: dict[str, int]) -> None:
+        trainer.stopping = True
+
+    train(configuration(tmp_path, epochs=2, output=str(tmp_path / "mapped")), begun=stop)
+    kept = tmp_path / "mapped.rows" / "tokens.u32"
+    made = kept.stat()
+    with monkeypatch.context() as patch:
+        patch.setattr(language_model, "tokenized", lambda *how: iter(pytest.fail, None))  # they are not made again
+        found = learnt("mapped")
+    assert made.st_size > 0
+    assert not kept.exists()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_a_long_text_file_is_several_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(3)
+    said = "".join(draw.choice(["The cat meows.", "\n", "\n\n  ", " So it is", "x\n\n"]) for _ in range(2000)).strip()
+    path = tmp_path / "long.txt"
+    path.write_text(said)
+    whole = chat.read(path)
+    monkeypatch.setattr(chat, "DOCUMENT", 500)
+    pieces = chat.read(path)
+    assert len(whole) == 1
+    assert 10 < len(pieces) <= len(said) // 500 + 1
+    assert "\n".join(piece.messages[0].content for piece in pieces) == said
+    lines = said.split("\n")
+    assert all(lines[piece.line - 1] == piece.messages[0].content.split("\n")[0] for piece in pieces if piece.line)
 
 
 def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:

@@ -89,12 +89,13 @@ def test_what_fits_goes_on() -> None:
 def test_the_estimate_of_a_decoder_holds_for_other_rows(tiny_model: Path) -> None:
     """What short rows keep tells what long ones do; what any pass keeps (here the head's gradient) is apart."""
     from steelyard.data.rows import TokenRow
+    from steelyard.data.token_rows import TokenRows
     from steelyard.models import weights
     from steelyard.train.language_model import LanguageModelling
 
     sizes = [6, 7, 8, 9, 200]
     rows = [TokenRow(tokens=list(range(3, 3 + size)), trained=[False] + [True] * (size - 1)) for size in sizes]
-    task = LanguageModelling(weights.load(tiny_model), None, rows, tiny_model)
+    task = LanguageModelling(weights.load(tiny_model), None, TokenRows.of(rows), tiny_model)
     found = demand.measure(task, configuration(batch_size=1))
     for parameter in task.parameters.values():
         parameter.requires_grad_(True)
@@ -106,6 +107,7 @@ def test_the_estimate_of_a_decoder_holds_for_other_rows(tiny_model: Path) -> Non
 
 def test_a_frozen_base_is_there_anyway(tiny_model: Path) -> None:
     from steelyard.data.rows import TokenRow
+    from steelyard.data.token_rows import TokenRows
     from steelyard.models import weights
     from steelyard.train import lora
     from steelyard.train.language_model import LanguageModelling
@@ -115,5 +117,5 @@ def test_a_frozen_base_is_there_anyway(tiny_model: Path) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in decoder.model.layers.parameters())
     rows = [TokenRow(tokens=list(range(3, 3 + length)), trained=[False, *[True] * (length - 1)]) for length in (5, 6)]
     adapter = lora.start(decoder, LoraConfig(rank=2), 0)
-    found = demand.measure(LanguageModelling(decoder, adapter, rows, tiny_model), configuration())
+    found = demand.measure(LanguageModelling(decoder, adapter, TokenRows.of(rows), tiny_model), configuration())
     assert found.fixed < size / 2, "its weights do not count"

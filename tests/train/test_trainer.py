@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from families import make
 from steelyard.checkpoint import manifest
 from steelyard.data.rows import TokenRow
+from steelyard.data.token_rows import TokenRows
 from steelyard.errors import TrainingError
 from steelyard.models import weights
 from steelyard.models.decoder import Block, Decoder
@@ -59,7 +60,7 @@ def trainer(
     decoder = weights.load(base, getattr(torch, config.dtype))
     adapter = lora.start(decoder, config.lora, config.seed) if config.method == "lora" else None
     run = Run(folder, msgspec.to_builtins(config))
-    task = LanguageModelling(decoder, adapter, rows, base, evaluator)
+    task = LanguageModelling(decoder, adapter, TokenRows.of(rows), base, evaluator)
     return Trainer(task, config, run, Lineage(parent="base", data={}))
 
 

@@ -16,6 +16,8 @@ from steelyard.data.rows import ROLES, Conversation, Message
 from steelyard.errors import ConfigError, DataError
 
 MAX_MESSAGES = 2048
+DOCUMENT = 8 << 20
+"""Characters of a .txt file after which another document begins, at the next line."""
 DEFAULT_TEMPLATE = "Classify the text as {labels}.\n\nText: {text}"
 
 
@@ -47,7 +49,12 @@ class FormatConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read(path: Path, config: FormatConfig | None = None) -> list[Conversation]:
-    """All rows of a file as conversations.
+    """All rows of a file as conversations. Raises as `iterate` does."""
+    return list(iterate(path, config))
+
+
+def iterate(path: Path, config: FormatConfig | None = None) -> Iterator[Conversation]:
+    """The rows of a file one after the other; but labelled ones are held together, for their labels.
 
     Raises:
         DataError: a row that is wrong, or no row at all.
@@ -57,10 +64,11 @@ def read(path: Path, config: FormatConfig | None = None) -> list[Conversation]:
     format_ = detect(path) if config.format == "auto" else config.format
     if format_ not in READERS:
         raise ConfigError(f"data.format '{format_}' is not known; known: auto, {', '.join(FORMATS)}")
-    conversations = list(READERS[format_](path, config))
-    if not conversations:
+    conversation = None
+    for conversation in READERS[format_](path, config):
+        yield conversation
+    if conversation is None:
         raise DataError("the file has no rows", file=path)
-    return conversations
 
 
 def chat(path: Path, config: FormatConfig) -> Iterator[Conversation]:
@@ -210,15 +218,27 @@ def check_labels(labels: tuple[str, ...]) -> None:
 
 
 def text(path: Path, config: FormatConfig) -> Iterator[Conversation]:
-    """Plain text: a .txt file is one document, a JSONL row is one."""
+    """Plain text: a JSONL row is a document. A .txt file is one, too; one of many megabytes is cut into several."""
     if path.suffix.lower() in (".jsonl", ".ndjson", PARQUET):
         for line, row in json_rows(path):
             content = _string(row, config.text, path, line)
             yield Conversation(messages=(Message("text", content),), file=path, line=line)
         return
-    content = "\n".join(text for _, text in lines(path))
+    piece: list[str] = []
+    first, size = 1, 0
+    for line, content in lines(path):
+        if size >= DOCUMENT and piece[-1].strip() and content[:1].strip():  # no tokens reach over such a line's end
+            yield from _document(piece, path, first)
+            piece, first, size = [], line, 0
+        piece.append(content)
+        size += len(content) + 1
+    yield from _document(piece, path, first)
+
+
+def _document(piece: list[str], path: Path, line: int) -> Iterator[Conversation]:
+    content = "\n".join(piece)
     if content.strip():
-        yield Conversation(messages=(Message("text", content),), file=path, line=1)
+        yield Conversation(messages=(Message("text", content),), file=path, line=line)
 
 
 READERS: dict[str, Callable[[Path, FormatConfig], Iterator[Conversation]]] = {

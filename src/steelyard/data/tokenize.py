@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
 from steelyard.data.rows import Conversation, TokenRow
@@ -14,6 +15,8 @@ from steelyard.text.tokenizer import Tokenizer
 TOO_LONG = ("error", "truncate", "drop")
 ADVICE = ", or for training raise data.max_length or set data.too_long"
 """For whoever writes a run.toml."""
+TOGETHER = 1024
+"""Conversations that the template is asked about at once."""
 T = TypeVar("T")
 
 
@@ -73,6 +76,19 @@ def tokenize(
         if row.targets:
             rows.append(row)
     return rows
+
+
+def tokenized(
+    conversations: Iterable[Conversation],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    max_length: int,
+    too_long: str = "error",
+) -> Iterator[TokenRow]:
+    """The same of any number of conversations, some of which are held at a time. Raises as `tokenize` does."""
+    waiting = iter(conversations)
+    while some := list(islice(waiting, TOGETHER)):
+        yield from tokenize(some, tokenizer, template, max_length, too_long)
 
 
 def prompts(conversations: Sequence[Conversation], tokenizer: Tokenizer, template: ChatTemplate) -> list[list[int]]:

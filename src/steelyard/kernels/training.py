@@ -163,26 +163,32 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         rows, kv_heads, length, size = keys.shape
-        grouped = (rows * kv_heads, queries.shape[1] // kv_heads, length, size)
+        groups = queries.shape[1] // kv_heads
+        grouped = (rows * kv_heads, groups, length, size)
         q = queries.reshape(grouped)
         k, v = (tensor.reshape(len(q), length, size) for tensor in (keys, values))
-        mixed, lse = torch.empty(grouped, dtype=q.dtype), torch.empty(grouped[:3])
+        # Laid out as the next product reads it, so that both keep the same memory for the backward pass.
+        mixed = torch.empty(rows, length, kv_heads, groups, size, dtype=q.dtype)
+        apart, lse = mixed.permute(0, 2, 3, 1, 4), torch.empty(grouped[:3])
         for begin in range(0, length, BLOCK):
             end = min(begin + BLOCK, length)
             scores = torch.bmm(_part(q, begin, end), k[:, :end].transpose(1, 2))
-            sums = torch.empty(len(q), grouped[1], end - begin)
+            sums = torch.empty(len(q), groups, end - begin)
             _library().attention_forward(scores, _causal(sums, begin), sums, size**-0.5)
-            mixed[:, :, begin:end] = torch.bmm(scores, v[:, :end]).view(len(q), grouped[1], end - begin, size)
+            found = torch.bmm(scores, v[:, :end])
+            apart[:, :, :, begin:end] = found.view(rows, kv_heads, groups, end - begin, size)
             lse[:, :, begin:end] = sums
         ctx.save_for_backward(q, k, v, mixed, lse)
         ctx.shapes = queries.shape, keys.shape
-        return mixed.view(queries.shape)
+        return mixed.flatten(2, 3).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v, mixed, lse = ctx.saved_tensors
         dout = gradient.reshape(q.shape)
-        delta = (mixed.float() * dout.float()).sum(-1)
+        delta = (
+            (mixed.flatten(2, 3).float() * gradient.transpose(1, 2).float()).sum(-1).transpose(1, 2).reshape(lse.shape)
+        )
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(k.shape, dtype=torch.float32) for _ in range(2))
         for begin in range(0, q.shape[2], BLOCK):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from steelyard.data.packing import pack
-from steelyard.data.rows import TokenRow
+from steelyard.data.token_rows import TokenRows
 from steelyard.errors import TrainingError
 from steelyard.kernels.recompute import recomputing
 from steelyard.models import weights
@@ -38,7 +38,7 @@ class LanguageModelling:
         self,
         decoder: Decoder,
         adapter: Adapter | None,
-        rows: Sequence[TokenRow],
+        rows: TokenRows,
         base: Path,
         evaluator: Evaluator | None = None,
     ) -> None:
@@ -54,11 +54,11 @@ class LanguageModelling:
 
     def size(self, row: int) -> int:
         """Tokens, trained or not."""
-        return len(self._rows[row].tokens)
+        return int(self._rows.lengths[row])
 
     def targets(self, rows: Sequence[int]) -> int:
         """Tokens that the loss counts."""
-        return sum(self._rows[row].targets for row in rows)
+        return int(self._rows.targets[list(rows)].sum())
 
     def loss(self, rows: Sequence[int]) -> torch.Tensor:
         """-log p of the trained tokens, in nats."""

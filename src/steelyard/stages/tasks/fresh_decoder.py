@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from steelyard.models.decoder import Decoder
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.networks import DecoderNetwork
 
+ENOUGH = 256 << 20
+"""Characters that a tokenizer is learnt from, at most."""
 SPREAD = 0.02
 """Standard deviation of fresh weights (Radford et al. 2019)."""
 
@@ -22,7 +24,7 @@ SPREAD = 0.02
 def lay_out(network: DecoderNetwork, texts: Iterable[str], folder: Path) -> None:
     """Write tokenizer and configuration of a Llama of this size into `folder`."""
     folder.mkdir(exist_ok=True)
-    tokens = tokenizer_training.train(texts, network.vocabulary, folder / "tokenizer.json", exact=True)
+    tokens = tokenizer_training.train(_some(texts), network.vocabulary, folder / "tokenizer.json", exact=True)
     tokenizer = Tokenizer.load(folder)
     end = tokenizer.token_id(tokenizer_training.END)
     described = {
@@ -43,6 +45,16 @@ def lay_out(network: DecoderNetwork, texts: Iterable[str], folder: Path) -> None
     _write_json(folder / "config.json", described)
     _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
     _write_json(folder / "tokenizer_config.json", {"eos_token": tokenizer_training.END})
+
+
+def _some(texts: Iterable[str]) -> Iterator[str]:
+    """The first of them: more would change few of a tokenizer's merges."""
+    size = 0
+    for text in texts:
+        yield text
+        size += len(text)
+        if size > ENOUGH:
+            return
 
 
 def begin(folder: Path, seed: int) -> Decoder:

@@ -6,8 +6,8 @@ import torch
 
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
-from steelyard.data.rows import Conversation, TokenRow, token_counts
-from steelyard.data.tokenize import tokenize
+from steelyard.data.rows import Conversation, TokenRow
+from steelyard.data.tokenize import tokenize, tokenized
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.evaluate.likelihood import negative_log_likelihood
@@ -16,7 +16,7 @@ from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.runs import Run
 from steelyard.stages.tasks import fresh_decoder
-from steelyard.stages.tasks.prepared import DTYPES, Prepared, conversations, file_digests
+from steelyard.stages.tasks.prepared import DTYPES, Prepared, file_digests, streamed, token_rows
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora
@@ -30,12 +30,11 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.model is None:
         return _from_nothing(config)
     base = resolve(config.model)
-    config, learnt, validation = conversations(config)
+    config, learnt, validation = streamed(config)
     tokenizer, template = Tokenizer.load(base), ChatTemplate.load(base)
-    rows, held = (
-        tokenize(chats, tokenizer, template, config.data.max_length, config.data.too_long)
-        for chats in (learnt, validation)
-    )
+    how = (tokenizer, template, config.data.max_length, config.data.too_long)
+    rows = token_rows(config, tokenized(learnt, *how), base / "tokenizer.json", base / "tokenizer_config.json")
+    held = tokenize(validation, *how)
 
     def build(run: Run) -> LanguageModelling:
         decoder = weights.load(base, DTYPES[config.dtype])
@@ -45,15 +44,15 @@ def prepare(config: TrainConfig) -> Prepared:
         evaluator = _evaluator(held, validation, config, tokenizer, template)
         return LanguageModelling(decoder, adapter, rows, base.resolve(), evaluator)
 
-    counts = {**token_counts(rows), "validation_rows": len(held)}
+    counts = {**rows.counts(), "validation_rows": len(held)}
     parent = manifest.read(base).id
     return Prepared(config=config, counts=counts, parent=parent, build=build, digests=file_digests(config))
 
 
 def _from_nothing(config: TrainConfig) -> Prepared:
     """Of plain texts, by a network that the configuration describes."""
-    config, learnt, validation = conversations(config)
-    for document in (learnt[0], *validation[:1]):
+    config, learnt, validation = streamed(config)
+    for document in (next(iter(learnt)), *validation[:1]):
         if document.messages[0].role != "text":
             reason = "a decoder that begins from nothing learns plain text first: a .txt file, or rows with a 'text'"
             raise DataError(reason, file=document.file, line=document.line)
@@ -65,10 +64,12 @@ def _from_nothing(config: TrainConfig) -> Prepared:
         fresh_decoder.lay_out(network, (document.messages[0].content for document in learnt), folder)
         tokenizer = Tokenizer.load(folder)
         longest = min(config.data.max_length, network.context)
-        rows, held = (tokenize(texts, tokenizer, None, longest) for texts in (learnt, validation))
+        how = (tokenizer, None, longest)
+        rows = token_rows(config, tokenized(learnt, *how), folder / "tokenizer.json")
+        held = tokenize(validation, *how)
         decoder = fresh_decoder.begin(folder, config.seed).to(DTYPES[config.dtype])
         decoder.recompute_blocks = config.recompute == "blocks"
-        run.log(f"tokens: {token_counts(rows)}; {sum(map(torch.numel, decoder.parameters())):,} parameters")
+        run.log(f"tokens: {rows.counts()}; {sum(map(torch.numel, decoder.parameters())):,} parameters")
         evaluator = _evaluator(held, validation, config, tokenizer, None)
         return LanguageModelling(decoder, None, rows, folder, evaluator)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -12,12 +12,13 @@ import torch
 
 from steelyard.checkpoint import manifest
 from steelyard.data import chat
-from steelyard.data.rows import Conversation
+from steelyard.data.rows import Conversation, TokenRow
 from steelyard.data.split import parted, remove_duplicates, split
+from steelyard.data.token_rows import TokenRows
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.runs import Run
-from steelyard.train.config import TrainConfig
+from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.task import Task
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -28,6 +29,10 @@ METRICS: dict[str, Callable[[torch.Tensor], float]] = {
 """Of a classifier's counts."""
 
 
+LARGE = 256 << 20
+"""Bytes of a file whose rows are kept in mapped files as tokens, not in memory."""
+LAYOUT = 1
+"""Of these files; another one makes them anew."""
 ORIGIN = "data.json"
 """Written beside rows that were made ready."""
 
@@ -99,10 +104,100 @@ def conversations(config: TrainConfig) -> tuple[TrainConfig, list[Conversation],
     learnt = {row.prompt_key: row for row in rows}
     for row in held:
         if row.prompt_key in learnt:
-            twin = learnt[row.prompt_key]
-            reason = f"the same text is in the training file, line {twin.line}: the validation would be too kind"
-            raise DataError(reason, file=row.file, line=row.line)
+            raise _in_both(row, learnt[row.prompt_key])
     return config, rows, held
+
+
+class Kept:
+    """Rows of a file, read again each time instead of being held; what is known of them all are digests.
+
+    Args:
+        path: the file.
+        data: how it is read.
+        left_out: numbers of rows that are none of these.
+        count: of those that are.
+    """
+
+    def __init__(self, path: Path, data: DataConfig, left_out: frozenset[int], count: int) -> None:
+        self.path, self._data, self._left_out, self._count = path, data, left_out, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Conversation]:
+        rows = enumerate(chat.iterate(self.path, self._data))
+        return (row for number, row in rows if number not in self._left_out)
+
+
+def streamed(config: TrainConfig) -> tuple[TrainConfig, Kept, list[Conversation]]:
+    """As `conversations`, of more rows than memory holds: those to learn from are in the order of their file."""
+    data, path = config.data, Path(config.data.train)
+    if data.validation is not None:
+        check_one_way(config)
+    texts: dict[int, bytes] = {}
+    known: set[bytes] = set()
+    labels: set[str] = set()
+    unlabelled = None
+    count = 0
+    for number, row in enumerate(chat.iterate(path, data)):
+        count += 1
+        if row.label is None:
+            unlabelled = unlabelled or row
+        else:
+            labels.add(row.label)
+        whole = _digest(row.key)
+        if not data.deduplicate or whole not in known:
+            known.add(whole)
+            texts[number] = _digest(row.prompt_key)
+    if labels and unlabelled is not None:
+        reason = "has no label; classification needs labelled rows"
+        raise DataError(reason, file=unlabelled.file, line=unlabelled.line)
+    if labels and not data.labels:
+        data = msgspec.structs.replace(data, labels=tuple(sorted(labels)))
+        config = msgspec.structs.replace(config, data=data)
+    kept, held = parted(list(texts), texts.__getitem__, 0 if data.validation else data.holdout, config.seed)
+    apart = set(held)
+    learnt = Kept(path, data, frozenset(range(count)).difference(kept), len(kept))
+    if data.validation is None:
+        validation = [row for number, row in enumerate(chat.iterate(path, data)) if number in apart] if apart else []
+        return config, learnt, validation
+    validation = chat.read(Path(data.validation), data)
+    asked = {_digest(row.prompt_key): row for row in validation}
+    both = asked.keys() & texts.values()
+    if both:
+        twin, row = next((row, asked[key]) for row in learnt if (key := _digest(row.prompt_key)) in both)
+        raise _in_both(row, twin)
+    return config, learnt, validation
+
+
+def _digest(key: Hashable) -> bytes:
+    return hashlib.blake2b(repr(key).encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def token_rows(config: TrainConfig, rows: Iterable[TokenRow], *made_with: Path) -> TokenRows:
+    """The token rows of a run: in memory, or of a large file beside the run's folder, where they are found again.
+
+    Args:
+        config: the run.
+        rows: read if they are not there already.
+        made_with: files that decide what they are, besides the configuration.
+    """
+    path = Path(config.data.train)
+    if path.stat().st_size < LARGE:
+        return TokenRows.of(rows)
+    parts = [manifest.sha256_file(file) for file in (path, *made_with) if file.is_file()]
+    said = msgspec.json.encode([LAYOUT, parts, config.data, config.seed])
+    return TokenRows.mapped(rows_folder(config), hashlib.sha256(said).hexdigest(), rows)
+
+
+def rows_folder(config: TrainConfig) -> Path:
+    """Where a run's token rows are while it goes on, if they are too many for memory."""
+    return Path(f"{config.output}.rows")
+
+
+def _in_both(row: Conversation, twin: Conversation) -> DataError:
+    reason = f"the same text is in the training file, line {twin.line}: the validation would be too kind"
+    return DataError(reason, file=row.file, line=row.line)
 
 
 class Placed(Protocol):
