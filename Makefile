@@ -25,8 +25,9 @@ setup: .venv/.dev
 demo: .venv/.demo
 	$(BIN)/steelyard demo --json demo/result.json
 
+# A process a core, with a thread each: threads of several would wait for each other.
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow

@@ -126,6 +126,29 @@ def test_attention_sees_nothing_behind_a_row() -> None:
     assert values.grad[0, :, :7].all()
 
 
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+@pytest.mark.parametrize("function", [training.attention, training.causal_attention])
+def test_what_is_not_finite_is_not_hidden(function: Function, fault: float) -> None:
+    queries, keys, values = (randn(1, 2, 32, 16, seed=seed).requires_grad_(True) for seed in range(3))
+    with torch.no_grad():
+        queries[0, 1, 5, 3] = fault
+    mixed = function(queries, keys, values)
+    assert mixed[0, 1, 5].isnan().all()
+    assert mixed[0, 0].isfinite().all()
+
+
+def test_attention_over_nothing() -> None:
+    for shape in ((0, 2, 16, 16), (1, 2, 0, 16)):
+        inputs = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)] * 3
+        assert training.attention(*inputs).shape == shape
+        assert training.causal_attention(*inputs).shape == shape
+
+
+def test_lengths_beyond_the_row_are_the_row() -> None:
+    inputs = [randn(2, 2, 20, 16, seed=seed).requires_grad_(True) for seed in range(3)]
+    assert torch.equal(training.attention(*inputs, torch.tensor([20, 999])), training.attention(*inputs))
+
+
 @pytest.mark.parametrize("count", [1, 16, 33, 1000])
 def test_accumulate(count: int) -> None:
     total, x = torch.randn(count), randn(count)
@@ -134,20 +157,25 @@ def test_accumulate(count: int) -> None:
     assert torch.equal(total, expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_gradients_do_not_depend_on_threads(threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        weight = randn(64).requires_grad_(True)
-        training.rms_norm(randn(333, 64), weight, 1e-5).backward(randn(333, 64, seed=2))
-    finally:
-        torch.set_num_threads(before)
-    expected = randn(64).requires_grad_(True)
-    training.rms_norm(randn(333, 64), expected, 1e-5).backward(randn(333, 64, seed=2))
-    assert weight.grad is not None
-    assert expected.grad is not None
-    assert torch.equal(weight.grad, expected.grad)
+def test_gradients_do_not_depend_on_threads() -> None:
+    def gradients(threads: int) -> list[torch.Tensor | None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            weight, bias = (randn(64, seed=seed).requires_grad_(True) for seed in range(2))
+            training.rms_norm(randn(333, 64), weight, 1e-5).backward(randn(333, 64, seed=2))
+            x = randn(33, 64, 3, 5).requires_grad_(True)
+            training.group_norm(x, weight, bias, 8, 1e-5, relu=True).backward(randn(33, 64, 3, 5, seed=2))
+            inputs = [randn(5, 4, 33, 16, seed=seed).requires_grad_(True) for seed in range(3)]
+            training.attention(*inputs, torch.tensor([33, 1, 20, 32, 16])).backward(randn(5, 4, 33, 16, seed=9))
+            return [tensor.grad for tensor in (weight, bias, x, *inputs)]
+        finally:
+            torch.set_num_threads(before)
+
+    for one, two in zip(gradients(1), gradients(2), strict=True):
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one, two)
 
 
 def test_what_the_native_form_does_not_take_runs_as_the_twin() -> None:

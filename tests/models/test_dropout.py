@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from steelyard.errors import CheckpointError
 from steelyard.models.dropout import Dropout, dropout
 
 
@@ -30,6 +31,12 @@ def test_share_and_size(p: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 0), (5, 7)])
 def test_shapes(shape: tuple[int, ...]) -> None:
     assert dropout(torch.ones(shape), 0.5).shape == shape
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5])
+def test_what_is_no_probability(p: float) -> None:
+    with pytest.raises(CheckpointError, match="no probability"):
+        Dropout(p)
 
 
 def test_a_seed_decides() -> None:

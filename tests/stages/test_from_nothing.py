@@ -90,7 +90,7 @@ def test_rows_in_mapped_files_are_learnt_from_likewise(tmp_path: Path, monkeypat
         trainer.stopping = True
 
     train(configuration(tmp_path, epochs=2, output=str(tmp_path / "mapped")), begun=stop)
-    kept = tmp_path / "mapped.rows" / "tokens.u32"
+    kept = tmp_path / "mapped" / "prepared" / "tokens.u32"
     made = kept.stat()
     with monkeypatch.context() as patch:
         patch.setattr(language_model, "tokenized", lambda *how: iter(pytest.fail, None))  # they are not made again
@@ -115,7 +115,21 @@ def test_a_long_text_file_is_several_documents(tmp_path: Path, monkeypatch: pyte
     assert all(lines[piece.line - 1] == piece.messages[0].content.split("\n")[0] for piece in pieces if piece.line)
 
 
-def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("between", ["\n\n", "\n "])
+def test_a_long_text_file_is_cut_wherever_its_lines_end(
+    between: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(between.join(["A line of words."] * 200))
+    monkeypatch.setattr(chat, "DOCUMENT", 100)
+    pieces = chat.read(path)
+    assert max(len(piece.messages[0].content) for piece in pieces) < 250
+    assert sum(piece.messages[0].content.count("words") for piece in pieces) == 200
+
+
+@pytest.mark.parametrize("large", [1 << 30, 0])
+def test_an_interrupted_run_ends_the_same(large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "LARGE", large)
     ends_the_same(tmp_path, lambda folder: configuration(folder, checkpoint_every=4, epochs=2), (7, 30))
 
 

@@ -17,7 +17,9 @@ from steelyard.errors import ConfigError, DataError
 
 MAX_MESSAGES = 2048
 DOCUMENT = 8 << 20
-"""Characters of a .txt file after which another document begins, at the next line."""
+"""Characters of a .txt file after which another document begins, where two lines with words meet; at the latest after
+as many again.
+"""
 DEFAULT_TEMPLATE = "Classify the text as {labels}.\n\nText: {text}"
 
 
@@ -227,7 +229,8 @@ def text(path: Path, config: FormatConfig) -> Iterator[Conversation]:
     piece: list[str] = []
     first, size = 1, 0
     for line, content in lines(path):
-        if size >= DOCUMENT and piece[-1].strip() and content[:1].strip():  # no tokens reach over such a line's end
+        between = bool(piece) and bool(piece[-1].strip()) and bool(content[:1].strip())  # no token reaches over it
+        if (size >= DOCUMENT and between) or size >= 2 * DOCUMENT:
             yield from _document(piece, path, first)
             piece, first, size = [], line, 0
         piece.append(content)

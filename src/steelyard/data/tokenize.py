@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import TypeVar
 
 from steelyard.data.rows import Conversation, TokenRow
@@ -16,7 +15,9 @@ TOO_LONG = ("error", "truncate", "drop")
 ADVICE = ", or for training raise data.max_length or set data.too_long"
 """For whoever writes a run.toml."""
 TOGETHER = 1024
-"""Conversations that the template is asked about at once."""
+"""Conversations that are rendered and tokenised at once,"""
+CHARACTERS = 1 << 20
+"""unless they are long."""
 T = TypeVar("T")
 
 
@@ -86,9 +87,15 @@ def tokenized(
     too_long: str = "error",
 ) -> Iterator[TokenRow]:
     """The same of any number of conversations, some of which are held at a time. Raises as `tokenize` does."""
-    waiting = iter(conversations)
-    while some := list(islice(waiting, TOGETHER)):
-        yield from tokenize(some, tokenizer, template, max_length, too_long)
+    waiting: list[Conversation] = []
+    size = 0
+    for conversation in conversations:
+        waiting.append(conversation)
+        size += sum(len(message.content) for message in conversation.messages)
+        if len(waiting) >= TOGETHER or size >= CHARACTERS:
+            yield from tokenize(waiting, tokenizer, template, max_length, too_long)
+            waiting, size = [], 0
+    yield from tokenize(waiting, tokenizer, template, max_length, too_long)
 
 
 def prompts(conversations: Sequence[Conversation], tokenizer: Tokenizer, template: ChatTemplate) -> list[list[int]]:

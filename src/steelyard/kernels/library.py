@@ -23,6 +23,8 @@ FORMS: dict[str, frozenset[str]] = {
     "portable": frozenset(),
 }
 """Instruction sets, the fastest first, and the processor's flags that each needs."""
+INTERFACE = 2
+"""What `steelyard_interface` says where functions and arguments are those that are called here."""
 CHOICE = "STEELYARD_KERNELS"
 """Environment variable: one of `FORMS`, or `torch` for the twins in PyTorch."""
 
@@ -40,6 +42,8 @@ class Library:
     def __init__(self, path: Path) -> None:
         ctypes.CDLL(openmp_runtime(), ctypes.RTLD_GLOBAL)
         self.native = ctypes.CDLL(str(path))
+        if not hasattr(self.native, "steelyard_interface") or self.native.steelyard_interface() != INTERFACE:
+            raise OSError("it was built for another version: install again (pip install -e ., or make setup)")
         self.native.steelyard_isa.restype = ctypes.c_char_p
         if not self.native.steelyard_prepare():
             raise OSError("the system does not lend what the processor has")

@@ -56,8 +56,10 @@ def group_norm(
         epsilon: added to the variance.
         relu: whether what is below zero becomes zero.
     """
-    if _is_native(x, LANES) and x.numel() and weight.dtype == bias.dtype == x.dtype:
-        normed: torch.Tensor = _GroupNorm.apply(x.contiguous(), weight, bias, groups, epsilon, relu)  # type: ignore[no-untyped-call]
+    fits = x.numel() > 0 and weight.shape == bias.shape == x.shape[1:2] and x.shape[1] % groups == 0
+    if _is_native(x, LANES) and fits and weight.dtype == bias.dtype == x.dtype:
+        arguments = (x.contiguous(), weight.contiguous(), bias.contiguous(), groups, epsilon, relu)
+        normed: torch.Tensor = _GroupNorm.apply(*arguments)  # type: ignore[no-untyped-call]
         return normed
     return group_norm_twin(x, weight, bias, groups, epsilon, relu=relu)
 
@@ -145,7 +147,7 @@ def causal_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Te
         keys: `[B, K, L, E]`, each for H / K heads of queries.
         values: likewise.
     """
-    if _is_native(queries, queries.shape[2]) and torch.is_grad_enabled():
+    if _is_native(queries, queries.shape[2]) and queries.numel() and torch.is_grad_enabled():
         mixed: torch.Tensor = _CausalAttention.apply(queries, keys, values)  # type: ignore[no-untyped-call]
         return mixed
     return causal_attention_twin(queries, keys, values)
@@ -226,7 +228,7 @@ def attention(
         values: likewise.
         lengths: `[B]` int64, at least 1: keys from there on are not seen; None: all are.
     """
-    if _is_native(queries, LANES) and queries.shape == keys.shape and torch.is_grad_enabled():
+    if _is_native(queries, LANES) and queries.numel() and queries.shape == keys.shape and torch.is_grad_enabled():
         mixed: torch.Tensor = _Attention.apply(queries, keys, values, lengths)  # type: ignore[no-untyped-call]
         return mixed
     return attention_twin(queries, keys, values, lengths)
@@ -249,7 +251,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = (_widened(tensor) for tensor in (queries, keys, values))
         if lengths is None:
             lengths = torch.full((rows,), length)
-        seen = lengths.to(torch.int32).repeat_interleave(heads * q.shape[1]).view(len(q), -1)
+        seen = lengths.clamp(max=length).to(torch.int32).repeat_interleave(heads * q.shape[1]).view(len(q), -1)
         mixed, lse = torch.empty_like(q), torch.empty(q.shape[:2])
         for part in _parts(q):
             scores = torch.bmm(q[part], k[part].transpose(1, 2))

@@ -9,15 +9,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from steelyard.errors import CheckpointError
+
 STEPS = 1 << 16
 """Into which a probability is divided."""
 
 
 class Dropout(nn.Module):
-    """Elements are 0 with probability `p` while the network is trained, and the others larger by as much."""
+    """Elements are 0 with probability `p` while the network is trained, and the others larger by as much.
+
+    Raises:
+        CheckpointError: `p` is no probability.
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()
+        if not 0 <= p <= 1:
+            raise CheckpointError(f"a dropout of {p} is no probability")
         self.p = p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

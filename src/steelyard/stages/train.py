@@ -27,7 +27,7 @@ from steelyard.stages.tasks import (
     tagger,
     transcriber,
 )
-from steelyard.stages.tasks.prepared import Prepared, rows_folder
+from steelyard.stages.tasks.prepared import Prepared
 from steelyard.train import choice, demand
 from steelyard.train.config import OF_IMAGES, OF_TEXTS, DataConfig, TrainConfig, check, refuse
 from steelyard.train.networks import IMAGES, DecoderNetwork, FusionNetwork
@@ -116,8 +116,7 @@ def train(
         begun(trainer, prepared.counts)
         finished = trainer.fit(report)
         if finished:
-            for made in (output / "prepared", rows_folder(config)):  # again, if they are wanted again
-                shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(output / "prepared", ignore_errors=True)  # made again if it is wanted again
         page = output / "report.html"
         write_file(page, training_report(config, run.metrics(), prepared.counts).html())
     finally:

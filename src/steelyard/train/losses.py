@@ -16,6 +16,7 @@ import torch
 from steelyard.kernels.training import accumulate_, cross_entropy_
 
 CHUNK = 1024  # rows of logits in memory at a time
+WORDS = 8192  # of the vocabulary, whose gradient is made at a time
 
 
 def cross_entropy(hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -48,19 +49,33 @@ def _chunks(
         yield rows, losses, logits
 
 
+def _total(
+    hidden_states: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    dstates: torch.Tensor | None,
+    dhead: torch.Tensor | None,
+) -> torch.Tensor:
+    """The sum of the losses; the gradients, where they are wanted, are put into `dstates` and added to `dhead`."""
+    total = hidden_states.new_zeros((), dtype=torch.float32)
+    for rows, losses, dlogits in _chunks(hidden_states, head, targets):
+        total += losses.sum()
+        if dstates is not None:
+            torch.mm(dlogits, head, out=dstates[rows])
+        if dhead is not None:
+            for begin in range(0, len(dhead), WORDS):
+                words = slice(begin, begin + WORDS)
+                accumulate_(dhead[words], dlogits[:, words].T @ hidden_states[rows])
+    return total
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         needs_states, needs_head, _ = ctx.needs_input_grad
-        total = hidden_states.new_zeros((), dtype=torch.float32)
         dstates = torch.empty_like(hidden_states) if needs_states else None
         dhead = torch.zeros(head.shape, dtype=torch.float32) if needs_head else None
-        for rows, losses, dlogits in _chunks(hidden_states, head, targets):
-            total += losses.sum()
-            if dstates is not None:
-                torch.mm(dlogits, head, out=dstates[rows])
-            if dhead is not None:
-                accumulate_(dhead, dlogits.T @ hidden_states[rows])
+        total = _total(hidden_states, head, targets, dstates, dhead)
         ctx.save_for_backward(dstates, None if dhead is None else dhead.to(head.dtype))
         return total
 

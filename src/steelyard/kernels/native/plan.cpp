@@ -224,6 +224,9 @@ EXPORT const char* steelyard_isa() {
 #endif
 }
 
+// Which functions there are, with which arguments: one more at every change.
+EXPORT int32_t steelyard_interface() { return 2; }
+
 // Asks the system for what this form needs; 0: it cannot be had.
 EXPORT int32_t steelyard_prepare() { return ask_for_tiles(); }
 

@@ -14,6 +14,7 @@ using namespace steelyard;
 namespace {
 
 constexpr float LARGEST = 3.0e38f;
+constexpr uint16_t NOT_A_NUMBER = 0x7fc0;
 
 INLINE F sigmoid(F x) { return div(set(1.0f), add(set(1.0f), exp(sub(zero(), x)))); }
 
@@ -154,7 +155,8 @@ EXPORT void steelyard_accumulate(float* sum, const uint16_t* x, int64_t count) {
 }
 
 // Between the products of attention's forward pass: scores = q k [rows, keys] become softmax(scale scores) in their
-// places, and their log-sums lse [rows]. Row i sees its first seen[i] keys, at least one; keys is a multiple of 16.
+// places, and their log-sums lse [rows]. Row i sees its first seen[i] keys; keys is a multiple of 16. What is not finite
+// makes the whole row NaN.
 EXPORT void steelyard_attention_forward(uint16_t* scores, const int32_t* seen, int64_t rows, int32_t keys, float scale,
                                         float* lse) {
     alignas(64) float places[16];
@@ -162,12 +164,19 @@ EXPORT void steelyard_attention_forward(uint16_t* scores, const int32_t* seen, i
     const F place = load(places), by = set(scale), lowest = set(-LARGEST);
 #pragma omp parallel for schedule(dynamic, 64)
     for (int64_t row = 0; row < rows; row++) {
-        const int32_t end = seen[row];
+        const int32_t end = seen[row] < keys ? seen[row] : keys;
         uint16_t* s = scores + row * keys;
-        F most = lowest;
+        F most = lowest, faults = zero();
         for (int32_t i = 0; i < end; i += 16) {
             const M in = less(add(place, set((float)i)), set((float)end));
-            most = max(most, choose(in, mul(by, load_bf16(s + i)), lowest));
+            const F v = load_bf16(s + i);
+            most = max(most, choose(in, mul(by, v), lowest));
+            faults = fma(v, zero(), faults);
+        }
+        if (sum(faults) != 0) {
+            for (int32_t i = 0; i < keys; i++) s[i] = NOT_A_NUMBER;
+            lse[row] = NAN;
+            continue;
         }
         const float peak = largest(most);
         F sums = zero();
@@ -194,7 +203,7 @@ EXPORT void steelyard_attention_backward(uint16_t* scores, uint16_t* dp, const i
     const F place = load(places);
 #pragma omp parallel for schedule(dynamic, 64)
     for (int64_t row = 0; row < rows; row++) {
-        const int32_t end = seen[row];
+        const int32_t end = seen[row] < keys ? seen[row] : keys;
         const F minus = set(-lse[row]), less_delta = set(-delta[row]), by = set(scale);
         uint16_t *s = scores + row * keys, *d = dp + row * keys;
         for (int32_t i = 0; i < keys; i += 16) {
@@ -272,14 +281,13 @@ EXPORT void steelyard_group_norm_backward(const uint16_t* x, const uint16_t* wei
         for (int32_t c = 0; c < width; c++) {
             const int32_t channel = (int32_t)(group % groups) * width + c;
             const float w = from_bf16(weight[channel]);
-            const F scale = set(w), shift = set(from_bf16(bias[channel]));
+            const F scale = set(w * inverse), shift = set(from_bf16(bias[channel]) - w * inverse * mean);
             const int64_t at = (int64_t)c * places;
             F along = zero(), across = zero();
             const auto take = [&](F v, F d) INLINE_LAMBDA {
-                v = mul(sub(v, middle), factor);
                 if (relu) d = choose(less(zero(), fma(scale, v, shift)), d, zero());
                 along = add(along, d);
-                across = fma(d, v, across);
+                across = fma(d, mul(sub(v, middle), factor), across);
             };
             for (int32_t i = 0; i < whole; i += 16) take(load_bf16(in + at + i), load_bf16(up + at + i));
             if (rest) take(load_some(in + at + whole, rest), load_some(up + at + whole, rest));
@@ -292,12 +300,13 @@ EXPORT void steelyard_group_norm_backward(const uint16_t* x, const uint16_t* wei
         const F away = set(of_d / (float)size), turn = set(of_dv / (float)size);
         for (int32_t c = 0; c < width; c++) {
             const int32_t channel = (int32_t)(group % groups) * width + c;
-            const F scale = set(from_bf16(weight[channel])), shift = set(from_bf16(bias[channel]));
+            const float w = from_bf16(weight[channel]);
+            const F by = set(w), scale = set(w * inverse), shift = set(from_bf16(bias[channel]) - w * inverse * mean);
             const int64_t at = (int64_t)c * places;
             const auto make = [&](F v, F d) INLINE_LAMBDA {
-                v = mul(sub(v, middle), factor);
                 if (relu) d = choose(less(zero(), fma(scale, v, shift)), d, zero());
-                return mul(factor, sub(sub(mul(scale, d), away), mul(v, turn)));
+                v = mul(sub(v, middle), factor);
+                return mul(factor, sub(sub(mul(by, d), away), mul(v, turn)));
             };
             for (int32_t i = 0; i < whole; i += 16)
                 store_bf16(out + at + i, make(load_bf16(in + at + i), load_bf16(up + at + i)));

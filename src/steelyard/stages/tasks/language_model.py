@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.data.rows import Conversation, TokenRow
+from steelyard.data.token_rows import TokenRows
 from steelyard.data.tokenize import tokenize, tokenized
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import classification
@@ -16,7 +19,7 @@ from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.runs import Run
 from steelyard.stages.tasks import fresh_decoder
-from steelyard.stages.tasks.prepared import DTYPES, Prepared, file_digests, streamed, token_rows
+from steelyard.stages.tasks.prepared import DTYPES, Prepared, file_digests, is_large, mapped_rows, streamed
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora
@@ -33,10 +36,14 @@ def prepare(config: TrainConfig) -> Prepared:
     config, learnt, validation = streamed(config)
     tokenizer, template = Tokenizer.load(base), ChatTemplate.load(base)
     how = (tokenizer, template, config.data.max_length, config.data.too_long)
-    rows = token_rows(config, tokenized(learnt, *how), base / "tokenizer.json", base / "tokenizer_config.json")
+    small = None if is_large(config.data.train) else TokenRows.of(tokenized(learnt, *how))
     held = tokenize(validation, *how)
 
     def build(run: Run) -> LanguageModelling:
+        rows = small
+        if rows is None:
+            rows = mapped_rows(run, config, tokenized(learnt, *how), *_decides(base, template))
+            run.log(f"tokens: {rows.counts()}, in mapped files")
         decoder = weights.load(base, DTYPES[config.dtype])
         check_dense(decoder)
         decoder.recompute_blocks = config.recompute == "blocks"
@@ -44,7 +51,7 @@ def prepare(config: TrainConfig) -> Prepared:
         evaluator = _evaluator(held, validation, config, tokenizer, template)
         return LanguageModelling(decoder, adapter, rows, base.resolve(), evaluator)
 
-    counts = {**rows.counts(), "validation_rows": len(held)}
+    counts = {**(small.counts() if small else {"rows": len(learnt)}), "validation_rows": len(held)}
     parent = manifest.read(base).id
     return Prepared(config=config, counts=counts, parent=parent, build=build, digests=file_digests(config))
 
@@ -65,7 +72,9 @@ def _from_nothing(config: TrainConfig) -> Prepared:
         tokenizer = Tokenizer.load(folder)
         longest = min(config.data.max_length, network.context)
         how = (tokenizer, None, longest)
-        rows = token_rows(config, tokenized(learnt, *how), folder / "tokenizer.json")
+        made = tokenized(learnt, *how)
+        large = is_large(config.data.train)
+        rows = mapped_rows(run, config, made, *_decides(folder, None), str(longest)) if large else TokenRows.of(made)
         held = tokenize(validation, *how)
         decoder = fresh_decoder.begin(folder, config.seed).to(DTYPES[config.dtype])
         decoder.recompute_blocks = config.recompute == "blocks"
@@ -75,6 +84,11 @@ def _from_nothing(config: TrainConfig) -> Prepared:
 
     counts = {"rows": len(learnt), "validation_rows": len(validation)}
     return Prepared(config=config, counts=counts, parent=None, build=build, digests=file_digests(config))
+
+
+def _decides(folder: Path, template: ChatTemplate | None) -> tuple[str, str]:
+    """What tokens depend on besides a file's rows."""
+    return manifest.sha256_file(folder / "tokenizer.json"), template.source if template is not None else ""
 
 
 def check_dense(decoder: Decoder) -> None:

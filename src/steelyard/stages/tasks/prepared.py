@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
+import numpy as np
 import torch
 
+from steelyard import __version__
+from steelyard.atomic import sweep
 from steelyard.checkpoint import manifest
-from steelyard.data import chat
+from steelyard.data import chat, readers
 from steelyard.data.rows import Conversation, TokenRow
-from steelyard.data.split import parted, remove_duplicates, split
+from steelyard.data.split import Mask, first_of_each, held_out, parted, remove_duplicates, split
 from steelyard.data.token_rows import TokenRows
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import classification
@@ -31,8 +34,9 @@ METRICS: dict[str, Callable[[torch.Tensor], float]] = {
 
 LARGE = 256 << 20
 """Bytes of a file whose rows are kept in mapped files as tokens, not in memory."""
-LAYOUT = 1
-"""Of these files; another one makes them anew."""
+PACKED = 4
+"""Bytes of text to one of Parquet, about."""
+DIGEST = "S16"
 ORIGIN = "data.json"
 """Written beside rows that were made ready."""
 
@@ -109,64 +113,81 @@ def conversations(config: TrainConfig) -> tuple[TrainConfig, list[Conversation],
 
 
 class Kept:
-    """Rows of a file, read again each time instead of being held; what is known of them all are digests.
+    """Rows of a file, read again each time instead of being held.
 
     Args:
         path: the file.
         data: how it is read.
-        left_out: numbers of rows that are none of these.
-        count: of those that are.
+        kept: `[N]`, which of its rows these are.
+        mark: of the file, when that was decided.
+
+    Raises:
+        DataError: while they are read: the file is another one by now.
     """
 
-    def __init__(self, path: Path, data: DataConfig, left_out: frozenset[int], count: int) -> None:
-        self.path, self._data, self._left_out, self._count = path, data, left_out, count
+    def __init__(self, path: Path, data: DataConfig, kept: Mask, mark: Mark) -> None:
+        self.path, self._data, self._kept, self._mark = path, data, kept, mark
 
     def __len__(self) -> int:
-        return self._count
+        return int(self._kept.sum())
 
     def __iter__(self) -> Iterator[Conversation]:
-        rows = enumerate(chat.iterate(self.path, self._data))
-        return (row for number, row in rows if number not in self._left_out)
+        number = -1
+        for number, row in enumerate(chat.iterate(self.path, self._data)):
+            if number >= len(self._kept):
+                break
+            if self._kept[number]:
+                yield row
+        if number != len(self._kept) - 1 or _mark(self.path) != self._mark:
+            raise DataError("the file was changed while it was read: begin again", file=self.path)
+
+
+Mark = tuple[int, int, int]
+
+
+def _mark(path: Path) -> Mark:
+    """What changes when a file does."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def streamed(config: TrainConfig) -> tuple[TrainConfig, Kept, list[Conversation]]:
-    """As `conversations`, of more rows than memory holds: those to learn from are in the order of their file."""
+    """As `conversations`, of more rows than memory holds: those to learn from are in the order of their file.
+
+    A first pass keeps two digests of each row, which decide on duplicates, the split and leaks.
+    """
     data, path = config.data, Path(config.data.train)
-    if data.validation is not None:
-        check_one_way(config)
-    texts: dict[int, bytes] = {}
-    known: set[bytes] = set()
+    wholes, asked = bytearray(), bytearray()
     labels: set[str] = set()
-    unlabelled = None
-    count = 0
-    for number, row in enumerate(chat.iterate(path, data)):
+    count, unlabelled = 0, None
+    readers.check_file(path)
+    mark = _mark(path)
+    for row in chat.iterate(path, data):
         count += 1
         if row.label is None:
             unlabelled = unlabelled or row
         else:
             labels.add(row.label)
-        whole = _digest(row.key)
-        if not data.deduplicate or whole not in known:
-            known.add(whole)
-            texts[number] = _digest(row.prompt_key)
+        wholes += _digest(row.key) if data.deduplicate else b""
+        asked += _digest(row.prompt_key)
     if labels and unlabelled is not None:
         reason = "has no label; classification needs labelled rows"
         raise DataError(reason, file=unlabelled.file, line=unlabelled.line)
     if labels and not data.labels:
         data = msgspec.structs.replace(data, labels=tuple(sorted(labels)))
         config = msgspec.structs.replace(config, data=data)
-    kept, held = parted(list(texts), texts.__getitem__, 0 if data.validation else data.holdout, config.seed)
-    apart = set(held)
-    learnt = Kept(path, data, frozenset(range(count)).difference(kept), len(kept))
+    texts = np.frombuffer(asked, DIGEST)
+    kept = first_of_each(np.frombuffer(wholes, DIGEST)) if data.deduplicate else np.ones(count, np.bool_)
     if data.validation is None:
-        validation = [row for number, row in enumerate(chat.iterate(path, data)) if number in apart] if apart else []
-        return config, learnt, validation
-    validation = chat.read(Path(data.validation), data)
-    asked = {_digest(row.prompt_key): row for row in validation}
-    both = asked.keys() & texts.values()
-    if both:
-        twin, row = next((row, asked[key]) for row in learnt if (key := _digest(row.prompt_key)) in both)
-        raise _in_both(row, twin)
+        held = np.zeros(count, np.bool_)
+        held[kept] = held_out(texts[kept], data.holdout, config.seed)
+        validation = list(Kept(path, data, held, mark)) if held.any() else []
+        return config, Kept(path, data, kept & ~held, mark), validation
+    check_one_way(config)
+    learnt, validation = Kept(path, data, kept, mark), chat.read(Path(data.validation), data)
+    there = np.isin(np.array([_digest(row.prompt_key) for row in validation], DIGEST), texts[kept])
+    for row in (row for row, twice in zip(validation, there, strict=True) if twice):
+        raise _in_both(row, [twin for twin in learnt if twin.prompt_key == row.prompt_key][-1])
     return config, learnt, validation
 
 
@@ -174,25 +195,25 @@ def _digest(key: Hashable) -> bytes:
     return hashlib.blake2b(repr(key).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def token_rows(config: TrainConfig, rows: Iterable[TokenRow], *made_with: Path) -> TokenRows:
-    """The token rows of a run: in memory, or of a large file beside the run's folder, where they are found again.
+def is_large(file: str) -> bool:
+    """Whether the tokens of a file's rows are to stand in mapped files."""
+    path = Path(file)
+    return path.stat().st_size * (PACKED if path.suffix.lower() == readers.PARQUET else 1) >= LARGE
+
+
+def mapped_rows(run: Run, config: TrainConfig, rows: Iterable[TokenRow], *made_with: str) -> TokenRows:
+    """Token rows in files of the run's folder, where a run that goes on finds them again.
 
     Args:
-        config: the run.
+        run: the run, whose folder nobody else writes to.
+        config: its configuration.
         rows: read if they are not there already.
-        made_with: files that decide what they are, besides the configuration.
+        made_with: what decides how they are, besides file and configuration.
     """
-    path = Path(config.data.train)
-    if path.stat().st_size < LARGE:
-        return TokenRows.of(rows)
-    parts = [manifest.sha256_file(file) for file in (path, *made_with) if file.is_file()]
-    said = msgspec.json.encode([LAYOUT, parts, config.data, config.seed])
-    return TokenRows.mapped(rows_folder(config), hashlib.sha256(said).hexdigest(), rows)
-
-
-def rows_folder(config: TrainConfig) -> Path:
-    """Where a run's token rows are while it goes on, if they are too many for memory."""
-    return Path(f"{config.output}.rows")
+    parts = [__version__, manifest.sha256_file(Path(config.data.train)), *made_with]
+    said = msgspec.json.encode([parts, config.data, config.seed])
+    sweep(run.folder)
+    return TokenRows.mapped(run.folder / "prepared", hashlib.sha256(said).hexdigest(), rows)
 
 
 def _in_both(row: Conversation, twin: Conversation) -> DataError:
