@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from steelyard.errors import ConfigError
 
@@ -26,7 +27,9 @@ class Loader:
     seed: int
     epoch: int = 0
     position: int = 0
-    _order: tuple[int, list[int]] = field(default=(-1, []), init=False, repr=False, compare=False)
+    _order: tuple[int, npt.NDArray[np.int64]] = field(
+        default=(-1, np.empty(0, np.int64)), init=False, repr=False, compare=False
+    )
     """The current epoch and its order."""
 
     def __post_init__(self) -> None:
@@ -42,8 +45,8 @@ class Loader:
         """The next batch's row numbers; moves the position."""
         if self._order[0] != self.epoch:
             key = np.array([self.seed % 2**64, self.epoch], np.uint64)
-            self._order = self.epoch, np.random.Generator(np.random.Philox(key=key)).permutation(self.rows).tolist()
-        batch = self._order[1][self.position : self.position + self.batch_size]
+            self._order = self.epoch, np.random.Generator(np.random.Philox(key=key)).permutation(self.rows)
+        batch: list[int] = self._order[1][self.position : self.position + self.batch_size].tolist()
         self.position += len(batch)
         if self.position >= self.rows:
             self.epoch, self.position = self.epoch + 1, 0

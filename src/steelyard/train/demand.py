@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import msgspec
+import numpy as np
 import torch
 
 from steelyard.errors import ConfigError
@@ -50,9 +51,9 @@ def measure(task: Task, config: TrainConfig) -> Demand:
     """What a run of this task takes. The random generator stays as it is."""
     count = sum(parameter.numel() for parameter in task.parameters.values())
     moments = MOMENTS.get(config.optimizer.name, MOST)
-    sizes = [task.size(row) for row in range(task.rows)]
-    order = sorted(range(task.rows), key=sizes.__getitem__)
-    few, more = order[:1], order[:SAMPLE]
+    sizes = np.fromiter((task.size(row) for row in range(task.rows)), np.int64, task.rows)
+    order = np.argsort(sizes, kind="stable")
+    few, more = order[:1].tolist(), order[:SAMPLE].tolist()
     trained = [parameter.requires_grad for parameter in task.parameters.values()]
     state = torch.get_rng_state()
     try:
@@ -63,14 +64,14 @@ def measure(task: Task, config: TrainConfig) -> Demand:
         torch.set_rng_state(state)
         for parameter, flag in zip(task.parameters.values(), trained, strict=True):
             parameter.requires_grad_(flag)
-    units = [_units(task, [sizes[row] for row in rows]) for rows in (few, more)]
+    units = [_units(task, sizes[rows].tolist()) for rows in (few, more)]
     each = (kept[1] - kept[0]) / (units[1] - units[0]) if units[1] > units[0] else kept[0] / max(1, units[0])
-    batch = sum(sorted(sizes)[-(config.batch_size or task.rows) :])
+    batch = int(sizes[order[-(config.batch_size or task.rows) :]].sum())
     return Demand(
         state=count * (MASTERS + GRADIENTS + moments + (4 if config.ema else 0)),
         fixed=max(0.0, kept[0] - each * units[0]),
         each=max(0.0, each),
-        units=max(max(sizes), min(batch, config.micro_batch_tokens)),
+        units=max(int(sizes.max()), min(batch, config.micro_batch_tokens)),
     )
 
 
