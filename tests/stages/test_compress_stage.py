@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 
 from steelyard.checkpoint import manifest
+from steelyard.compress.prune import decoders
+from steelyard.compress.prune.decoders import PruneConfig
 from steelyard.compress.quantize import int8
 from steelyard.errors import CheckpointError, ConfigError, FidelityError
 from steelyard.evaluate.certificate import Thresholds
 from steelyard.models.opening import open_checkpoint
-from steelyard.stages.compress import compress
+from steelyard.stages.compress import CALIBRATION, compress, prune
 
 LOOSE = Thresholds(bits_per_byte=0.5)
 
@@ -76,3 +80,34 @@ def test_what_cannot_be_compressed(tiny_model: Path, tmp_path: Path) -> None:
         compress(tiny_model, tmp_path / "small", method="int3")
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         compress(tmp_path / "none", tmp_path / "small")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_a_pruned_model(tiny_model: Path, tmp_path: Path, method: Any, pattern: str | None) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"The user asks {number} times."}) + "\n" for number in range(30)))
+    output = tmp_path / "pruned"
+    config = PruneConfig(method=method, pattern=pattern)
+    found = prune(tiny_model, output, config, data=rows, thresholds=LOOSE, accept=True)
+    written = manifest.verify(output)
+    assert written.recipe["compress"] == {**msgspec.to_builtins(config), "tokens": CALIBRATION}
+    assert written.data["rows.jsonl"] == manifest.sha256_file(rows)
+    before, after = open_checkpoint(tiny_model).decoder, open_checkpoint(output).decoder
+    for name, layer in decoders.linears(after.model.layers).items():
+        assert float((layer.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01), name
+        if pattern is not None:
+            assert ((layer.weight.view(-1, 4) == 0).sum(1) >= 2).all()
+    assert torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)
+    linear = sum(2 * layer.weight.numel() for layer in decoders.linears(after.model.layers).values())
+    assert found.bytes_after == pytest.approx(found.bytes_before - linear * (0.5 - 1 / 16), rel=0.08)
+    dense = tmp_path / "dense"
+    prune(tiny_model, dense, config, data=rows, thresholds=LOOSE, accept=True, dense=True)
+    other = open_checkpoint(dense).decoder.state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in after.state_dict().items())
+
+
+def test_judging_needs_rows(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--data"):
+        prune(tiny_model, tmp_path / "pruned", PruneConfig(method="wanda"))
+    assert list(tmp_path.iterdir()) == []

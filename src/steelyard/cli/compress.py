@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import typer
@@ -11,16 +11,27 @@ from rich.markup import escape
 
 from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
-from steelyard.evaluate.certificate import Thresholds
+from steelyard.compress.prune.decoders import PruneConfig
+from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import compress as stage
 
 app = typer.Typer(no_args_is_help=True, help="Make a checkpoint smaller, and certify what it cost.")
+
 HELP = console.examples(
     "int8 weights and activations in the compressed-tensors layout, with a fidelity certificate. An adapter is merged "
     "into its base first.",
     "compress quantize runs/sms/best --output models/sms-int8",
     "compress quantize MODEL --output OUT --portable",
     "compress quantize MODEL --output OUT --max-bits-per-byte 0.01 --accept",
+)
+
+
+PRUNE = console.examples(
+    "Set weights of the linear layers to 0 and store those that are left, with a fidelity certificate. magnitude "
+    "takes the smallest; wanda and sparsegpt judge them by what they read in rows of yours, and lose less.",
+    "compress prune MODEL --output OUT --data rows.jsonl --accept",
+    "compress prune MODEL --output OUT --data rows.jsonl --pattern 2:4 --max-bits-per-byte 0.2",
+    "compress prune MODEL --output OUT --method magnitude --rate 0.2 --scope model",
 )
 
 
@@ -46,6 +57,46 @@ def quantize(
         found = stage.compress(
             resolve(checkpoint), output, portable=portable, thresholds=thresholds, accept=accept, report=report
         )
+    _tell(found, output, as_json)
+
+
+@app.command(help=PRUNE)
+def prune(
+    checkpoint: Annotated[str, typer.Argument(help="A model or adapter: a folder or a source.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the pruned checkpoint goes.")],
+    method: Annotated[
+        Literal["magnitude", "wanda", "sparsegpt"], typer.Option(help="How weights are judged.")
+    ] = "sparsegpt",
+    rate: Annotated[float, typer.Option(help="Share of the weights that goes.")] = 0.5,
+    pattern: Annotated[str | None, typer.Option(help="Instead: how many of every few stay, such as 2:4.")] = None,
+    scope: Annotated[Literal["layer", "model"], typer.Option(help="magnitude: of what the rate is a share.")] = "layer",
+    data: Annotated[Path | None, typer.Option(help="Rows to judge by, as train reads them.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many of their tokens are read, at most.")] = stage.CALIBRATION,
+    dense: Annotated[bool, typer.Option("--dense", help="Store zeros, too: for other readers.")] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="Keep it even past a threshold.")] = False,
+    max_bits_per_byte: Annotated[float, typer.Option(help="Largest relative rise of bits per byte.")] = 0.02,
+    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL divergence in nats.")] = None,
+    as_json: console.Json = False,
+) -> None:
+    """See PRUNE."""
+    console.logs()
+    config = PruneConfig(method=method, rate=rate, pattern=pattern, scope=scope)
+    with console.counting("pruning and certifying") as report:
+        found = stage.prune(
+            resolve(checkpoint),
+            output,
+            config,
+            data=data,
+            tokens=tokens,
+            dense=dense,
+            thresholds=Thresholds(bits_per_byte=max_bits_per_byte, kl=max_kl),
+            accept=accept,
+            report=report,
+        )
+    _tell(found, output, as_json)
+
+
+def _tell(found: Certificate, output: Path, as_json: bool) -> None:
     verdict = "passed" if found.passed else "accepted past its thresholds"
     values = {"path": str(output), "certificate": msgspec.to_builtins(found)}
     told = f"{found.summary()}\ncertificate {verdict}; checkpoint [bold]{escape(str(output))}[/bold]"

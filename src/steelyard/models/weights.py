@@ -19,6 +19,7 @@ from torch import nn
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
 from steelyard.models import config as decoder_config
+from steelyard.models import sparse
 from steelyard.models.decoder import Decoder
 from steelyard.models.linear import Int8Embedding, Int8Linear
 
@@ -70,7 +71,7 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Decoder:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint's `model*.safetensors`, mapped from the files."""
+    """All tensors of a checkpoint's `model*.safetensors`, mapped from the files; sparse ones are made whole."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise CheckpointError(f"'{folder}' has no model.safetensors: the checkpoint is incomplete; pull it again")
@@ -81,7 +82,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"'{path}' cannot be read: {error}") from None
-    return tensors
+    return sparse.restored(tensors)
 
 
 def _check_quantization(quantization: Mapping[str, Any], folder: Path) -> None:
@@ -174,10 +175,17 @@ def fill(network: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> 
     network.load_state_dict({name: tensors[name].to(wanted[name].dtype) for name in wanted})
 
 
-def save(decoder: Decoder, folder: Path, parent: Path) -> None:
-    """Write a dense model's weights into `folder`, with the tokenizer and configuration of `parent`."""
+def save(decoder: Decoder, folder: Path, parent: Path, *, zeros: bool = True) -> None:
+    """Write a dense model's weights into `folder`, with the tokenizer and configuration of `parent`.
+
+    Args:
+        decoder: the model.
+        folder: exists.
+        parent: folder of a model of the same shape.
+        zeros: store zeros like any other weight; otherwise see `sparse.stored`.
+    """
     tensors = {name: tensor.detach().contiguous() for name, tensor in decoder.named_parameters()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors if zeros else sparse.stored(tensors), folder / WEIGHTS, metadata={"format": "pt"})
     copy_companions(parent, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,22 @@ import msgspec
 from steelyard.atomic import folder_aside
 from steelyard.checkpoint import manifest
 from steelyard.compress.method import METHODS
-from steelyard.errors import ConfigError
+from steelyard.compress.prune import decoders
+from steelyard.compress.prune.decoders import PruneConfig, check
+from steelyard.data import chat
+from steelyard.data.packing import Pack
+from steelyard.data.rows import TokenRow
+from steelyard.data.tokenize import tokenized
+from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import certificate
-from steelyard.evaluate.certificate import Certificate, Thresholds
+from steelyard.evaluate.certificate import MAX_TOKENS, Certificate, Thresholds
+from steelyard.evaluate.likelihood import packs
 from steelyard.models import lora, weights
 from steelyard.models.decoder import Decoder
-from steelyard.models.opening import open_checkpoint
+from steelyard.models.opening import Opened, open_checkpoint
+
+CALIBRATION = 1 << 16
+"""Tokens that are enough to judge weights by."""
 
 
 def compress(
@@ -47,26 +58,105 @@ def compress(
     """
     if method not in METHODS:
         raise ConfigError(f"compression method '{method}' is not known; known: {', '.join(METHODS)}")
+
+    def make(opened: Opened, folder: Path) -> Decoder:
+        METHODS[method].write(opened.decoder, folder, opened.base, portable)
+        return opened.decoder
+
+    recipe = {"method": method, "portable": portable}
+    return _certified(source, output, make, recipe, {}, thresholds, accept, report)
+
+
+def prune(
+    source: Path,
+    output: Path,
+    config: PruneConfig,
+    *,
+    data: Path | None = None,
+    tokens: int = CALIBRATION,
+    dense: bool = False,
+    thresholds: Thresholds | None = None,
+    accept: bool = False,
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> Certificate:
+    """Write `source` with weights of its linear layers set to 0 to `output`; see `compress`.
+
+    Args:
+        source: the checkpoint.
+        output: where the pruned one will be.
+        config: what goes.
+        data: rows by which wanda and sparsegpt judge, as `train` reads them.
+        tokens: how many of their tokens are read, at most.
+        dense: store zeros like other weights, for other readers.
+        thresholds: what may be lost.
+        accept: hand it on past a threshold.
+        report: told how many blocks and golden texts are done, of how many.
+
+    Raises:
+        DataError: a row, by file and line.
+        ConfigError, CheckpointError, FidelityError: as `compress` does.
+    """
+    check(config)
+    if data is None and config.method != "magnitude":
+        raise ConfigError(f"{config.method} judges weights by what they read: give it rows (--data FILE)")
+    digests = {} if data is None else {data.name: manifest.sha256_file(data)}
+
+    def make(opened: Opened, folder: Path) -> Decoder:
+        pruned = copy.deepcopy(opened.decoder)
+        batches = [] if data is None else _calibration(opened, data, tokens)
+        decoders.prune(pruned, config, batches, report)
+        weights.save(pruned, folder, opened.base, zeros=dense)
+        return opened.decoder
+
+    recipe = {**msgspec.to_builtins(config), "tokens": tokens}
+    return _certified(source, output, make, recipe, digests, thresholds, accept, report)
+
+
+def _calibration(opened: Opened, data: Path, tokens: int) -> list[Pack]:
+    rows: list[TokenRow] = []
+    size = 0
+    longest = min(MAX_TOKENS, opened.decoder.config.context)
+    for row in tokenized(chat.iterate(data), opened.tokenizer, opened.template, longest, "truncate"):
+        rows.append(row)
+        size += len(row.tokens)
+        if size >= tokens:
+            break
+    if not rows:
+        raise DataError("none of its rows has tokens to judge by", file=data)
+    return list(packs(rows))
+
+
+def _certified(
+    source: Path,
+    output: Path,
+    make: Callable[[Opened, Path], Decoder],
+    recipe: dict[str, Any],
+    data: dict[str, str],
+    thresholds: Thresholds | None,
+    accept: bool,
+    report: Callable[[int, int], None],
+) -> Certificate:
+    """What `make` writes into a folder, measured against the decoder that it returns; at `output` if it passes."""
     manifest.check_output(output, source, manifest.base_of(source))
     opened = open_checkpoint(source)
     parent = manifest.read(source)
     if opened.adapter is not None:
         lora.merge(opened.decoder, opened.adapter)
     with folder_aside(output) as folder:
-        METHODS[method].write(opened.decoder, folder, opened.base, portable)
-        measured = certificate.compare(opened.decoder, weights.load(folder), opened.tokenizer, report)
+        before = make(opened, folder)
+        measured = certificate.compare(before, weights.load(folder), opened.tokenizer, report)
         found = certificate.judge(
             measured,
             thresholds or Thresholds(),
             accept,
             parent=parent.id,
-            bytes_before=dense_bytes(opened.decoder),
+            bytes_before=dense_bytes(before),
             bytes_after=certificate.weight_bytes(folder),
         )
         certificate.demand(found)
-        recipe = {**parent.recipe, "compress": {"method": method, "portable": portable}}
         values: dict[str, Any] = msgspec.to_builtins(found)
-        manifest.complete(folder, parent=parent.id, data=parent.data, recipe=recipe, certificate=values)
+        whole = {**parent.recipe, "compress": recipe}
+        manifest.complete(folder, parent=parent.id, data={**parent.data, **data}, recipe=whole, certificate=values)
     return found
 
 

@@ -1,0 +1,109 @@
+"""Pruning of a decoder's linear layers, block by block: each is judged by what the pruned blocks before it hand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import msgspec
+import torch
+from torch import nn
+
+from steelyard.compress.prune import magnitude, masks, sparse_gpt, wanda
+from steelyard.compress.prune.inputs import Seen, watching
+from steelyard.compress.prune.masks import Pattern
+from steelyard.data.packing import Pack
+from steelyard.errors import ConfigError
+from steelyard.models.attention import PackedAttention
+from steelyard.models.decoder import Decoder
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+
+class PruneConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What goes."""
+
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    """How weights are judged."""
+    rate: float = 0.5
+    """Share of the weights of linear layers that goes; embedding and head stay."""
+    pattern: str | None = None
+    """Instead of a rate: so many of every few weights of a row stay, such as 2:4."""
+    scope: Literal["layer", "model"] = "layer"
+    """magnitude: the rate is that of every layer, or of all together."""
+
+
+def check(config: PruneConfig) -> Pattern | None:
+    """The pattern, if there is one.
+
+    Raises:
+        ConfigError: settings that do not go together.
+    """
+    if not 0 < config.rate < 1:
+        raise ConfigError(f"rate {config.rate}: a share of the weights is needed, above 0 and below 1")
+    if config.scope == "model" and (config.method != "magnitude" or config.pattern is not None):
+        raise ConfigError("scope 'model' is magnitude's alone, and has no pattern")
+    return None if config.pattern is None else masks.pattern(config.pattern)
+
+
+@torch.no_grad()
+def prune(
+    decoder: Decoder,
+    config: PruneConfig,
+    batches: Sequence[Pack] = (),
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """Set weights of a dense decoder's linear layers to 0, in place.
+
+    Args:
+        decoder: changed.
+        config: what goes.
+        batches: calibration data; magnitude needs none.
+        report: told how many blocks are done, of how many.
+
+    Raises:
+        ConfigError: settings that do not go together, or do not fit the layers.
+    """
+    few = check(config)
+    if config.method == "magnitude":
+        layers = linears(decoder.model.layers)
+        going = _smallest({name: layer.weight for name, layer in layers.items()}, config, few)
+        for name, layer in layers.items():
+            layer.weight.masked_fill_(going[name], 0)
+        return
+    if not batches:
+        raise ConfigError(f"{config.method} judges weights by what they read: calibration data are needed")
+    passes = [(decoder.rotary(batch.positions), PackedAttention(batch.lengths), None) for batch in batches]
+    states = [decoder.model.embed_tokens(batch.token_ids) for batch in batches]
+    for number, block in enumerate(decoder.model.layers):
+        layers = linears(block)
+        with watching(layers, products=config.method == "sparsegpt") as seen:
+            for x, arguments in zip(states, passes, strict=True):
+                block(x, *arguments)
+        for name, layer in layers.items():
+            layer.weight.copy_(_pruned(layer.weight, seen[name], config, few))
+        states = [block(x, *arguments) for x, arguments in zip(states, passes, strict=True)]
+        report(number + 1, len(decoder.model.layers))
+
+
+def linears(module: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers by their names in a module."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def _smallest(weights: Mapping[str, torch.Tensor], config: PruneConfig, few: Pattern | None) -> dict[str, torch.Tensor]:
+    scores = {name: magnitude.scores(weight) for name, weight in weights.items()}
+    if config.scope == "model":
+        return masks.lowest_of_all(scores, config.rate)
+    if few is not None:
+        return {name: masks.lowest_of_few(layer, few) for name, layer in scores.items()}
+    return {name: masks.lowest_of_layer(layer, config.rate) for name, layer in scores.items()}
+
+
+def _pruned(weight: torch.Tensor, seen: Seen, config: PruneConfig, few: Pattern | None) -> torch.Tensor:
+    if config.method == "sparsegpt":
+        assert seen.gram is not None, "asked for"
+        return sparse_gpt.prune(weight, seen.gram, config.rate, few)
+    scores = wanda.scores(weight, seen.squares)
+    going = masks.lowest(scores, config.rate) if few is None else masks.lowest_of_few(scores, few)
+    return weight.masked_fill(going, 0)
