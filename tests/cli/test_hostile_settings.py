@@ -108,7 +108,7 @@ def test_a_lineage_that_somebody_made_up(command: Command, tiny_model: Path, tmp
         (["compress", "quantize", "MODEL", "-o", "MODEL"], 2, "which is still needed"),
         (["compress", "quantize", "MODEL", "-o", "MODEL/.."], 2, "which is still needed"),
         (["compress", "quantize", "MODEL"], 2, "Missing option '--output'"),
-        (["compress", "prune"], 2, "No such command 'prune'; see `steelyard compress --help`"),
+        (["compress", "distill"], 2, "No such command 'distill'; see `steelyard compress --help`"),
         (["generate", "MODEL", "hi", "--temperature", "nan"], 2, "Invalid value for '--temperature'"),
         (["generate", "MODEL", "hi", "--top-p", "2"], 2, "Invalid value for '--top-p'"),
         (["generate", "MODEL", "hi", "--system", "a", "--raw"], 2, "--system needs a model with a chat template"),

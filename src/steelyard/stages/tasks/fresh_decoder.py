@@ -15,7 +15,7 @@ from steelyard.models.decoder import Decoder
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.networks import DecoderNetwork
 
-ENOUGH = 256 << 20
+ENOUGH = 32 << 20
 """Characters that a tokenizer is learnt from, at most."""
 SPREAD = 0.02
 """Standard deviation of fresh weights (Radford et al. 2019)."""
