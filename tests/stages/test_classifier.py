@@ -11,16 +11,20 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import BertConfig, BertModel
 
 from interrupted import ends_the_same
 from steelyard.data.chat import FormatConfig
-from steelyard.errors import ConfigError, DataError
+from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.models import classifiers
+from steelyard.models.inputs import TextInputs, around
 from steelyard.stages.evaluate import evaluate
 from steelyard.stages.labelling import Classification
 from steelyard.stages.predict import predict
 from steelyard.stages.train import train
+from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.networks import LstmNetwork
 from steelyard.train.optimizers import OptimizerConfig
@@ -163,3 +167,54 @@ def test_rows_that_are_too_long(tmp_path: Path, too_long: str, rows: int) -> Non
     assert begun == [rows]
     with pytest.raises(ConfigError, match="too_long 'never' is not known"):
         train(msgspec.structs.replace(config, data=msgspec.structs.replace(data, too_long="never")))
+
+
+def test_a_long_text_is_read_in_windows(tmp_path: Path) -> None:
+    """What tells the classes apart stands behind all that a cut row would have; the checkpoint knows how it is read."""
+    draw = random.Random(5)
+
+    def rows(path: Path, count: int) -> Path:
+        with path.open("w") as file:
+            for _ in range(count):
+                label = draw.choice(sorted(WORDS))
+                words = [draw.choice(WORDS[label][:3]) for _ in range(12)]
+                file.write(json.dumps({"text": "so it was said " * 8 + " ".join(words), "label": label}) + "\n")
+        return path
+
+    learnt, held = rows(tmp_path / "long.jsonl", 200), rows(tmp_path / "held.jsonl", 60)
+    found = {}
+    for too_long in ("truncate", "windows"):
+        data = DataConfig(train=str(learnt), max_length=24, too_long=too_long, deduplicate=False)
+        done = train(configuration(tmp_path, output=str(tmp_path / too_long), data=data, epochs=16))
+        path = Path(str(done.path))
+        classifier = classifiers.load(path)
+        assert classifier.text.window == (24 if too_long == "windows" else None)
+        found[too_long] = evaluate(path, held, FormatConfig())
+    assert isinstance(found["windows"], Classification)
+    assert found["windows"].accuracy > 0.9
+    predict(path, held, tmp_path / "said.jsonl", FormatConfig())
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    share = sum(row["prediction"] == row["label"] for row in said) / len(said)
+    assert share == pytest.approx(found["windows"].accuracy)
+    text = json.loads(held.read_text().splitlines()[0])["text"]
+    parts = classifier.text.windows(classifier.text.all_tokens(text))
+    assert len(parts) > 1
+    scores = classifiers.log_probabilities(classifier, parts)
+    sizes = torch.tensor([[float(len(part))] for part in parts])
+    mean = ((scores * sizes).sum(0) / sizes.sum()).log_softmax(-1)
+    torch.testing.assert_close(classifiers.of_texts(classifier, [text])[0][0], mean, rtol=1e-5, atol=1e-5)
+    config = json.loads((path / "config.json").read_text())
+    for window in (3, 10**9 if classifier.text.context else -1, "x"):
+        (path / "config.json").write_text(json.dumps({**config, "window": window}))
+        with pytest.raises(CheckpointError, match="window must be"):
+            classifiers.load(path)
+
+
+@given(st.integers(0, 90), st.integers(8, 40))
+def test_windows_lose_nothing(encoder: Path, length: int, window: int) -> None:
+    inputs = TextInputs(Tokenizer.load(encoder), 64, window)
+    before, after = around(inputs.tokenizer)
+    text = list(range(100, 100 + length))
+    parts = inputs.windows([*before, *text, *after])
+    assert max(map(len, parts)) <= window
+    assert [token for part in parts for token in part[len(before) : len(part) - len(after)]] == text

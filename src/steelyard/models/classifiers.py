@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from steelyard.models.tagger import EncoderTagger
 from steelyard.models.vision import VisionConfig, VisionTransformer
 from steelyard.text.tokenizer import Tokenizer
 
+SHORTEST = 8
+"""Tokens of a window, at least."""
 ROWS, TOKENS = 64, 8192
 """Most rows and tokens of a forward pass that measures."""
 ENCODERS = ("BertModel", "BertForMaskedLM")
@@ -127,7 +129,17 @@ def load(folder: Path) -> Classifier:
     labels = _labels(raw, folder)
     network = _network(ARCHITECTURES[kind], raw, len(labels), folder)
     weights.fill(network, weights.read_tensors(folder), folder)
-    return Classifier(network.eval().requires_grad_(False), inputs_of(network, folder), labels, folder)
+    inputs = inputs_of(network, folder)
+    if isinstance(inputs, TextInputs):
+        inputs = replace(inputs, window=_window(raw, inputs.context, folder))
+    return Classifier(network.eval().requires_grad_(False), inputs, labels, folder)
+
+
+def _window(raw: dict[str, Any], context: int | None, folder: Path) -> int | None:
+    window = raw.get("window")
+    if window is None or (isinstance(window, int) and SHORTEST <= window <= (context or window)):
+        return window
+    raise CheckpointError(f"'{folder}/config.json': window must be at least {SHORTEST} tokens, and in the context")
 
 
 def inputs_of(network: Network, folder: Path) -> Inputs:
@@ -231,6 +243,8 @@ def save(classifier: Classifier, folder: Path) -> None:
     config: Any = network.config
     values = {name: value for name, value in msgspec.to_builtins(config).items() if name != "classes"}
     kind = next(name for name, known in ARCHITECTURES.items() if known is type(network))
+    if isinstance(classifier.inputs, TextInputs) and classifier.inputs.window is not None:
+        values["window"] = classifier.inputs.window
     names = {str(number): label for number, label in enumerate(classifier.labels)}
     text = json.dumps({"architectures": [kind], **values, "id2label": names}, indent=2, ensure_ascii=False)
     tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
@@ -269,6 +283,27 @@ def log_probabilities(
     if not bool(scores.isfinite().all()):
         raise CheckpointError("the model's figures are not finite: its weights are broken, pull or train anew")
     return scores
+
+
+def of_texts(
+    classifier: Classifier, texts: Sequence[str], report: Callable[[int], None] = lambda done: None
+) -> tuple[torch.Tensor, int]:
+    """Of every class for every text, `[R, C]` as `log_probabilities`, and how many tokens were read.
+
+    Of a text that is read in windows the mean over its tokens, normalised. Raises as `log_probabilities` does.
+    """
+    inputs = classifier.text
+    examples: list[list[int]] = []
+    owners: list[int] = []
+    for number, text in enumerate(texts):
+        rows = inputs.windows(inputs.all_tokens(text))
+        examples += rows
+        owners += [number] * len(rows)
+    scores = log_probabilities(classifier, examples, lambda done: report(done * len(texts) // len(examples)))
+    sizes = torch.tensor([len(row) for row in examples])
+    weighed = torch.zeros(len(texts), scores.shape[1]).index_add_(0, torch.tensor(owners), scores * sizes[:, None])
+    shared = weighed / torch.zeros(len(texts)).index_add_(0, torch.tensor(owners), sizes.float())[:, None]
+    return shared.log_softmax(-1), int(sizes.sum())
 
 
 def _places(inputs: Inputs, examples: Sequence[Any]) -> list[int]:

@@ -36,6 +36,19 @@ class TextInputs:
     tokenizer: Tokenizer
     context: int | None
     """Most tokens of a row; None: any number."""
+    window: int | None = None
+    """Longer texts are read in parts of so many tokens, and what is said of each is averaged; None: they are cut."""
+
+    def windows(self, tokens: Sequence[int]) -> list[list[int]]:
+        """All tokens of a text -> what the network reads of it: one row, or several that are no longer than a window,
+        each with the tokens that stand around every text.
+        """
+        if self.window is None or len(tokens) <= self.window:
+            return [list(tokens[: self.context])]
+        before, after = around(self.tokenizer)
+        text = tokens[len(before) : len(tokens) - len(after)]
+        step = max(1, self.window - len(before) - len(after))
+        return [[*before, *text[begin : begin + step], *after] for begin in range(0, len(text), step)]
 
     def all_tokens(self, text: str) -> list[int]:
         """All of a text, however long; at least one token."""
@@ -52,6 +65,12 @@ class TextInputs:
     def batch(self, examples: Sequence[Any]) -> tuple[Any, ...]:
         """Token ids `[B, L]` and lengths `[B]`."""
         return padded(examples)
+
+
+def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What stands before and behind every text, such as [CLS] and [SEP]."""
+    both = tokenizer.encode_plain("", add_special_tokens=True)
+    return both[: len(both) // 2], both[len(both) // 2 :]
 
 
 class Sentence(msgspec.Struct, frozen=True):
@@ -73,8 +92,7 @@ class WordInputs:
 
     def sentence(self, words: Sequence[str]) -> Sentence:
         """All of a sentence, however long."""
-        around = self.tokenizer.encode_plain("", add_special_tokens=True)
-        before, after = around[: len(around) // 2], around[len(around) // 2 :]  # [CLS] and [SEP]
+        before, after = around(self.tokenizer)
         made = Sentence([*before], [], [0] * len(before))
         for word in words:
             pieces = self._pieces(word)

@@ -79,10 +79,9 @@ def tell_apart(
             known = ", ".join(classifier.labels)
             reason = "has no label" if row.label is None else f"has the label '{row.label}'"
             raise DataError(f"{reason}; this classifier knows {known}", file=row.file, line=row.line)
-    tokens = [classifier.text.tokens(str(row.text)) for row in rows]
-    scores = classifiers.log_probabilities(classifier, tokens, lambda done: report(done, len(rows)))
-    seconds = time.perf_counter() - started
-    return _summary(rows, classifier.labels, scores, sum(map(len, tokens)), seconds), scores
+    texts = [str(row.text) for row in rows]
+    scores, tokens = classifiers.of_texts(classifier, texts, lambda done: report(done, len(rows)))
+    return _summary(rows, classifier.labels, scores, tokens, time.perf_counter() - started), scores
 
 
 def see_apart(

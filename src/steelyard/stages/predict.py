@@ -94,8 +94,8 @@ def _classify(
     format_: FormatConfig,
     report: Callable[[int, int], None],
 ) -> Iterator[dict[str, Any]]:
-    tokens = [classifier.text.tokens(_text(row, line, data, format_)) for line, row in rows]
-    scores = classifiers.log_probabilities(classifier, tokens, lambda done: report(done, len(rows)))
+    texts = [_text(row, line, data, format_) for line, row in rows]
+    scores, _ = classifiers.of_texts(classifier, texts, lambda done: report(done, len(rows)))
     yield from _named(classifier.labels, scores)
 
 

@@ -32,7 +32,9 @@ class DataConfig(FormatConfig, frozen=True, kw_only=True):
     max_length: int = 1024
     """Most tokens of a row."""
     too_long: str = "error"
-    """What a longer row is: error, truncate or drop."""
+    """What a longer row is: error, truncate or drop; of a classifier's text also windows: read in parts of max_length,
+    in training and in use.
+    """
     deduplicate: bool = True
     """Remove exact duplicates before anything else."""
     bad_files: int = 0

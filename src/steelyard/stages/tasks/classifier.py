@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,13 +25,19 @@ from steelyard.train.classification import Classification, Labelled
 from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.networks import LstmNetwork
 
+WINDOWS = "windows"
+"""What a text that is too long can be besides: several rows of one label."""
+
 
 def prepare(config: TrainConfig) -> Prepared:
     """Read a run's rows. Raises as `stages.train.train` does."""
     config, learnt, held = conversations(config)
     labels = config.data.labels
-    if config.data.too_long not in TOO_LONG:
-        raise ConfigError(f"data.too_long '{config.data.too_long}' is not known; known: {', '.join(TOO_LONG)}")
+    known = (*TOO_LONG, WINDOWS)
+    if config.data.too_long not in known:
+        raise ConfigError(f"data.too_long '{config.data.too_long}' is not known; known: {', '.join(known)}")
+    if config.data.too_long == WINDOWS and config.data.max_length < classifiers.SHORTEST:
+        raise ConfigError(f"data.max_length: windows are of {classifiers.SHORTEST} tokens at least")
     if not labels:
         raise DataError("a classifier learns from labelled rows: texts, each with its label", file=config.data.train)
     base = None if config.model is None else resolve(config.model)
@@ -44,6 +51,9 @@ def prepare(config: TrainConfig) -> Prepared:
             assert isinstance(config.network, LstmNetwork), "the other networks read no texts"
             texts = [_text(chat) for chat in learnt]
             classifier = _fresh(config.network, labels, texts, run.folder / "tokenizer", config.seed)
+        window = min(config.data.max_length, classifier.text.context or config.data.max_length)
+        parted = replace(classifier.text, window=window if config.data.too_long == WINDOWS else None)
+        classifier = replace(classifier, inputs=parted)
         rows, validation = (_rows(classifier, chats, config.data) for chats in (learnt, held))
         return Classification(
             classifier,
@@ -85,6 +95,11 @@ def _rows(classifier: Classifier, chats: Sequence[Conversation], data: DataConfi
     made = Labelled([], [])
     for chat in chats:
         tokens = inputs.all_tokens(_text(chat))
+        if data.too_long == WINDOWS:
+            for part in inputs.windows(tokens):
+                made.examples.append(part)
+                made.labels.append((numbers[str(chat.label)],))
+            continue
         if len(tokens) > most and data.too_long == "error":
             reason = f"{len(tokens)} tokens, at most {most} fit: shorten it, or set data.too_long"
             raise DataError(reason, file=chat.file, line=chat.line)
