@@ -274,8 +274,8 @@ def clipart(folder: Path, seeds: list[int], quick: bool) -> Found:
             task="classification",
             network=FusionNetwork(modalities=modalities, how=how, text_model=MINILM, image_size=48, dropout=0.2),  # type: ignore[arg-type]
             output=str(place / name),
-            data=DataConfig(train=str(learnt), holdout=20 if quick else 300),
-            epochs=1 if quick else 10,
+            data=DataConfig(train=str(learnt), holdout=20 if quick else 200, deduplicate=False),
+            epochs=1 if quick else 16,
             batch_size=32,
             micro_batch_tokens=4096,
             dtype="bfloat16",
