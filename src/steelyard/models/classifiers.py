@@ -117,7 +117,7 @@ def tags_words(folder: Path) -> bool:
 
 
 def load(folder: Path) -> Classifier:
-    """Open a classifier for evaluation.
+    """Open a classifier for evaluation, in the dtype that it was trained in.
 
     Raises:
         CheckpointError: it is none, or its weights do not fit its config.json.
@@ -128,7 +128,10 @@ def load(folder: Path) -> Classifier:
         raise CheckpointError(f"'{folder}' is no classifier: its architecture is '{kind}'")
     labels = _labels(raw, folder)
     network = _network(ARCHITECTURES[kind], raw, len(labels), folder)
-    weights.fill(network, weights.read_tensors(folder), folder)
+    tensors = weights.read_tensors(folder)
+    if all(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):  # it runs as it was trained
+        network.to(torch.bfloat16)
+    weights.fill(network, tensors, folder)
     inputs = inputs_of(network, folder)
     if isinstance(inputs, TextInputs):
         inputs = replace(inputs, window=_window(raw, inputs.context, folder))
