@@ -120,7 +120,7 @@ def transfer(folder: Path, seeds: list[int], quick: bool) -> Found:
             model=MINILM,
             output=str(folder / f"newsgroups-{seed}" / "run"),
             data=DataConfig(train=str(learnt), holdout=500, max_length=128 if quick else 256, too_long="windows"),
-            epochs=1 if quick else 3,
+            epochs=1 if quick else 2,
             ema=0.99,
             label_smoothing=0.1,
             batch_size=32,
