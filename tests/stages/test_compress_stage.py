@@ -89,10 +89,12 @@ def test_a_pruned_model(tiny_model: Path, tmp_path: Path, method: Any, pattern: 
     rows.write_text("".join(json.dumps({"text": f"The user asks {number} times."}) + "\n" for number in range(30)))
     output = tmp_path / "pruned"
     config = PruneConfig(method=method, pattern=pattern)
-    found = prune(tiny_model, output, config, data=rows, thresholds=LOOSE, accept=True)
+    given = None if method == "magnitude" else rows
+    found = prune(tiny_model, output, config, data=given, thresholds=LOOSE, accept=True)
     written = manifest.verify(output)
-    assert written.recipe["compress"] == {**msgspec.to_builtins(config), "tokens": CALIBRATION}
-    assert written.data["rows.jsonl"] == manifest.sha256_file(rows)
+    read = {"tokens": CALIBRATION} if given else {}
+    assert written.recipe["compress"] == {**msgspec.to_builtins(config), **read}
+    assert written.data.get("rows.jsonl") == (manifest.sha256_file(rows) if given else None)
     before, after = open_checkpoint(tiny_model).decoder, open_checkpoint(output).decoder
     for name, layer in decoders.linears(after.model.layers).items():
         assert float((layer.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01), name
@@ -102,7 +104,7 @@ def test_a_pruned_model(tiny_model: Path, tmp_path: Path, method: Any, pattern: 
     linear = sum(2 * layer.weight.numel() for layer in decoders.linears(after.model.layers).values())
     assert found.bytes_after == pytest.approx(found.bytes_before - linear * (0.5 - 1 / 16), rel=0.08)
     dense = tmp_path / "dense"
-    prune(tiny_model, dense, config, data=rows, thresholds=LOOSE, accept=True, dense=True)
+    prune(tiny_model, dense, config, data=given, thresholds=LOOSE, accept=True, dense=True)
     other = open_checkpoint(dense).decoder.state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in after.state_dict().items())
 
@@ -110,4 +112,13 @@ def test_a_pruned_model(tiny_model: Path, tmp_path: Path, method: Any, pattern: 
 def test_judging_needs_rows(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--data"):
         prune(tiny_model, tmp_path / "pruned", PruneConfig(method="wanda"))
+    with pytest.raises(ConfigError, match="reads no data"):
+        prune(tiny_model, tmp_path / "pruned", PruneConfig(method="magnitude"), data=tmp_path / "rows.jsonl")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_quantised_is_not_pruned(tiny_model: Path, tmp_path: Path) -> None:
+    compress(tiny_model, tmp_path / "small", thresholds=LOOSE)
+    with pytest.raises(CheckpointError, match="quantised already"):
+        prune(tmp_path / "small", tmp_path / "pruned", PruneConfig(method="magnitude"), accept=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["small"]

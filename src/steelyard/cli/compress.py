@@ -16,7 +16,9 @@ from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import compress as stage
 
 app = typer.Typer(no_args_is_help=True, help="Make a checkpoint smaller, and certify what it cost.")
-
+Accept = Annotated[bool, typer.Option("--accept", help="Keep it even past a threshold.")]
+MaxBits = Annotated[float, typer.Option(help="Largest relative rise of bits per byte.")]
+MaxKl = Annotated[float | None, typer.Option(help="Largest mean KL divergence in nats.")]
 HELP = console.examples(
     "int8 weights and activations in the compressed-tensors layout, with a fidelity certificate. An adapter is merged "
     "into its base first.",
@@ -24,7 +26,6 @@ HELP = console.examples(
     "compress quantize MODEL --output OUT --portable",
     "compress quantize MODEL --output OUT --max-bits-per-byte 0.01 --accept",
 )
-
 
 PRUNE = console.examples(
     "Set weights of the linear layers to 0 and store those that are left, with a fidelity certificate. magnitude "
@@ -45,9 +46,9 @@ def quantize(
     checkpoint: Annotated[str, typer.Argument(help="A model or adapter: a folder or a source.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the int8 checkpoint goes.")],
     portable: Annotated[bool, typer.Option("--portable", help="Leave embedding and head unquantised.")] = False,
-    accept: Annotated[bool, typer.Option("--accept", help="Keep it even past a threshold.")] = False,
-    max_bits_per_byte: Annotated[float, typer.Option(help="Largest relative rise of bits per byte.")] = 0.02,
-    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL divergence in nats.")] = None,
+    accept: Accept = False,
+    max_bits_per_byte: MaxBits = 0.02,
+    max_kl: MaxKl = None,
     as_json: console.Json = False,
 ) -> None:
     """See HELP."""
@@ -67,15 +68,15 @@ def prune(
     method: Annotated[
         Literal["magnitude", "wanda", "sparsegpt"], typer.Option(help="How weights are judged.")
     ] = "sparsegpt",
-    rate: Annotated[float, typer.Option(help="Share of the weights that goes.")] = 0.5,
+    rate: Annotated[float | None, typer.Option(help="Share of the weights that goes; a half by default.")] = None,
     pattern: Annotated[str | None, typer.Option(help="Instead: how many of every few stay, such as 2:4.")] = None,
     scope: Annotated[Literal["layer", "model"], typer.Option(help="magnitude: of what the rate is a share.")] = "layer",
     data: Annotated[Path | None, typer.Option(help="Rows to judge by, as train reads them.")] = None,
     tokens: Annotated[int, typer.Option(help="How many of their tokens are read, at most.")] = stage.CALIBRATION,
     dense: Annotated[bool, typer.Option("--dense", help="Store zeros, too: for other readers.")] = False,
-    accept: Annotated[bool, typer.Option("--accept", help="Keep it even past a threshold.")] = False,
-    max_bits_per_byte: Annotated[float, typer.Option(help="Largest relative rise of bits per byte.")] = 0.02,
-    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL divergence in nats.")] = None,
+    accept: Accept = False,
+    max_bits_per_byte: MaxBits = 0.02,
+    max_kl: MaxKl = None,
     as_json: console.Json = False,
 ) -> None:
     """See PRUNE."""

@@ -99,6 +99,10 @@ def prune(
     check(config)
     if data is None and config.method != "magnitude":
         raise ConfigError(f"{config.method} judges weights by what they read: give it rows (--data FILE)")
+    if data is not None and config.method == "magnitude":
+        raise ConfigError("magnitude reads no data: leave out --data, or name another method")
+    if tokens < 1:
+        raise ConfigError(f"{tokens} tokens to judge by: give at least 1")
     digests = {} if data is None else {data.name: manifest.sha256_file(data)}
 
     def make(opened: Opened, folder: Path) -> Decoder:
@@ -108,7 +112,7 @@ def prune(
         weights.save(pruned, folder, opened.base, zeros=dense)
         return opened.decoder
 
-    recipe = {**msgspec.to_builtins(config), "tokens": tokens}
+    recipe = {**msgspec.to_builtins(config), **({} if data is None else {"tokens": tokens})}
     return _certified(source, output, make, recipe, digests, thresholds, accept, report)
 
 

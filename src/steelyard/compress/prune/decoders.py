@@ -13,11 +13,12 @@ from steelyard.compress.prune import magnitude, masks, sparse_gpt, wanda
 from steelyard.compress.prune.inputs import Seen, watching
 from steelyard.compress.prune.masks import Pattern
 from steelyard.data.packing import Pack
-from steelyard.errors import ConfigError
+from steelyard.errors import CheckpointError, ConfigError
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+RATE = 0.5
+"""Where neither a rate nor a pattern is asked for."""
 
 
 class PruneConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,8 +26,8 @@ class PruneConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
     """How weights are judged."""
-    rate: float = 0.5
-    """Share of the weights of linear layers that goes; embedding and head stay."""
+    rate: float | None = None
+    """Share of the weights of linear layers that goes, a half by default; embedding and head stay."""
     pattern: str | None = None
     """Instead of a rate: so many of every few weights of a row stay, such as 2:4."""
     scope: Literal["layer", "model"] = "layer"
@@ -39,7 +40,9 @@ def check(config: PruneConfig) -> Pattern | None:
     Raises:
         ConfigError: settings that do not go together.
     """
-    if not 0 < config.rate < 1:
+    if config.rate is not None and config.pattern is not None:
+        raise ConfigError("rate and pattern exclude each other: leave one out")
+    if config.rate is not None and not 0 < config.rate < 1:
         raise ConfigError(f"rate {config.rate}: a share of the weights is needed, above 0 and below 1")
     if config.scope == "model" and (config.method != "magnitude" or config.pattern is not None):
         raise ConfigError("scope 'model' is magnitude's alone, and has no pattern")
@@ -63,11 +66,14 @@ def prune(
 
     Raises:
         ConfigError: settings that do not go together, or do not fit the layers.
+        CheckpointError: the decoder is quantised.
     """
-    few = check(config)
+    few, rate = check(config), RATE if config.rate is None else config.rate
+    if any(not tensor.is_floating_point() for tensor in decoder.buffers()):
+        raise CheckpointError("the model is quantised already; prune its parent")
     if config.method == "magnitude":
         layers = linears(decoder.model.layers)
-        going = _smallest({name: layer.weight for name, layer in layers.items()}, config, few)
+        going = _smallest({name: layer.weight for name, layer in layers.items()}, config.scope, rate, few)
         for name, layer in layers.items():
             layer.weight.masked_fill_(going[name], 0)
         return
@@ -81,7 +87,7 @@ def prune(
             for x, arguments in zip(states, passes, strict=True):
                 block(x, *arguments)
         for name, layer in layers.items():
-            layer.weight.copy_(_pruned(layer.weight, seen[name], config, few))
+            layer.weight.copy_(_pruned(layer.weight, seen[name], rate, few))
         states = [block(x, *arguments) for x, arguments in zip(states, passes, strict=True)]
         report(number + 1, len(decoder.model.layers))
 
@@ -91,19 +97,20 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
 
 
-def _smallest(weights: Mapping[str, torch.Tensor], config: PruneConfig, few: Pattern | None) -> dict[str, torch.Tensor]:
+def _smallest(
+    weights: Mapping[str, torch.Tensor], scope: str, rate: float, few: Pattern | None
+) -> dict[str, torch.Tensor]:
     scores = {name: magnitude.scores(weight) for name, weight in weights.items()}
-    if config.scope == "model":
-        return masks.lowest_of_all(scores, config.rate)
+    if scope == "model":
+        return masks.lowest_of_all(scores, rate)
     if few is not None:
         return {name: masks.lowest_of_few(layer, few) for name, layer in scores.items()}
-    return {name: masks.lowest_of_layer(layer, config.rate) for name, layer in scores.items()}
+    return {name: masks.lowest_of_layer(layer, rate) for name, layer in scores.items()}
 
 
-def _pruned(weight: torch.Tensor, seen: Seen, config: PruneConfig, few: Pattern | None) -> torch.Tensor:
-    if config.method == "sparsegpt":
-        assert seen.gram is not None, "asked for"
-        return sparse_gpt.prune(weight, seen.gram, config.rate, few)
+def _pruned(weight: torch.Tensor, seen: Seen, rate: float, few: Pattern | None) -> torch.Tensor:
+    if seen.gram is not None:
+        return sparse_gpt.prune(weight, seen.gram, rate, few)
     scores = wanda.scores(weight, seen.squares)
-    going = masks.lowest(scores, config.rate) if few is None else masks.lowest_of_few(scores, few)
+    going = masks.lowest(scores, rate) if few is None else masks.lowest_of_few(scores, few)
     return weight.masked_fill(going, 0)

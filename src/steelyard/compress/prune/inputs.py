@@ -21,7 +21,6 @@ class Seen:
     """
 
     def __init__(self, size: int, products: bool) -> None:
-        self.tokens = 0
         self.squares = torch.zeros(size)
         """`[M]`: sum of x^2."""
         self.gram = torch.zeros(size, size) if products else None
@@ -30,7 +29,6 @@ class Seen:
     def add(self, x: torch.Tensor) -> None:
         """Inputs `[..., M]`."""
         rows = x.detach().flatten(0, -2).float()
-        self.tokens += len(rows)
         if self.gram is None:
             self.squares += rows.square().sum(0)
         else:

@@ -51,7 +51,7 @@ def prepare(config: TrainConfig) -> Prepared:
         evaluator = _evaluator(held, validation, config, tokenizer, template)
         return LanguageModelling(decoder, adapter, rows, base.resolve(), evaluator)
 
-    counts = {**(small.counts() if small else {"rows": len(learnt)}), "validation_rows": len(held)}
+    counts = {**({"rows": len(learnt)} if small is None else small.counts()), "validation_rows": len(held)}
     parent = manifest.read(base).id
     return Prepared(config=config, counts=counts, parent=parent, build=build, digests=file_digests(config))
 
