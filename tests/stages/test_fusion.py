@@ -146,6 +146,8 @@ def test_a_wrong_row_is_named(tmp_path: Path, row: dict[str, Any], complaint: st
         (FusionNetwork(modalities=("image", "text")), "in this order"),
         (FusionNetwork(width=30, heads=4), "must divide network.width"),
         (FusionNetwork(drop_modality=1.0), "network.drop_modality"),
+        (FusionNetwork(alone=1.5), "network.alone must be 0 to 1, not 1.5"),
+        (FusionNetwork(alone=1.0), "network.alone must be below 1"),
     ],
 )
 def test_a_wrong_setting_is_named(network: FusionNetwork, complaint: str, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Text, image and sound together: a tower for each, and three ways to join what they see; any of them may be missing.
 
-late              each tower has logits of its own; theirs that are there are averaged
+late              each tower has logits of its own; the sum of those that are there: a product of experts (Hinton 2002)
 gated             what towers see is weighed by gates over all of it, then classified (Arevalo et al. 2017)
 cross-attention   a learnt question attends to every state of every tower (Vaswani et al. 2017), then it is classified
 """
@@ -39,6 +39,8 @@ class FusionConfig(msgspec.Struct, frozen=True, kw_only=True):
     dropout: float = 0.1
     drop_modality: float = 0.1
     """Share of the rows that learn without one of their modalities."""
+    alone: bool = False
+    """Whether each modality has a classifier of its own, too, that learns beside the joined one; "late" always has."""
     text: EncoderConfig | None = None
     image: ConvNetConfig | None = None
     audio: WhisperConfig | None = None
@@ -56,7 +58,8 @@ class FusionConfig(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             CheckpointError: one that is missing, out of range or not known here.
         """
-        known = {name: raw[name] for name in ("how", "width", "heads", "dropout", "drop_modality") if name in raw}
+        names = ("how", "width", "heads", "dropout", "drop_modality", "alone")
+        known = {name: raw[name] for name in names if name in raw}
         towers: dict[str, Any] = {}
         for name, parse in (
             ("text", EncoderConfig.parse),
@@ -109,17 +112,22 @@ class _AudioTower(nn.Module):
         return states, torch.arange(states.shape[1]) < ((frames + 1) // 2)[:, None]
 
 
-class _Late(nn.Module):
-    """Logits of each modality, averaged over those that are there."""
+class _Alone(nn.Module):
+    """Logits of each modality, whatever the others see: `[B, modalities, K]`."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.classifiers = nn.ModuleDict({name: nn.Linear(config.width, config.classes) for name in config.modalities})
 
+    def each(self, seen: dict[str, Seen]) -> torch.Tensor:
+        return torch.stack([self.classifiers[name](_mean(found)) for name, found in seen.items()], 1)
+
+
+class _Late(_Alone):
+    """The sum over the modalities that are there."""
+
     def forward(self, seen: dict[str, Seen], present: torch.Tensor) -> torch.Tensor:
-        logits = torch.stack([self.classifiers[name](_mean(found)) for name, found in seen.items()], 1)
-        share = present / present.sum(1, keepdim=True)
-        return (logits * share[..., None]).sum(1)
+        return (self.each(seen) * present[..., None]).sum(1)
 
 
 class _Gated(nn.Module):
@@ -196,6 +204,8 @@ class FusionClassifier(nn.Module):
             towers["audio"] = _AudioTower(config.audio, config.width)
         self.towers = nn.ModuleDict(towers)
         self.join = JOINS[config.how](config)
+        if config.alone and config.how != "late":
+            self.alone = _Alone(config)
 
     def forward(self, present: torch.Tensor, *inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Logits `[B, K]`.
@@ -205,12 +215,27 @@ class FusionClassifier(nn.Module):
             inputs: of each tower in its order: token ids `[B, L]` and lengths `[B]`; images `[B, C, S, S]` uint8;
                 features `[B, M, F]` and frames `[B]`.
         """
+        joined: torch.Tensor = self.join(*self._seen(present, inputs))
+        return joined
+
+    def with_each(self, present: torch.Tensor, *inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and the logits `[B, modalities, K]` of each alone: where it is not there, they say nothing.
+
+        Raises:
+            AttributeError: they have no classifiers of their own (`FusionConfig.alone`).
+        """
+        seen, there = self._seen(present, inputs)
+        own = self.join if isinstance(self.join, _Late) else self.alone
+        return self.join(seen, there), own.each(seen)
+
+    def _seen(
+        self, present: torch.Tensor, inputs: tuple[tuple[torch.Tensor, ...], ...]
+    ) -> tuple[dict[str, Seen], torch.Tensor]:
+        """What each tower sees, and `[B, modalities]` what is to be joined: 1 or 0."""
         if self.training and self.config.drop_modality and present.shape[1] > 1:
             present = _without_some(present, self.config.drop_modality)
         seen = {name: tower(*given) for (name, tower), given in zip(self.towers.items(), inputs, strict=True)}
-        dtype = next(iter(seen.values()))[0].dtype
-        logits: torch.Tensor = self.join(seen, present.to(dtype))
-        return logits
+        return seen, present.to(next(iter(seen.values()))[0].dtype)
 
 
 def _mean(seen: Seen) -> torch.Tensor:

@@ -74,10 +74,17 @@ class Classification:
 
     def loss(self, rows: Sequence[int]) -> torch.Tensor:
         """-log p of the labels, in nats."""
+        batch, truth = self._batch(rows)
+        return self._losses(self.classifier.network(*batch), truth).sum()
+
+    def _batch(self, rows: Sequence[int]) -> tuple[Batch, torch.Tensor]:
+        """What the network is given, and the numbers of the classes `[N]`."""
         batch = self._augment(self.classifier.inputs.batch([self._learnt.examples[row] for row in rows]))
-        truth = torch.tensor([label for row in rows for label in self._learnt.labels[row]])
-        logits = self.classifier.network(*batch).float()
-        return F.cross_entropy(logits, truth, reduction="sum", label_smoothing=self._smoothing)
+        return batch, torch.tensor([label for row in rows for label in self._learnt.labels[row]])
+
+    def _losses(self, logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """Of each of `[N]`, from `[N, C]`."""
+        return F.cross_entropy(logits.float(), truth, reduction="none", label_smoothing=self._smoothing)
 
     def train(self, on: bool) -> None:
         """Dropout."""

@@ -102,6 +102,9 @@ class FusionNetwork(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
     dropout: float = 0.1
     drop_modality: float = 0.1
     """Share of the rows that learn without one of their modalities."""
+    alone: float = 0.5
+    """Share of the loss that the modalities bear each on its own: learning jointly alone, the quicker one leaves the
+    others little to learn from (Wang et al. 2020)."""
 
 
 Network = LstmNetwork | ConvNetwork | VitNetwork | SpeechNetwork | DecoderNetwork | EncoderNetwork | FusionNetwork
@@ -149,6 +152,8 @@ def check(network: Network) -> None:
             raise ConfigError(f"network.{key} must be 1 to {MOST[key]}, not {value}")
         if key in ("dropout", "drop_modality") and not 0 <= value < 1:
             raise ConfigError(f"network.{key} must be at least 0 and below 1, not {value}")
+        if key == "alone" and not 0 <= value <= 1:
+            raise ConfigError(f"network.alone must be 0 to 1, not {value}")
         if key == "channels" and value not in (1, 3):
             raise ConfigError(f"network.channels must be 1 (grey) or 3 (colour), not {value}")
         if key == "widths" and not (value and 1 <= min(value) <= max(value) <= 4096 and len(value) <= 8):
@@ -164,5 +169,7 @@ def check(network: Network) -> None:
             raise ConfigError("network.modalities must be some of text, image, audio, each once, in this order")
         if not network.modalities or network.width % network.heads:
             raise ConfigError("network.modalities must not be empty, and network.heads must divide network.width")
+        if network.alone == 1 and network.how != "late":
+            raise ConfigError('network.alone must be below 1, unless network.how is "late": nothing would be joined')
     if isinstance(network, VitNetwork | SpeechNetwork | EncoderNetwork) and network.hidden % network.heads:
         raise ConfigError(f"network.heads {network.heads} must divide network.hidden {network.hidden}")

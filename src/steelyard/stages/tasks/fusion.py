@@ -27,8 +27,9 @@ from steelyard.models.seq2seq import WhisperConfig, sines
 from steelyard.runs import Run
 from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, digest_of, named, parts
 from steelyard.text.tokenizer import Tokenizer
-from steelyard.train.classification import Classification, Labelled
+from steelyard.train.classification import Labelled
 from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.fusion import FusedClassification
 from steelyard.train.networks import FusionNetwork
 
 MAX_SECONDS = 30
@@ -46,9 +47,9 @@ def prepare(config: TrainConfig) -> Prepared:
     config = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, labels=labels))
     base = None if network.text_model is None else resolve(network.text_model)
 
-    def build(run: Run) -> Classification:
+    def build(run: Run) -> FusedClassification:
         classifier = _fresh(network, labels, [row.text or "" for row in learnt], base, run.folder, config.seed)
-        return Classification(
+        return FusedClassification(
             classifier,
             labelled(classifier, learnt, config.data, run),
             labelled(classifier, held, config.data, run),
@@ -56,6 +57,7 @@ def prepare(config: TrainConfig) -> Prepared:
             dtype=DTYPES[config.dtype],
             smoothing=config.label_smoothing,
             augment=lambda batch: _augmented(classifier, batch, config),
+            alone=network.alone,
         )
 
     counts = {"rows": len(learnt), "validation_rows": len(held), "labels": len(labels)}
@@ -166,6 +168,7 @@ def _fresh(
         heads=network.heads,
         dropout=network.dropout,
         drop_modality=network.drop_modality,
+        alone=network.alone > 0,
         text=described,
         image=_image_tower(network) if "image" in network.modalities else None,
         audio=_audio_tower(network) if "audio" in network.modalities else None,
