@@ -119,7 +119,9 @@ def transfer(folder: Path, seeds: list[int], quick: bool) -> Found:
             task="classification",
             model=MINILM,
             output=str(folder / f"newsgroups-{seed}" / "run"),
-            data=DataConfig(train=str(learnt), holdout=500, max_length=128 if quick else 256, too_long="windows"),
+            data=DataConfig(
+                train=str(learnt), holdout=500, max_length=128 if quick else 256, too_long="windows", max_windows=3
+            ),
             epochs=1 if quick else 2,
             ema=0.99,
             label_smoothing=0.1,

@@ -58,6 +58,7 @@ validation = "held.tsv"
 holdout = 3
 max_length = 64
 too_long = "drop"
+max_windows = 3
 deduplicate = false
 format = "labelled"
 columns = ["label", "text"]

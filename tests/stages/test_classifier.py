@@ -210,6 +210,25 @@ def test_a_long_text_is_read_in_windows(tmp_path: Path) -> None:
             classifiers.load(path)
 
 
+def test_a_long_text_counts_for_no_more_than_some_windows(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    texts = [" ".join(f"w{number}" for number in range(size)) for size in (2, 300, 3)]
+    path.write_text("".join(json.dumps({"text": text, "label": "ab"[len(text) > 20]}) + "\n" for text in texts))
+    counts: list[tuple[int, list[int]]] = []
+
+    def begun(trainer: Any, _: Any) -> None:
+        counts.append((trainer.task.rows, [len(row) for row in trainer.task._learnt.examples]))
+
+    for most in (1, 3, 10_000):
+        data = DataConfig(train=str(path), max_length=24, too_long="windows", max_windows=most)
+        train(configuration(tmp_path, output=str(tmp_path / str(most)), data=data, epochs=1), begun=begun)
+    assert [rows for rows, _ in counts[:2]] == [3, 5]
+    assert counts[2][0] > 20
+    assert counts[1][1].count(24) == 3, "the last one of all is shorter"
+    with pytest.raises(ConfigError, match=r"data\.max_windows must be at least 1, not 0"):
+        train(configuration(tmp_path, data=msgspec.structs.replace(data, max_windows=0)))
+
+
 @given(st.integers(0, 90), st.integers(8, 40))
 def test_windows_lose_nothing(encoder: Path, length: int, window: int) -> None:
     inputs = TextInputs(Tokenizer.load(encoder), 64, window)

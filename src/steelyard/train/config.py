@@ -35,6 +35,8 @@ class DataConfig(FormatConfig, frozen=True, kw_only=True):
     """What a longer row is: error, truncate or drop; of a classifier's text also windows: read in parts of max_length,
     in training and in use.
     """
+    max_windows: int = 8
+    """From how many parts of one text is learnt, at most, evenly over it; in use all are read."""
     deduplicate: bool = True
     """Remove exact duplicates before anything else."""
     bad_files: int = 0

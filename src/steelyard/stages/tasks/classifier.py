@@ -38,6 +38,8 @@ def prepare(config: TrainConfig) -> Prepared:
         raise ConfigError(f"data.too_long '{config.data.too_long}' is not known; known: {', '.join(known)}")
     if config.data.too_long == WINDOWS and config.data.max_length < classifiers.SHORTEST:
         raise ConfigError(f"data.max_length: windows are of {classifiers.SHORTEST} tokens at least")
+    if config.data.max_windows < 1:
+        raise ConfigError(f"data.max_windows must be at least 1, not {config.data.max_windows}")
     if not labels:
         raise DataError("a classifier learns from labelled rows: texts, each with its label", file=config.data.train)
     base = None if config.model is None else resolve(config.model)
@@ -96,7 +98,7 @@ def _rows(classifier: Classifier, chats: Sequence[Conversation], data: DataConfi
     for chat in chats:
         tokens = inputs.all_tokens(_text(chat))
         if data.too_long == WINDOWS:
-            for part in inputs.windows(tokens):
+            for part in _spread(inputs.windows(tokens), data.max_windows):
                 made.examples.append(part)
                 made.labels.append((numbers[str(chat.label)],))
             continue
@@ -107,6 +109,11 @@ def _rows(classifier: Classifier, chats: Sequence[Conversation], data: DataConfi
             made.examples.append(tokens[:most])
             made.labels.append((numbers[str(chat.label)],))
     return made
+
+
+def _spread(parts: list[list[int]], most: int) -> list[list[int]]:
+    """Some of the parts, evenly over all: the first is one of them."""
+    return [parts[number * len(parts) // most] for number in range(most)] if len(parts) > most else parts
 
 
 def _text(chat: Conversation) -> str:
