@@ -279,20 +279,30 @@ def clipart(folder: Path, seeds: list[int], quick: bool) -> Found:
     ):
         config = TrainConfig(
             task="classification",
-            network=FusionNetwork(modalities=modalities, how=how, text_model=MINILM, image_size=48, dropout=0.2),  # type: ignore[arg-type]
+            network=FusionNetwork(
+                modalities=modalities,  # type: ignore[arg-type]
+                how=how,  # type: ignore[arg-type]
+                text_model=MINILM,
+                image_size=48,
+                dropout=0.2,
+                alone=1.0 if how == "late" else 0.5,
+            ),
             output=str(place / name),
             data=DataConfig(train=str(learnt), holdout=20 if quick else 200, deduplicate=False),
-            epochs=1 if quick else 16,
-            batch_size=32,
+            epochs=1 if quick else 24,
+            batch_size=64,
             micro_batch_tokens=4096,
             dtype="bfloat16",
             label_smoothing=0.05,
-            augment=Augmentation(flip=True, shift=3) if "image" in modalities else Augmentation(),
+            augment=Augmentation(flip=True, shift=4, erase=12) if "image" in modalities else Augmentation(),
             optimizer=OptimizerConfig(
-                name="adamw",
-                learning_rate=1e-3,
+                name="muon",
+                learning_rate=4e-3,
                 weight_decay=0.02,
-                groups=(GroupConfig(match=r"towers\.text\.encoder", scale=0.15),),
+                groups=(
+                    GroupConfig(match=r"towers\.text\.encoder\.embeddings", scale=0.0),
+                    GroupConfig(match=r"towers\.text\.encoder", scale=0.04),
+                ),
             ),
         )
         done, minutes = trained(config)
