@@ -12,6 +12,9 @@ import torch
 from families import make
 from native_forms import native
 from steelyard.compress.quantize import int8
+from steelyard.compress.quantize.smoothing import smooth
+from steelyard.data.packing import pack
+from steelyard.data.rows import TokenRow
 from steelyard.errors import CheckpointError
 from steelyard.infer.plan import Plan
 from steelyard.infer.runner import has_plan
@@ -28,11 +31,15 @@ BLOCKS = 64
 __all__ = ["native"]
 
 
-def small(folder: Path, family: str) -> Decoder:
+def small(folder: Path, family: str, smoothed: bool = False) -> Decoder:
     """The int8 form of a small random model, in float32."""
     make(folder / "base", family)
     (folder / "int8").mkdir()
-    int8.write(weights.load(folder / "base", torch.float32), folder / "int8", folder / "base")
+    decoder, moved = weights.load(folder / "base", torch.float32), None
+    if smoothed:
+        row = TokenRow(tokens=torch.randint(97, (40,)).tolist(), trained=[True] * 40)
+        moved = smooth(decoder, [pack([row])], 0.5, head=True)
+    int8.write(decoder, folder / "int8", folder / "base", smoothed=moved)
     return weights.load(folder / "int8", torch.float32)
 
 
@@ -79,18 +86,18 @@ def random_rows(lengths: Sequence[int]) -> list[torch.Tensor]:
     return [torch.randint(97, (length,)) for length in lengths]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_native_equals_the_twin_to_the_bit(tmp_path: Path, native: Library, family: str) -> None:
-    decoder = small(tmp_path, family)
+@pytest.mark.parametrize(("family", "smoothed"), [*((family, False) for family in FAMILIES), ("smollm", True)])
+def test_native_equals_the_twin_to_the_bit(tmp_path: Path, native: Library, family: str, smoothed: bool) -> None:
+    decoder = small(tmp_path, family, smoothed)
     rows = random_rows([1, 37, 5, 70])
     ours, twin = together(plan(decoder, native), Rows(rows)), together(plan(decoder, None), Rows(rows))
     for found, expected in zip(ours, twin, strict=True):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_the_reference_forward(tmp_path: Path, family: str) -> None:
-    decoder = small(tmp_path, family)
+@pytest.mark.parametrize(("family", "smoothed"), [*((family, False) for family in FAMILIES), ("smollm", True)])
+def test_it_is_the_reference_forward(tmp_path: Path, family: str, smoothed: bool) -> None:
+    decoder = small(tmp_path, family, smoothed)
     rows = random_rows([60, 9])
     found = together(plan(decoder, library.load()), Rows(rows))
     for row, logits in zip(rows, found, strict=True):

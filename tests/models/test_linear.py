@@ -62,4 +62,7 @@ def test_embedding_looks_up_what_was_rounded() -> None:
     weight, scale = quantize_channels(torch.randn(10, 8))
     token_ids = torch.tensor([3, 3, 9])
     expected = (weight[token_ids].float() * scale[token_ids].float()).bfloat16()
-    assert torch.equal(Int8Embedding(weight, scale, torch.bfloat16)(token_ids), expected)
+    assert torch.equal(Int8Embedding(weight, scale, None, torch.bfloat16)(token_ids), expected)
+    columns = torch.logspace(-3, 4, 8, base=2)
+    found = Int8Embedding(weight, scale, columns, torch.float32)(token_ids)
+    assert torch.equal(found, weight[token_ids].float() * scale[token_ids].float() * columns)

@@ -82,6 +82,25 @@ def test_what_cannot_be_compressed(tiny_model: Path, tmp_path: Path) -> None:
         compress(tmp_path / "none", tmp_path / "small")
 
 
+def test_smoothed_by_rows(tiny_model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"The user asks {number} times."}) + "\n" for number in range(30)))
+    told: list[tuple[int, int]] = []
+    output = tmp_path / "small"
+    compress(tiny_model, output, data=rows, thresholds=LOOSE, report=lambda done, of: told.append((done, of)))
+    written = manifest.verify(output)
+    assert written.recipe["compress"] == {"method": "int8", "portable": False, "tokens": 16384, "strength": 0.5}
+    assert written.data["rows.jsonl"] == manifest.sha256_file(rows)
+    layers = len(open_checkpoint(output).decoder.model.layers)
+    assert told[:layers] == [(number + 1, layers) for number in range(layers)]
+    for wrong in ({"tokens": 0}, {"strength": 1.1}):
+        with pytest.raises(ConfigError, match="smoothing reads at least 1 token"):
+            compress(tiny_model, tmp_path / "other", data=rows, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="quantised already"):
+        compress(output, tmp_path / "other", data=rows)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 def test_a_pruned_model(tiny_model: Path, tmp_path: Path, method: Any, pattern: str | None) -> None:
@@ -104,7 +123,7 @@ def test_a_pruned_model(tiny_model: Path, tmp_path: Path, method: Any, pattern: 
     linear = sum(2 * layer.weight.numel() for layer in decoders.linears(after.model.layers).values())
     assert found.bytes_after == pytest.approx(found.bytes_before - linear * (0.5 - 1 / 16), rel=0.08)
     dense = tmp_path / "dense"
-    prune(tiny_model, dense, config, data=given, thresholds=LOOSE, accept=True, dense=True)
+    prune(tiny_model, dense, config, data=given, thresholds=LOOSE, accept=True, zeros=True)
     other = open_checkpoint(dense).decoder.state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in after.state_dict().items())
 

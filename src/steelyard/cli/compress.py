@@ -12,6 +12,7 @@ from rich.markup import escape
 from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 from steelyard.compress.prune.decoders import PruneConfig
+from steelyard.compress.quantize import smoothing
 from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import compress as stage
 
@@ -20,9 +21,11 @@ Accept = Annotated[bool, typer.Option("--accept", help="Keep it even past a thre
 MaxBits = Annotated[float, typer.Option(help="Largest relative rise of bits per byte.")]
 MaxKl = Annotated[float | None, typer.Option(help="Largest mean KL divergence in nats.")]
 HELP = console.examples(
-    "int8 weights and activations in the compressed-tensors layout, with a fidelity certificate. An adapter is merged "
-    "into its base first.",
+    "int8 weights and activations in the compressed-tensors layout, with a fidelity certificate. It loses less with "
+    "rows of yours (--data): by them, what few channels have much of is smoothed out. An adapter is merged into its "
+    "base first.",
     "compress quantize runs/sms/best --output models/sms-int8",
+    "compress quantize MODEL --output OUT --data rows.jsonl",
     "compress quantize MODEL --output OUT --portable",
     "compress quantize MODEL --output OUT --max-bits-per-byte 0.01 --accept",
 )
@@ -46,6 +49,9 @@ def quantize(
     checkpoint: Annotated[str, typer.Argument(help="A model or adapter: a folder or a source.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the int8 checkpoint goes.")],
     portable: Annotated[bool, typer.Option("--portable", help="Leave embedding and head unquantised.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Rows to smooth activations by, as train reads them.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many of their tokens are read, at most.")] = stage.SMOOTHING,
+    strength: Annotated[float, typer.Option(help="How much moves into the weights, 0 to 1.")] = smoothing.STRENGTH,
     accept: Accept = False,
     max_bits_per_byte: MaxBits = 0.02,
     max_kl: MaxKl = None,
@@ -56,7 +62,15 @@ def quantize(
     thresholds = Thresholds(bits_per_byte=max_bits_per_byte, kl=max_kl)
     with console.counting("certifying") as report:
         found = stage.compress(
-            resolve(checkpoint), output, portable=portable, thresholds=thresholds, accept=accept, report=report
+            resolve(checkpoint),
+            output,
+            portable=portable,
+            data=data,
+            tokens=tokens,
+            strength=strength,
+            thresholds=thresholds,
+            accept=accept,
+            report=report,
         )
     _tell(found, output, as_json)
 
@@ -89,7 +103,7 @@ def prune(
             config,
             data=data,
             tokens=tokens,
-            dense=dense,
+            zeros=dense,
             thresholds=Thresholds(bits_per_byte=max_bits_per_byte, kl=max_kl),
             accept=accept,
             report=report,

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Protocol
 
 from steelyard.compress.quantize import int8
+from steelyard.compress.quantize.smoothing import Smoothed
 from steelyard.models.decoder import Decoder
 
 
 class Method(Protocol):
     """Writes a compressed form of a model."""
 
-    def write(self, decoder: Decoder, folder: Path, parent: Path, portable: bool = False) -> None:
+    def write(
+        self, decoder: Decoder, folder: Path, parent: Path, portable: bool = False, smoothed: Smoothed | None = None
+    ) -> None:
         """Write the compressed model into `folder`, with the tokenizer and configuration of `parent`.
 
         Args:
@@ -20,6 +23,7 @@ class Method(Protocol):
             folder: exists and is empty.
             parent: folder of the model that it was loaded from.
             portable: prefer a layout that more readers know to a smaller one.
+            smoothed: what has moved into the decoder's weights.
         """
         ...
 

@@ -181,7 +181,8 @@ class Plan:
     def _lower(self) -> Iterable[steps.Step]:
         decoder, config = self.decoder, self.decoder.config
         table = self._weight("model.embed_tokens", [decoder.model.embed_tokens])
-        yield steps.Embed(table)
+        columns: torch.Tensor | None = getattr(decoder.model.embed_tokens, "column_scale", None)
+        yield steps.Embed(table, None if columns is None else _padded_vector(columns))
         for number, block in enumerate(decoder.model.layers):
             assert isinstance(block, Block)
             yield from self._attention(number, block)

@@ -154,15 +154,18 @@ class Embed:
     """Token ids -> residual rows."""
 
     table: PackedWeight
+    columns: torch.Tensor | None = None
+    """`[W]` float32: a scale of each column."""
 
     def native(self) -> NativeStep:
         """See `Step`."""
-        return _step(Kind.EMBED, [self.table.inputs], [self.table.data, self.table.scale])
+        return _step(Kind.EMBED, [self.table.inputs], [self.table.data, self.table.scale, self.columns])
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
         ids = batch.token_ids.long()
-        buffers.places[Place.RESIDUAL][: len(ids)] = self.table.rows(ids)
+        rows = self.table.rows(ids)
+        buffers.places[Place.RESIDUAL][: len(ids)] = rows if self.columns is None else rows * self.columns
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from steelyard.kernels.training import rms_norm, rotate, silu_mul
 from steelyard.models.attention import Attend
 from steelyard.models.config import DecoderConfig, rotary_frequencies
+from steelyard.models.smoothing import Scales
 
 
 class Adapters(Protocol):
@@ -149,6 +150,8 @@ class Decoder(nn.Module):
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._frequencies: tuple[torch.Tensor, float] | None = None
+        self.smoothing: Scales = {}
+        """What has moved from its activations into its weights, for adapters of the model before."""
         self.recompute_blocks = False
         """While gradients are taken: keep what goes into each block, and make the rest again (Chen et al. 2016)."""
 

@@ -55,17 +55,23 @@ class Int8Embedding(nn.Module):
     Args:
         weight: `[V, D]` int8.
         weight_scale: `[V, 1]` per-row scale.
+        column_scale: `[D]` scale of each column, or None; of an embedding that shares its weights with a smoothed head.
         dtype: of the outputs.
     """
 
-    def __init__(self, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: torch.Tensor, weight_scale: torch.Tensor, column_scale: torch.Tensor | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.weight: torch.Tensor
         self.weight_scale: torch.Tensor
+        self.column_scale: torch.Tensor | None
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("column_scale", column_scale)
         self.dtype = dtype
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """`[T]` int64 -> `[T, D]` in `dtype`."""
-        return (self.weight[token_ids].float() * self.weight_scale[token_ids].float()).to(self.dtype)
+        rows = self.weight[token_ids].float() * self.weight_scale[token_ids].float()
+        return (rows if self.column_scale is None else rows * self.column_scale).to(self.dtype)

@@ -23,6 +23,7 @@ from torch import nn
 
 from steelyard.checkpoint.manifest import kind_of, read_json
 from steelyard.errors import CheckpointError, ConfigError
+from steelyard.models import smoothing
 from steelyard.models.decoder import Decoder
 from steelyard.models.dropout import dropout
 
@@ -230,7 +231,7 @@ def pairs_of(
                 f"'{folder}': '{name}' is {tuple(b.shape)} x {tuple(a.shape)}, the base needs {outputs} x {inputs}: "
                 "this adapter belongs to another model"
             )
-        pairs[name] = (a.to(decoder.dtype), b.to(decoder.dtype))
+        pairs[name] = smoothing.fitted(name, a.to(decoder.dtype), b.to(decoder.dtype), decoder.smoothing)
     extra = tensors.keys() - {f"{PREFIX}{name}.lora_{side}.weight" for name in pairs for side in "AB"}
     if extra:
         raise CheckpointError(f"'{folder}': '{min(extra)}' is not known here")

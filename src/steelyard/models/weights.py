@@ -19,11 +19,12 @@ from torch import nn
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
 from steelyard.models import config as decoder_config
-from steelyard.models import sparse
+from steelyard.models import smoothing, sparse
 from steelyard.models.decoder import Decoder
 from steelyard.models.linear import Int8Embedding, Int8Linear
 
 WEIGHTS = "model.safetensors"
+COLUMNS = "column_scale"
 # What a model derived from another keeps of it, besides the weights.
 COMPANIONS = (
     "config.json",
@@ -67,6 +68,7 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Decoder:
         _check_quantization(config.quantization, folder)
         _place_int8(decoder, tensors, dtype)
     _assign(decoder, tensors, dtype, folder)
+    decoder.smoothing = smoothing.load(folder)
     return decoder.eval().requires_grad_(False)
 
 
@@ -130,7 +132,11 @@ def _place_int8(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch
         if (None if bias is None else bias.shape) != (None if expected is None else expected.shape):
             raise CheckpointError(f"'{path}' has another bias than config.json says")
         if path == "model.embed_tokens":
-            decoder.model.embed_tokens = Int8Embedding(weight, scale, dtype)  # type: ignore[assignment]
+            columns = tensors.pop(f"{path}.{COLUMNS}", None)
+            if columns is not None and columns.shape != weight.shape[1:]:
+                raise CheckpointError(f"'{path}' has another scale per column than it has columns")
+            wide = None if columns is None else columns.float()
+            decoder.model.embed_tokens = Int8Embedding(weight, scale, wide, dtype)  # type: ignore[assignment]
             if decoder.config.tied:
                 decoder.lm_head = Int8Linear(weight, scale, None, dtype)  # type: ignore[assignment]
         else:

@@ -11,14 +11,16 @@ import msgspec
 
 from steelyard.atomic import folder_aside
 from steelyard.checkpoint import manifest
+from steelyard.compress.inputs import dense
 from steelyard.compress.method import METHODS
 from steelyard.compress.prune import decoders
 from steelyard.compress.prune.decoders import PruneConfig, check
+from steelyard.compress.quantize import smoothing
 from steelyard.data import chat
 from steelyard.data.packing import Pack
 from steelyard.data.rows import TokenRow
 from steelyard.data.tokenize import tokenized
-from steelyard.errors import ConfigError, DataError
+from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.evaluate import certificate
 from steelyard.evaluate.certificate import MAX_TOKENS, Certificate, Thresholds
 from steelyard.evaluate.likelihood import packs
@@ -28,6 +30,8 @@ from steelyard.models.opening import Opened, open_checkpoint
 
 CALIBRATION = 1 << 16
 """Tokens that are enough to judge weights by."""
+SMOOTHING = 1 << 14
+"""Tokens that are enough to smooth activations by."""
 
 
 def compress(
@@ -36,6 +40,9 @@ def compress(
     *,
     method: str = "int8",
     portable: bool = False,
+    data: Path | None = None,
+    tokens: int = SMOOTHING,
+    strength: float = smoothing.STRENGTH,
     thresholds: Thresholds | None = None,
     accept: bool = False,
     report: Callable[[int, int], None] = lambda done, of: None,
@@ -47,24 +54,40 @@ def compress(
         output: where the compressed checkpoint will be; replaced whole or left alone.
         method: one of `METHODS`.
         portable: for int8, leave embedding and head in the base's dtype.
+        data: rows, as `train` reads them, by which activations are smoothed before they are rounded.
+        tokens: how many of their tokens are read, at most.
+        strength: how much of what activations have much of moves into the weights, 0 to 1.
         thresholds: what may be lost.
         accept: hand it on past a threshold.
-        report: told how many golden texts are done, of how many.
+        report: told how many blocks and golden texts are done, of how many.
 
     Raises:
-        ConfigError: an unknown method, or an output that is the source or no checkpoint.
+        DataError: a row, by file and line.
+        ConfigError: an unknown method, a number out of its range, or an output that is the source or no checkpoint.
         CheckpointError: the source is missing, broken or compressed already.
         FidelityError: past a threshold; nothing is written.
     """
     if method not in METHODS:
         raise ConfigError(f"compression method '{method}' is not known; known: {', '.join(METHODS)}")
 
+    if tokens < 1 or not 0 <= strength <= 1:
+        raise ConfigError(f"smoothing reads at least 1 token, not {tokens}, with a strength of 0 to 1, not {strength}")
+    digests = {} if data is None else {data.name: manifest.sha256_file(data)}
+
     def make(opened: Opened, folder: Path) -> Decoder:
-        METHODS[method].write(opened.decoder, folder, opened.base, portable)
+        decoder, smoothed = opened.decoder, None
+        if data is not None and not dense(decoder):
+            raise CheckpointError("the model is quantised already; start from its parent")
+        if data is not None:
+            decoder = copy.deepcopy(decoder)
+            batches = _calibration(opened, data, tokens)
+            smoothed = smoothing.smooth(decoder, batches, strength, head=not portable, report=report)
+        METHODS[method].write(decoder, folder, opened.base, portable, smoothed)
         return opened.decoder
 
-    recipe = {"method": method, "portable": portable}
-    return _certified(source, output, make, recipe, {}, thresholds, accept, report)
+    smooth = {} if data is None else {"tokens": tokens, "strength": strength}
+    recipe = {"method": method, "portable": portable, **smooth}
+    return _certified(source, output, make, recipe, digests, thresholds, accept, report)
 
 
 def prune(
@@ -74,7 +97,7 @@ def prune(
     *,
     data: Path | None = None,
     tokens: int = CALIBRATION,
-    dense: bool = False,
+    zeros: bool = False,
     thresholds: Thresholds | None = None,
     accept: bool = False,
     report: Callable[[int, int], None] = lambda done, of: None,
@@ -87,7 +110,7 @@ def prune(
         config: what goes.
         data: rows by which wanda and sparsegpt judge, as `train` reads them.
         tokens: how many of their tokens are read, at most.
-        dense: store zeros like other weights, for other readers.
+        zeros: store zeros like other weights, for other readers.
         thresholds: what may be lost.
         accept: hand it on past a threshold.
         report: told how many blocks and golden texts are done, of how many.
@@ -109,7 +132,7 @@ def prune(
         pruned = copy.deepcopy(opened.decoder)
         batches = [] if data is None else _calibration(opened, data, tokens)
         decoders.prune(pruned, config, batches, report)
-        weights.save(pruned, folder, opened.base, zeros=dense)
+        weights.save(pruned, folder, opened.base, zeros=zeros)
         return opened.decoder
 
     recipe = {**msgspec.to_builtins(config), **({} if data is None else {"tokens": tokens})}

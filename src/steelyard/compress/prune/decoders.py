@@ -9,12 +9,11 @@ import msgspec
 import torch
 from torch import nn
 
+from steelyard.compress.inputs import Passing, Products, dense, watching
 from steelyard.compress.prune import magnitude, masks, sparse_gpt, wanda
-from steelyard.compress.prune.inputs import Seen, watching
 from steelyard.compress.prune.masks import Pattern
 from steelyard.data.packing import Pack
 from steelyard.errors import CheckpointError, ConfigError
-from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
 
 RATE = 0.5
@@ -69,7 +68,7 @@ def prune(
         CheckpointError: the decoder is quantised.
     """
     few, rate = check(config), RATE if config.rate is None else config.rate
-    if any(not tensor.is_floating_point() for tensor in decoder.buffers()):
+    if not dense(decoder):
         raise CheckpointError("the model is quantised already; prune its parent")
     if config.method == "magnitude":
         layers = linears(decoder.model.layers)
@@ -79,16 +78,14 @@ def prune(
         return
     if not batches:
         raise ConfigError(f"{config.method} judges weights by what they read: calibration data are needed")
-    passes = [(decoder.rotary(batch.positions), PackedAttention(batch.lengths), None) for batch in batches]
-    states = [decoder.model.embed_tokens(batch.token_ids) for batch in batches]
+    passing = Passing(decoder, batches)
     for number, block in enumerate(decoder.model.layers):
         layers = linears(block)
-        with watching(layers, products=config.method == "sparsegpt") as seen:
-            for x, arguments in zip(states, passes, strict=True):
-                block(x, *arguments)
+        with watching(layers, lambda layer: Products(layer.in_features, config.method == "sparsegpt")) as seen:
+            passing.through(block)
         for name, layer in layers.items():
             layer.weight.copy_(_pruned(layer.weight, seen[name], rate, few))
-        states = [block(x, *arguments) for x, arguments in zip(states, passes, strict=True)]
+        passing.states = passing.through(block)
         report(number + 1, len(decoder.model.layers))
 
 
@@ -108,7 +105,7 @@ def _smallest(
     return {name: masks.lowest_of_layer(layer, rate) for name, layer in scores.items()}
 
 
-def _pruned(weight: torch.Tensor, seen: Seen, rate: float, few: Pattern | None) -> torch.Tensor:
+def _pruned(weight: torch.Tensor, seen: Products, rate: float, few: Pattern | None) -> torch.Tensor:
     if seen.gram is not None:
         return sparse_gpt.prune(weight, seen.gram, rate, few)
     scores = wanda.scores(weight, seen.squares)

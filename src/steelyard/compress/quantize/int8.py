@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from steelyard.checkpoint.manifest import read_json
+from steelyard.compress.quantize.smoothing import Smoothed
 from steelyard.errors import CheckpointError
 from steelyard.kernels.reference import LIMIT
-from steelyard.models import weights
+from steelyard.models import smoothing, weights
 from steelyard.models.decoder import Decoder
 
 EMBEDDING = "model.embed_tokens"
@@ -77,9 +78,15 @@ def quantization_config(portable: bool) -> dict[str, Any]:
     }
 
 
-def write(decoder: Decoder, folder: Path, parent: Path, portable: bool = False) -> None:
-    """Write the int8 model into `folder`, with the tokenizer and configuration of `parent`."""
+def write(
+    decoder: Decoder, folder: Path, parent: Path, portable: bool = False, smoothed: Smoothed | None = None
+) -> None:
+    """See `Method`."""
     tensors = quantize(decoder, portable)
+    if smoothed is not None:
+        smoothing.save(smoothed.scales, folder)
+    if smoothed is not None and smoothed.columns is not None:
+        tensors[f"{EMBEDDING}.{weights.COLUMNS}"] = smoothed.columns
     save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "pt"})
     weights.copy_companions(parent, folder)
     config = read_json(parent / "config.json")

@@ -114,8 +114,8 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
     switch (s.kind) {
         case EMBED:
             run_rows(batch.tokens, me, threads, [&](int t) {
-                embed_row((const uint8_t*)s.pointer[0], (const float*)s.pointer[1], batch.token_ids[t], s.size[0],
-                          b.residual + (int64_t)t * s.size[0]);
+                embed_row((const uint8_t*)s.pointer[0], (const float*)s.pointer[1], (const float*)s.pointer[2],
+                          batch.token_ids[t], s.size[0], b.residual + (int64_t)t * s.size[0]);
             });
             break;
         case NORM: {  // size: width, true width, 1 = of the rows that draw, 1 = to bfloat16
@@ -225,7 +225,7 @@ EXPORT const char* steelyard_isa() {
 }
 
 // Which functions there are, with which arguments: one more at every change.
-EXPORT int32_t steelyard_interface() { return 2; }
+EXPORT int32_t steelyard_interface() { return 3; }
 
 // Asks the system for what this form needs; 0: it cannot be had.
 EXPORT int32_t steelyard_prepare() { return ask_for_tiles(); }

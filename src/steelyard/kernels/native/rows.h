@@ -58,8 +58,9 @@ inline void normalize_row(const float* x, const float* weight, int width, int si
     for (int i = 0; i < width; i += 16) store(out + i, mul(mul(load(x + i), factor), load(weight + i)));
 }
 
-// A row of the packed table (see product.h), as float32 [width]; bfloat16 where there are no scales.
-inline void embed_row(const uint8_t* packed, const float* scale, int token, int width, float* out) {
+// A row of the packed table (see product.h), as float32 [width]; bfloat16 where there are no scales. columns [width]: by
+// what each place is multiplied, or null.
+inline void embed_row(const uint8_t* packed, const float* scale, const float* columns, int token, int width, float* out) {
     if (!scale) {
         const uint16_t* pairs = (const uint16_t*)packed + (int64_t)(token / PANEL) * width * PANEL + (token % PANEL) * 2;
         for (int i = 0; i < width; i++) out[i] = from_bf16(pairs[(int64_t)(i / 2) * PANEL * 2 + i % 2]);
@@ -69,6 +70,8 @@ inline void embed_row(const uint8_t* packed, const float* scale, int token, int 
     const uint8_t* base = packed + (int64_t)(token / PANEL) * groups * PANEL * 4 + (token % PANEL) * 4;
     for (int g = 0; g < groups; g++)
         for (int j = 0; j < 4; j++) out[4 * g + j] = (float)((int)base[(int64_t)g * PANEL * 4 + j] - 128) * scale[token];
+    if (columns)
+        for (int i = 0; i < width; i += 16) store(out + i, mul(load(out + i), load(columns + i)));
 }
 
 // x [2 * width], 16 gates and 16 values in turn -> out [width] = silu(gate) * value.
