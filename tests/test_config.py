@@ -73,6 +73,13 @@ labels = ["ham", "spam"]
 template = "{labels}: {text}"
 system = "be brief"
 
+[distill]
+teacher = "runs/large/best"
+texts = "more.jsonl"
+weight = 0.5
+temperature = 3.0
+divergence = "reverse"
+
 [lora]
 dora = true
 rank = 4

@@ -194,6 +194,20 @@ def labelled(path: Path, config: FormatConfig) -> Iterator[Conversation]:
         yield Conversation(messages=_with_system(config, asked), label=label, text=text, file=path, line=line)
 
 
+def texts(path: Path, config: FormatConfig) -> Iterator[Conversation]:
+    """CSV, TSV or JSONL with a text; a label is not looked at. Raises DataError: a row without one."""
+    tabular = path.suffix.lower() in (".csv", ".tsv")
+    for line, row in table_rows(path, config.columns) if tabular else json_rows(path):
+        found = _string(row, config.text, path, line)
+        yield Conversation(messages=(Message("text", found),), text=found, file=path, line=line)
+
+
+def asked(text: str, config: FormatConfig, path: Path | None, line: int | None) -> Conversation:
+    """Which of the labels a text has, not answered yet."""
+    question = [Message("user", ask(text, config.labels, config.template))]
+    return Conversation(messages=_with_system(config, question), file=path, line=line)
+
+
 def ask(text: str, labels: tuple[str, ...], template: str = DEFAULT_TEMPLATE) -> str:
     """The user's turn for a text to be labelled. Only {labels} and {text} are filled in; nothing is evaluated.
 

@@ -12,9 +12,9 @@ import torch
 
 from steelyard.atomic import file_aside
 from steelyard.data import audio, chat, fused, images, tagged
-from steelyard.data.chat import FormatConfig, ask, check_labels
+from steelyard.data.chat import FormatConfig, check_labels
 from steelyard.data.readers import check_file, json_rows, table_rows
-from steelyard.data.rows import Conversation, Message
+from steelyard.data.rows import Conversation
 from steelyard.data.tokenize import prompts
 from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.evaluate import classification
@@ -171,12 +171,7 @@ def _label(
     if not format_.labels:
         raise ConfigError("no labels are known: this checkpoint was not trained on labelled rows; give --labels a,b")
     check_labels(format_.labels)
-    conversations = []
-    for line, row in rows:
-        text = _text(row, line, data, format_)
-        turns = [] if format_.system is None else [Message("system", format_.system)]
-        turns.append(Message("user", ask(text, format_.labels, format_.template)))
-        conversations.append(Conversation(messages=tuple(turns), file=data, line=line))
+    conversations = [chat.asked(_text(row, line, data, format_), format_, data, line) for line, row in rows]
     asked = classification.questions(conversations, format_.labels, opened.tokenizer, opened.template)
     classification.check_lengths(asked, conversations, opened.decoder.config.context)
     scores = classification.score(opened.decoder, opened.adapter, asked, lambda done: report(done, len(asked)))

@@ -38,6 +38,7 @@ from steelyard.train.trainer import Lineage, Progress, Trainer
 def _classifier(config: TrainConfig) -> Prepared:
     """Of what the network reads, or the one that it begins from."""
     if isinstance(config.network, FusionNetwork):
+        refuse(config, ("distill",), "a classifier of several modalities")
         return fusion.prepare(config)
     seen = isinstance(config.network, IMAGES) or (config.model is not None and reads_images(resolve(config.model)))
     augmentation.check(config.augment, augmentation.IMAGE if seen else ())

@@ -14,6 +14,7 @@ from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError
 from steelyard.models.lora import MAX_RANK
 from steelyard.train import choice, networks, optimizers, schedules
+from steelyard.train.distillation import Divergence
 from steelyard.train.lora import LoraConfig
 from steelyard.train.networks import Network
 from steelyard.train.optimizers import OptimizerConfig
@@ -41,6 +42,23 @@ class DataConfig(FormatConfig, frozen=True, kw_only=True):
     """Remove exact duplicates before anything else."""
     bad_files: int = 0
     """How many images or recordings that cannot be read are left out, each with a line in the log; one more ends it."""
+
+
+class DistillConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A classifier of texts that learns from another model what that holds of them."""
+
+    teacher: str | None = None
+    """A checkpoint, or a source, that labels texts: a classifier of any size, or a tuned model or adapter."""
+    texts: str | None = None
+    """A file of more texts to learn from, by what the teacher holds of them; labels there are not looked at."""
+    weight: float = 0.7
+    """Share of the loss that is the teacher's, of rows with a label; the rest is the label's."""
+    temperature: float = 2.0
+    """By which the logits of both are divided."""
+    divergence: Divergence = "forward"
+    """What the student is held to: forward: all that the teacher holds possible; reverse: what it holds likely;
+    jensen-shannon: between them.
+    """
 
 
 TaskName = Literal["generation", "classification", "tagging", "masked", "contrastive", "transcription", "preference"]
@@ -96,6 +114,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     """CPU threads; unset takes all cores. Another number can round differently."""
     lora: LoraConfig = LoraConfig()
+    distill: DistillConfig = DistillConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     augment: Augmentation = Augmentation()
@@ -120,6 +139,7 @@ def check(config: TrainConfig) -> None:
     if config.network is not None:
         networks.check(config.network)
     augmentation.check(config.augment)
+    _check_teacher(config.distill)
     if not 0 <= config.label_smoothing < 1:
         raise ConfigError(f"label_smoothing must be at least 0 and below 1, not {config.label_smoothing}")
     for key, least in (("epochs", 1), ("batch_size", 0), ("micro_batch_tokens", 1), ("checkpoint_every", 1)):
@@ -164,6 +184,15 @@ def _check_origin(config: TrainConfig) -> None:
         raise ConfigError(f"network.kind {networks.kind_of(config.network)} is none for task {config.task}: {known}")
 
 
+def _check_teacher(config: DistillConfig) -> None:
+    if config.teacher is None and config != DistillConfig():
+        raise ConfigError("distill needs a teacher: set distill.teacher")
+    if not 0 < config.weight <= 1:
+        raise ConfigError(f"distill.weight must be above 0 and at most 1, not {config.weight}")
+    if not 0 < config.temperature <= 100:
+        raise ConfigError(f"distill.temperature must be above 0 and at most 100, not {config.temperature}")
+
+
 def _check_task(config: TrainConfig) -> None:
     refuse(config, FOREIGN[config.task], f"task {config.task}")
     if config.network is not None:
@@ -192,7 +221,7 @@ def _but(*kept: str) -> tuple[str, ...]:
 
 FOREIGN: dict[str, tuple[str, ...]] = {
     "generation": (
-        *("beta", "label_smoothing", "augment"),
+        *("distill", "beta", "label_smoothing", "augment"),
         *(f"data.{name}" for name in ("image", "audio", "bad_files", "tokens", "tags")),
     ),
     "classification": (
@@ -200,27 +229,57 @@ FOREIGN: dict[str, tuple[str, ...]] = {
         *(f"data.{name}" for name in ("template", "system", "tokens", "tags")),
     ),
     "tagging": (
-        *("recompute", "beta", "method", "lora", "augment", "data.bad_files", "data.max_length", "data.too_long"),
+        *(
+            "distill",
+            "recompute",
+            "beta",
+            "method",
+            "lora",
+            "augment",
+            "data.bad_files",
+            "data.max_length",
+            "data.too_long",
+        ),
         *_but("tokens", "tags", "labels"),
     ),
     "masked": (
-        *("recompute", "beta", "method", "lora", "label_smoothing", "augment", "data.bad_files", "data.too_long"),
+        *(
+            "distill",
+            "recompute",
+            "beta",
+            "method",
+            "lora",
+            "label_smoothing",
+            "augment",
+            "data.bad_files",
+            "data.too_long",
+        ),
         *_but("format", "text", "columns"),
     ),
     "contrastive": (
-        *("recompute", "beta", "method", "lora", "label_smoothing", "augment", "data.bad_files", "data.too_long"),
+        *(
+            "distill",
+            "recompute",
+            "beta",
+            "method",
+            "lora",
+            "label_smoothing",
+            "augment",
+            "data.bad_files",
+            "data.too_long",
+        ),
         *_but("columns"),
     ),
     "transcription": (
-        *("recompute", "beta", "method", "lora", "label_smoothing", "data.max_length", "data.too_long"),
+        *("distill", "recompute", "beta", "method", "lora", "label_smoothing", "data.max_length", "data.too_long"),
         *_but("audio", "text", "columns"),
     ),
     "preference": (
-        *("label_smoothing", "augment", "data.too_long", "data.deduplicate", "data.bad_files"),
+        *("distill", "label_smoothing", "augment", "data.too_long", "data.deduplicate", "data.bad_files"),
         *_but(),
     ),
 }
 """Settings that a task does nothing with."""
 OF_TEXTS = ("data.image", "data.audio", "data.bad_files")
-OF_IMAGES = ("data.text", "data.audio", "data.max_length", "data.too_long")
+OF_IMAGES = ("distill", "data.text", "data.audio", "data.max_length", "data.too_long")
 """Settings that a classifier of the one or the other does nothing with."""

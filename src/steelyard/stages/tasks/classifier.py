@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
-from steelyard.data import tokenizer_training
+from steelyard.data import chat, tokenizer_training
+from steelyard.data.readers import check_file
 from steelyard.data.rows import Conversation
 from steelyard.data.tokenize import TOO_LONG
 from steelyard.errors import ConfigError, DataError
@@ -20,9 +22,11 @@ from steelyard.models.inputs import TextInputs
 from steelyard.models.recurrent import RecurrentClassifier, RecurrentConfig
 from steelyard.runs import Run
 from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, conversations, file_digests
+from steelyard.stages.tasks.teacher import kept
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train.classification import Classification, Labelled
 from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.distillation import UNLABELLED, Distillation
 from steelyard.train.networks import LstmNetwork
 
 WINDOWS = "windows"
@@ -43,6 +47,8 @@ def prepare(config: TrainConfig) -> Prepared:
     if not labels:
         raise DataError("a classifier learns from labelled rows: texts, each with its label", file=config.data.train)
     base = None if config.model is None else resolve(config.model)
+    teacher = None if config.distill.teacher is None else resolve(config.distill.teacher)
+    more = _more(config, [*learnt, *held])
 
     def build(run: Run) -> Classification:
         generator = torch.Generator().manual_seed(config.seed)
@@ -56,19 +62,24 @@ def prepare(config: TrainConfig) -> Prepared:
         window = min(config.data.max_length, classifier.text.context or config.data.max_length)
         parted = replace(classifier.text, window=window if config.data.too_long == WINDOWS else None)
         classifier = replace(classifier, inputs=parted)
-        rows, validation = (_rows(classifier, chats, config.data) for chats in (learnt, held))
-        return Classification(
-            classifier,
-            rows,
-            validation,
-            METRICS,
-            dtype=DTYPES[config.dtype],
-            smoothing=config.label_smoothing,
-        )
+        (rows, owners), (validation, _) = (_rows(classifier, chats, config.data) for chats in ([*learnt, *more], held))
+        shared: dict[str, Any] = {"dtype": DTYPES[config.dtype], "smoothing": config.label_smoothing}
+        if teacher is None:
+            return Classification(classifier, rows, validation, METRICS, **shared)
+        said = kept(run, teacher, [*learnt, *more], labels)[owners]
+        asked = config.distill
+        way: dict[str, Any] = {"weight": asked.weight, "temperature": asked.temperature, "kind": asked.divergence}
+        return Distillation(classifier, rows, validation, METRICS, teacher=said, **way, **shared)
 
     counts = {"rows": len(learnt), "validation_rows": len(held), "labels": len(labels)}
+    digests = file_digests(config)
+    if teacher is not None:
+        counts["texts"] = len(more)
+        digests["teacher"] = manifest.read(teacher).id
+    if config.distill.texts is not None:
+        digests[f"texts: {Path(config.distill.texts).name}"] = manifest.sha256_file(Path(config.distill.texts))
     parent = None if base is None else manifest.read(base).id
-    return Prepared(config=config, counts=counts, parent=parent, build=build, digests=file_digests(config))
+    return Prepared(config=config, counts=counts, parent=parent, build=build, digests=digests)
 
 
 def _fresh(network: LstmNetwork, labels: Sequence[str], texts: Sequence[str], folder: Path, seed: int) -> Classifier:
@@ -89,26 +100,41 @@ def _fresh(network: LstmNetwork, labels: Sequence[str], texts: Sequence[str], fo
     return Classifier(made, TextInputs(tokenizer, None), tuple(labels), folder)
 
 
-def _rows(classifier: Classifier, chats: Sequence[Conversation], data: DataConfig) -> Labelled:
-    """Rows of tokens, as `data.max_length` and `data.too_long` have them; none is longer than the network takes."""
+def _more(config: TrainConfig, known: Sequence[Conversation]) -> list[Conversation]:
+    """Texts for the teacher alone, each once, and none that is there already."""
+    if config.distill.texts is None:
+        return []
+    path = Path(config.distill.texts)
+    check_file(path)
+    seen = {_text(row).strip() for row in known}
+    found = {_text(row).strip(): row for row in chat.texts(path, config.data)}
+    return [row for text, row in found.items() if text not in seen]
+
+
+def _rows(classifier: Classifier, chats: Sequence[Conversation], data: DataConfig) -> tuple[Labelled, list[int]]:
+    """Rows of tokens, as `data.max_length` and `data.too_long` have them, none longer than the network takes; and which
+    text each is of.
+    """
     numbers = {label: number for number, label in enumerate(classifier.labels)}
     inputs = classifier.text
     most = min(data.max_length, inputs.context or data.max_length)
-    made = Labelled([], [])
-    for chat in chats:
-        tokens = inputs.all_tokens(_text(chat))
+    made, owners = Labelled([], []), list[int]()
+    for owner, row in enumerate(chats):
+        tokens = inputs.all_tokens(_text(row))
+        label = UNLABELLED if row.label is None else numbers[row.label]
+        parts: list[list[int]] = []
         if data.too_long == WINDOWS:
-            for part in _spread(inputs.windows(tokens), data.max_windows):
-                made.examples.append(part)
-                made.labels.append((numbers[str(chat.label)],))
-            continue
-        if len(tokens) > most and data.too_long == "error":
+            parts = _spread(inputs.windows(tokens), data.max_windows)
+        elif len(tokens) > most and data.too_long == "error":
             reason = f"{len(tokens)} tokens, at most {most} fit: shorten it, or set data.too_long"
-            raise DataError(reason, file=chat.file, line=chat.line)
-        if len(tokens) <= most or data.too_long == "truncate":
-            made.examples.append(tokens[:most])
-            made.labels.append((numbers[str(chat.label)],))
-    return made
+            raise DataError(reason, file=row.file, line=row.line)
+        elif len(tokens) <= most or data.too_long == "truncate":
+            parts = [tokens[:most]]
+        for part in parts:
+            made.examples.append(part)
+            made.labels.append((label,))
+            owners.append(owner)
+    return made, owners
 
 
 def _spread(parts: list[list[int]], most: int) -> list[list[int]]:
@@ -116,6 +142,6 @@ def _spread(parts: list[list[int]], most: int) -> list[list[int]]:
     return [parts[number * len(parts) // most] for number in range(most)] if len(parts) > most else parts
 
 
-def _text(chat: Conversation) -> str:
-    assert chat.text is not None, "labelled rows have one"
-    return chat.text
+def _text(row: Conversation) -> str:
+    assert row.text is not None, "labelled rows have one"
+    return row.text
