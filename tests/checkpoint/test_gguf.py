@@ -137,7 +137,7 @@ LIES: dict[str, tuple[GGUFSpec, str]] = {
     "lying size": (with_tensor(TensorSpec("x", 0, (2, 32), b"\0" * 252)), "ends inside tensor 'x'"),
     "lying quantised size": (with_tensor(TensorSpec("x", 3, (4, 32), b"\0" * 60)), "ends inside tensor 'x'"),
     "part of a block": (with_tensor(TensorSpec("x", 8, (2, 31), b"\0" * 68)), "multiple of Q8_0's 32"),
-    "other type": (with_tensor(TensorSpec("x", 14, (256,), b"\0" * 210)), "as Q6_K; read are F32, F16, Q4_0"),
+    "other type": (with_tensor(TensorSpec("x", 10, (256,), b"\0" * 84)), "as Q2_K; read are F32, F16, Q4_0"),
     "unknown type": (with_tensor(TensorSpec("x", 4000, (32,), b"\0" * 128)), "unknown type 4000"),
     "unaligned": (with_tensor(TensorSpec("x", 0, (4,), b"\0" * 64, offset=16)), "not aligned"),
     "offset outside": (with_tensor(TensorSpec("x", 0, (4,), b"\0" * 16, offset=1 << 40)), "ends inside tensor 'x'"),
