@@ -98,10 +98,8 @@ def _q5_k(blocks: NDArray[Any]) -> NDArray[np.float32]:
 
 def _q6_k(blocks: NDArray[Any]) -> NDArray[np.float32]:
     count = len(blocks)
-    low = blocks["quants"].reshape(
-        count, 2, 64
-    )  # of each half of the values: low halves of two parts, high ones of two
-    low = np.stack((low & 15, low >> 4), axis=2).reshape(count, 2, 4, 32)
+    rows = blocks["quants"].reshape(count, 2, 64)  # of half the values: low bits of two parts, then of two others
+    low = np.stack((rows & 15, rows >> 4), axis=2).reshape(count, 2, 4, 32)
     high = blocks["high"].reshape(count, 2, 1, 32) >> np.array([0, 2, 4, 6], dtype=np.uint8)[:, None] & 3
     codes = _float(low | high << 4).reshape(count, 16, 16) - np.float32(32)
     return codes * (_float(blocks["scale"])[:, None] * _float(blocks["parts"]))[..., None]
