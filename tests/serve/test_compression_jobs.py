@@ -12,6 +12,7 @@ import pytest
 from running_service import Service, eventually, serving
 from test_fine_tuning import SECRETS, job_when, rows, upload
 
+from steelyard.checkpoint import manifest
 from steelyard.serve import tuned
 from steelyard.serve.engine_client import worker_command
 from steelyard.serve.jobs import runner
@@ -53,6 +54,27 @@ def compress(service: Service, **asked: Any) -> Any:
 
 LOOSE = {"type": "quantize", "quantize": {"max_bits_per_byte": 1.0}}
 """A tiny model of random weights loses more than a real one."""
+
+
+def test_smoothed_by_a_file_of_ones_own(service: Service) -> None:
+    client = service.sdk()
+    file = upload(client, rows(8))
+    made = {"type": "quantize", "quantize": {"max_bits_per_byte": 1.0, "calibration_file": file}}
+    job = done(service, compress(service, suffix="smooth", method=made)["id"])
+    assert job["status"] == "succeeded", job
+    assert job["method"]["quantize"]["calibration_file"] == file
+    checkpoint = service.models[job["compressed_model"]].engine.checkpoint
+    found = manifest.read(checkpoint)
+    assert found.recipe["compress"]["strength"] == 0.5
+    assert "calibration.jsonl" in found.data
+    answer = client.chat.completions.create(model=job["compressed_model"], messages=HELLO, max_tokens=3, seed=1)
+    assert answer.usage is not None
+    client.models.delete(job["compressed_model"])
+    with service.http() as http:
+        made["quantize"] = {"calibration_file": "file-none"}
+        refused = http.post(JOBS, json={"model": "small", "method": made})
+    assert refused.status_code in (400, 404)
+    assert refused.json()["error"]["param"] == "method.quantize.calibration_file"
 
 
 def done(service: Service, job: str, *statuses: str) -> Any:

@@ -129,6 +129,15 @@ class Files:
                 file.write(piece)
         return path
 
+    def write_clear_file(self, project: str, file_id: str, path: Path) -> Path:
+        """Write a project's file to one that only we can read, whole or not at all.
+
+        Raises:
+            NotFoundError: the project has none of this id.
+        """
+        row = self.database.read_now(lambda connection: get(connection, project, file_id))
+        return self.write_clear(project, row["artifact"], path.with_suffix(".part")).replace(path)
+
     def expire(self, now: int) -> int:
         """Remove what has expired; returns how many."""
         rows = self.database.read_now(

@@ -219,7 +219,7 @@ def open_service(
     service: Service
     jobs = JobRunner(
         database,
-        {"fine_tuning": FineTuning(files, tuned), "compression": Compression(tuned)},
+        {"fine_tuning": FineTuning(files, tuned), "compression": Compression(files, tuned)},
         ledger,
         lambda: service.prices,
         state / "jobs",

@@ -59,7 +59,7 @@ def run(
         tuned = TunedModels(store, kept, state / "models", models)
         runner = JobRunner(
             store,
-            {"fine_tuning": FineTuning(files, tuned), "compression": Compression(tuned)},
+            {"fine_tuning": FineTuning(files, tuned), "compression": Compression(files, tuned)},
             Ledger(store, secrets.chain),
             lambda: store.read_now(prices.newest),
             state / "jobs",

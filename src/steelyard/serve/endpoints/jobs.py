@@ -44,6 +44,7 @@ from steelyard.serve.service import Service
 from steelyard.store import tables
 
 POLL_SECONDS = 0.5
+CALIBRATION = "method.quantize.calibration_file"
 
 Row = dict[str, Any]
 
@@ -95,10 +96,16 @@ async def compress(service: Service, request: Request) -> Response:
     body = parse(CompressionRequest, await request.body())
     caller: Caller = request.state.caller
     served = await service.found(body.model, caller.project)
-    asked = {**_asked(body, caller, served), "settings": body.settings, "seed": 0}
-    made = await service.database.write(
-        lambda connection: records.create(connection, "compression", asked, service.now())
-    )
+    file = body.quantize.calibration_file
+    settings = {"quantize": body.quantize.model_dump()}
+    asked = {**_asked(body, caller, served), "training_file": file, "settings": settings, "seed": 0}
+
+    def make(connection: Connection) -> Row:
+        if file is not None:
+            _check_file(connection, caller.project, file, CALIBRATION)
+        return records.create(connection, "compression", asked, service.now())
+
+    made = await service.database.write(make)
     service.jobs.wake()
     return json_response(CompressionJob.of(made))
 

@@ -9,12 +9,14 @@ from typing import Any
 from steelyard.checkpoint import manifest
 from steelyard.errors import RequestError
 from steelyard.serve.billing.ledger import Service
+from steelyard.serve.files import Files
 from steelyard.serve.jobs import training
 from steelyard.serve.jobs.kind import Checked, Made, Progress
 from steelyard.serve.tuned import TunedModels, model_name
 
 PROCESS_BYTES = 400_000_000
 """Of a run without model."""
+ROWS = "calibration.jsonl"
 CERTIFIED_TOKENS = 4096
 """Of a forward pass of the certificate, which keeps four float32 logits of each."""
 
@@ -25,14 +27,15 @@ class Compression:
     """See `Kind`.
 
     Args:
+        files: for calibration data.
         tuned: for models to compress, and for what jobs make.
     """
 
     service: Service = "compression"
     called = "compression"
 
-    def __init__(self, tuned: TunedModels) -> None:
-        self.tuned = tuned
+    def __init__(self, files: Files, tuned: TunedModels) -> None:
+        self.files, self.tuned = files, tuned
 
     def check(self, job: Row) -> Checked:
         """Whether its model is there, and dense."""
@@ -54,7 +57,11 @@ class Compression:
         if asked["max_kl"] is not None:
             bounds += ["--max-kl", str(asked["max_kl"])]
         portable = ["--portable"] if asked["portable"] else []
-        return ["compress", "quantize", str(source), "--output", "made", "--json", *bounds, *portable]
+        data: list[str] = []
+        if job["training_file"] is not None:
+            self.files.write_clear_file(job["project_id"], job["training_file"], folder / ROWS)
+            data = ["--data", ROWS]
+        return ["compress", "quantize", str(source), "--output", "made", "--json", *bounds, *portable, *data]
 
     def progress(self, job: Row, folder: Path, *, ended: bool) -> Progress:
         """It takes a minute and has no steps."""

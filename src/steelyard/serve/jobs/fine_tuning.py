@@ -120,12 +120,10 @@ class FineTuning:
         return name
 
     def _written(self, job: Row, kind: str, folder: Path) -> Path | None:
-        artifact, path = self._artifact(job, kind), folder / f"{kind}.jsonl"
-        if artifact is None:
-            return None
-        if not path.exists():
-            self.files.write_clear(job["project_id"], artifact, folder / f"{kind}.part").replace(path)
-        return path
+        file, path = job[f"{kind}_file"], folder / f"{kind}.jsonl"
+        if file is None or path.exists():
+            return None if file is None else path
+        return self.files.write_clear_file(job["project_id"], file, path)
 
     def _named(self, job: Row, error: DataError) -> RequestError:
         """What is wrong with a file, under the name that its owner knows."""

@@ -62,7 +62,7 @@ def create(connection: Connection, kind: Kind, asked: Row, now: int) -> Row:
     }
     connection.execute(insert(tables.jobs), row)
     say(connection, row["id"], f"Created {kind.replace('_', '-')} job: {row['id']}", now)
-    checked = f"training file: {row['training_file']}" if row["training_file"] else f"model: {row['model']}"
+    checked = f"training file: {row['training_file']}" if kind == "fine_tuning" else f"model: {row['model']}"
     say(connection, row["id"], f"Validating {checked}", now)
     return row
 

@@ -179,7 +179,7 @@ class JobRunner:
         log.error("the job %s waits %.1f s: %s", job["id"], seconds, error)
 
     async def _check(self, job: Row) -> None:
-        async with self._failing(job, param="training_file" if job["training_file"] else "model"):
+        async with self._failing(job, param="training_file" if job["kind"] == "fine_tuning" else "model"):
             checked = await asyncio.to_thread(self.kinds[job["kind"]].check, job)
             most = memory.total()
             if not memory.fits(checked.memory, (), most):
