@@ -20,7 +20,7 @@ from steelyard.errors import ConfigError
 CONFIG = "run.json"
 # All that a run puts into its folder. --fresh removes these and nothing else.
 FILES = (CONFIG, ".lock", "log.txt", "metrics.jsonl", "report.html")
-ENTRIES = (*FILES, "state", "best", "last", "checkpoints", "tokenizer", "prepared")
+ENTRIES = (*FILES, "state", "best", "last", "checkpoints", "tokenizer", "prepared", "teacher.safetensors")
 
 
 class Run:

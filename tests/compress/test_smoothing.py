@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from families import make
 from steelyard.compress.inputs import Magnitudes
@@ -145,9 +145,26 @@ def test_an_adapter_of_the_model_before_fits(tmp_path: Path, family: str) -> Non
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scale_that_is_none_is_refused(tmp_path: Path, value: float) -> None:
-    save_file({"model.layers.0.up_proj": torch.tensor([1.0, value])}, tmp_path / smoothing.FILE)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.up_proj' must be a vector of numbers above 0"):
-        smoothing.load(tmp_path)
-    (tmp_path / smoothing.FILE).write_bytes(b"\x00" * 20)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        smoothing.load(tmp_path)
+    folder, source = tmp_path / "small", dense(tmp_path, "smollm")
+    folder.mkdir()
+    int8.write(source, folder, tmp_path / "base", smoothed=smooth(source, batches(), 0.5, head=True))
+    assert weights.load(folder).smoothing
+    good, path = load_file(folder / smoothing.FILE), folder / smoothing.FILE
+    name = "model.layers.0.up_proj"
+    for wrong in (torch.full((80,), value), torch.ones(79), torch.ones(1), torch.ones(80, 1)):
+        save_file({**good, name: wrong}, path)
+        with pytest.raises(CheckpointError, match=rf"'{name}' must be a vector of 80 numbers above 0"):
+            weights.load(folder)
+    save_file({other: scale for other, scale in good.items() if other != name}, path)
+    with pytest.raises(CheckpointError, match=rf"lacks '{name}'"):
+        weights.load(folder)
+    for damaged in (b"\x00" * 20, None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            weights.load(folder)
+    save_file(good, path)
+    tensors = load_file(folder / weights.WEIGHTS)
+    columns = f"{int8.EMBEDDING}.{weights.COLUMNS}"
+    save_file({**tensors, columns: torch.full((48,), value)}, folder / weights.WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"column_scale' must be a vector of 48 numbers above 0"):
+        weights.load(folder)

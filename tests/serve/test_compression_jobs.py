@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_smoothed_by_a_file_of_ones_own(service: Service) -> None:
     checkpoint = service.models[job["compressed_model"]].engine.checkpoint
     found = manifest.read(checkpoint)
     assert found.recipe["compress"]["strength"] == 0.5
-    assert "calibration.jsonl" in found.data
+    assert "calibration: calibration.jsonl" in found.data
     answer = client.chat.completions.create(model=job["compressed_model"], messages=HELLO, max_tokens=3, seed=1)
     assert answer.usage is not None
     client.models.delete(job["compressed_model"])
@@ -75,6 +76,19 @@ def test_smoothed_by_a_file_of_ones_own(service: Service) -> None:
         refused = http.post(JOBS, json={"model": "small", "method": made})
     assert refused.status_code in (400, 404)
     assert refused.json()["error"]["param"] == "method.quantize.calibration_file"
+    turn = {"role": "assistant", "content": "y"}
+    preferred = {
+        "input": {"messages": HELLO},
+        "preferred_output": [turn],
+        "non_preferred_output": [turn | {"content": "z"}],
+    }
+    pairs = client.files.create(file=("pairs.jsonl", (json.dumps(preferred) + "\n").encode() * 2), purpose="fine-tune")
+    failed = done(
+        service, compress(service, method={"type": "quantize", "quantize": {"calibration_file": pairs.id}})["id"]
+    )
+    assert failed["status"] == "failed"
+    assert failed["error"]["param"] == "method.quantize.calibration_file"
+    assert failed["error"]["message"].startswith("pairs.jsonl:1: ")
 
 
 def done(service: Service, job: str, *statuses: str) -> Any:

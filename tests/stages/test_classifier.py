@@ -210,20 +210,36 @@ def test_a_long_text_is_read_in_windows(tmp_path: Path) -> None:
             classifiers.load(path)
 
 
+def test_a_row_without_a_label_is_named(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(json.dumps({"text": "purr"}) + "\n")
+    data = msgspec.structs.replace(config.data, holdout=0, validation=str(bare))
+    with pytest.raises(DataError, match=r"bare\.jsonl:1: field 'label': has no label"):
+        train(msgspec.structs.replace(config, data=data))
+    data = DataConfig(train=str(bare), labels=("cat", "dog"))
+    with pytest.raises(DataError, match=r"bare\.jsonl:1: field 'label': has no label"):
+        train(msgspec.structs.replace(config, data=data))
+
+
 def test_a_long_text_counts_for_no_more_than_some_windows(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     texts = [" ".join(f"w{number}" for number in range(size)) for size in (2, 300, 3)]
     path.write_text("".join(json.dumps({"text": text, "label": "ab"[len(text) > 20]}) + "\n" for text in texts))
-    counts: list[tuple[int, list[int]]] = []
+    held = tmp_path / "other.jsonl"
+    held.write_text(path.read_text().replace("w", "v"))
+    counts: list[tuple[int, list[int], int]] = []
 
     def begun(trainer: Any, _: Any) -> None:
-        counts.append((trainer.task.rows, [len(row) for row in trainer.task._learnt.examples]))
+        learnt = [len(row) for row in trainer.task._learnt.examples]
+        counts.append((trainer.task.rows, learnt, len(trainer.task._held.labels)))
 
     for most in (1, 3, 10_000):
-        data = DataConfig(train=str(path), max_length=24, too_long="windows", max_windows=most)
+        data = DataConfig(train=str(path), validation=str(held), max_length=24, too_long="windows", max_windows=most)
         train(configuration(tmp_path, output=str(tmp_path / str(most)), data=data, epochs=1), begun=begun)
-    assert [rows for rows, _ in counts[:2]] == [3, 5]
+    assert [rows for rows, _, _ in counts[:2]] == [3, 5]
     assert counts[2][0] > 20
+    assert len({held for _, _, held in counts}) == 1, "how far it is is told by all that there is"
     assert counts[1][1].count(24) == 3, "the last one of all is shorter"
     with pytest.raises(ConfigError, match=r"data\.max_windows must be at least 1, not 0"):
         train(configuration(tmp_path, data=msgspec.structs.replace(data, max_windows=0)))

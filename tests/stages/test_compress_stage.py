@@ -90,12 +90,14 @@ def test_smoothed_by_rows(tiny_model: Path, tmp_path: Path) -> None:
     compress(tiny_model, output, data=rows, thresholds=LOOSE, report=lambda done, of: told.append((done, of)))
     written = manifest.verify(output)
     assert written.recipe["compress"] == {"method": "int8", "portable": False, "tokens": 16384, "strength": 0.5}
-    assert written.data["rows.jsonl"] == manifest.sha256_file(rows)
+    assert written.data["calibration: rows.jsonl"] == manifest.sha256_file(rows)
     layers = len(open_checkpoint(output).decoder.model.layers)
     assert told[:layers] == [(number + 1, layers) for number in range(layers)]
     for wrong in ({"tokens": 0}, {"strength": 1.1}):
         with pytest.raises(ConfigError, match="smoothing reads at least 1 token"):
             compress(tiny_model, tmp_path / "other", data=rows, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="needs rows"):
+        compress(tiny_model, tmp_path / "other", strength=0.9)
     with pytest.raises(CheckpointError, match="quantised already"):
         compress(output, tmp_path / "other", data=rows)
     assert not (tmp_path / "other").exists()
@@ -113,7 +115,7 @@ def test_a_pruned_model(tiny_model: Path, tmp_path: Path, method: Any, pattern: 
     written = manifest.verify(output)
     read = {"tokens": CALIBRATION} if given else {}
     assert written.recipe["compress"] == {**msgspec.to_builtins(config), **read}
-    assert written.data.get("rows.jsonl") == (manifest.sha256_file(rows) if given else None)
+    assert written.data.get("calibration: rows.jsonl") == (manifest.sha256_file(rows) if given else None)
     before, after = open_checkpoint(tiny_model).decoder, open_checkpoint(output).decoder
     for name, layer in decoders.linears(after.model.layers).items():
         assert float((layer.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01), name

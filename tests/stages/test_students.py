@@ -99,6 +99,8 @@ def test_an_interrupted_run_ends_the_same_and_asks_once(
     config = {"epochs": 3, "checkpoint_every": 2}
     ends_the_same(tmp_path, lambda folder: configuration(folder, rows, distill, **config), (3, 7))
     assert asked == [60, 60], "once a run, however often it is cut off"
+    train(configuration(tmp_path / "cut", rows, distill, **config))
+    assert asked == [60, 60], "nor when it is finished"
 
 
 def test_a_model_that_answers_with_a_label_teaches(tiny_model: Path, tmp_path: Path) -> None:
@@ -111,6 +113,20 @@ def test_a_model_that_answers_with_a_label_teaches(tiny_model: Path, tmp_path: P
     expected = torch.tensor([[row["cat"], row["dog"]] for row in said])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert train(configuration(tmp_path, rows, DistillConfig(teacher=str(tiny_model)), epochs=1)).finished
+
+
+def test_a_model_is_asked_as_it_was_tuned(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its labels stand in its own order in the question; what it holds of them comes back in ours."""
+    read = list(chat.texts(write_rows(tmp_path / "rows.jsonl", 20, 1), FormatConfig()))
+    own = FormatConfig(labels=("dog", "cat"))
+    monkeypatch.setattr(teachers, "trained_format", lambda checkpoint: own)
+    found = teachers.log_probabilities(tiny_model, read, ("cat", "dog")).exp()
+    predict(tiny_model, tmp_path / "rows.jsonl", tmp_path / "said.jsonl", own)
+    said = [json.loads(line)["probabilities"] for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    expected = torch.tensor([[row["cat"], row["dog"]] for row in said])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="knows the labels dog, cat; the rows have cat, wolf"):
+        teachers.log_probabilities(tiny_model, read, ("cat", "wolf"))
 
 
 def test_of_a_long_text_every_part_has_the_teachers_word(teacher: Path, tmp_path: Path) -> None:
@@ -155,6 +171,11 @@ def test_a_teacher_of_something_else(teacher: Path, tmp_path: Path) -> None:
     empty.write_text(json.dumps({"words": "none"}) + "\n")
     with pytest.raises(DataError, match=r"empty.jsonl:1: field 'text'"):
         train(configuration(tmp_path, rows, DistillConfig(teacher=str(teacher), texts=str(empty))))
+    for content, complaint in (("", "the file has no rows"), (rows.read_text(), "texts come as rows here")):
+        other = tmp_path / ("none.txt" if content else "none.jsonl")
+        other.write_text(content)
+        with pytest.raises(DataError, match=complaint):
+            train(configuration(tmp_path, rows, DistillConfig(teacher=str(teacher), texts=str(other))))
     network = ConvNetwork(image_size=8, channels=1, widths=(8,))
     config = configuration(tmp_path, rows, DistillConfig(teacher=str(teacher)), network=network)
     with pytest.raises(ConfigError, match="distill means nothing to a classifier of images"):

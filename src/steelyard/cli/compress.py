@@ -50,8 +50,12 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the int8 checkpoint goes.")],
     portable: Annotated[bool, typer.Option("--portable", help="Leave embedding and head unquantised.")] = False,
     data: Annotated[Path | None, typer.Option(help="Rows to smooth activations by, as train reads them.")] = None,
-    tokens: Annotated[int, typer.Option(help="How many of their tokens are read, at most.")] = stage.SMOOTHING,
-    strength: Annotated[float, typer.Option(help="How much moves into the weights, 0 to 1.")] = smoothing.STRENGTH,
+    tokens: Annotated[
+        int | None, typer.Option(help=f"How many of their tokens are read, at most; {stage.SMOOTHING} by default.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help=f"How much moves into the weights, 0 to 1; {smoothing.STRENGTH} by default.")
+    ] = None,
     accept: Accept = False,
     max_bits_per_byte: MaxBits = 0.02,
     max_kl: MaxKl = None,

@@ -197,6 +197,8 @@ def labelled(path: Path, config: FormatConfig) -> Iterator[Conversation]:
 def texts(path: Path, config: FormatConfig) -> Iterator[Conversation]:
     """CSV, TSV or JSONL with a text; a label is not looked at. Raises DataError: a row without one."""
     tabular = path.suffix.lower() in (".csv", ".tsv")
+    if path.suffix.lower() == ".txt":
+        raise DataError("texts come as rows here: JSONL, CSV or TSV, each with a text", file=path)
     for line, row in table_rows(path, config.columns) if tabular else json_rows(path):
         found = _string(row, config.text, path, line)
         yield Conversation(messages=(Message("text", found),), text=found, file=path, line=line)

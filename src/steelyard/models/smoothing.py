@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from steelyard.errors import CheckpointError
 
 FILE = "smoothing.safetensors"
+FIELD = "steelyard_smoothed"
+"""Of config.json: the file has to be there."""
 SOURCES = {
     "q_proj": "input_layernorm",
     "k_proj": "input_layernorm",
@@ -48,21 +50,30 @@ def save(scales: Scales, folder: Path) -> None:
     save_file({name: scale.contiguous() for name, scale in scales.items()}, folder / FILE, metadata={"format": "pt"})
 
 
-def load(folder: Path) -> Scales:
-    """A checkpoint's; none where it is not smoothed.
+def load(folder: Path, sizes: Mapping[str, int]) -> Scales:
+    """A smoothed checkpoint's.
+
+    Args:
+        folder: the checkpoint.
+        sizes: M of each that there has to be.
 
     Raises:
-        CheckpointError: the file cannot be read, or a scale is none.
+        CheckpointError: the file is missing or cannot be read, or a scale is none.
     """
     path = folder / FILE
-    if not path.is_file():
-        return {}
     try:
         with safetensors.safe_open(path, "pt") as file:
             scales = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"'{path}' cannot be read: {error}") from None
+    for name in sorted(scales.keys() ^ sizes.keys()):
+        raise CheckpointError(f"'{path}' {'lacks' if name in sizes else 'has an unknown'} '{name}'")
     for name, scale in scales.items():
-        if scale.ndim != 1 or not (scale.isfinite() & (scale > 0)).all():
-            raise CheckpointError(f"'{path}': '{name}' must be a vector of numbers above 0")
+        check(scale, sizes[name], f"'{path}': '{name}'")
     return scales
+
+
+def check(scale: torch.Tensor, size: int, called: str) -> None:
+    """Raises CheckpointError: it is no vector of so many numbers above 0."""
+    if scale.shape != (size,) or not (scale.isfinite() & (scale > 0)).all():
+        raise CheckpointError(f"{called} must be a vector of {size} numbers above 0")

@@ -20,6 +20,7 @@ from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
 from steelyard.models import config as decoder_config
 from steelyard.models import smoothing, sparse
+from steelyard.models.config import DecoderConfig
 from steelyard.models.decoder import Decoder
 from steelyard.models.linear import Int8Embedding, Int8Linear
 
@@ -68,7 +69,8 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Decoder:
         _check_quantization(config.quantization, folder)
         _place_int8(decoder, tensors, dtype)
     _assign(decoder, tensors, dtype, folder)
-    decoder.smoothing = smoothing.load(folder)
+    if raw.get(smoothing.FIELD):
+        decoder.smoothing = smoothing.load(folder, _smoothed_sizes(config))
     return decoder.eval().requires_grad_(False)
 
 
@@ -114,6 +116,11 @@ def _is_symmetric_int8(scheme: dict[str, Any]) -> bool:
     return scheme.get("num_bits") == 8 and scheme.get("type") == "int" and bool(scheme.get("symmetric", True))
 
 
+def _smoothed_sizes(config: DecoderConfig) -> dict[str, int]:
+    width = {"input_layernorm": config.width, "post_attention_layernorm": config.width, "up_proj": config.feed_forward}
+    return {f"model.layers.{layer}.{name}": size for layer in range(config.layers) for name, size in width.items()}
+
+
 def _place_int8(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Replace the layers whose stored weights are int8, and hand them their tensors."""
     layers = dict(decoder.named_modules())
@@ -133,8 +140,8 @@ def _place_int8(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch
             raise CheckpointError(f"'{path}' has another bias than config.json says")
         if path == "model.embed_tokens":
             columns = tensors.pop(f"{path}.{COLUMNS}", None)
-            if columns is not None and columns.shape != weight.shape[1:]:
-                raise CheckpointError(f"'{path}' has another scale per column than it has columns")
+            if columns is not None:
+                smoothing.check(columns, weight.shape[1], f"'{path}.{COLUMNS}'")
             wide = None if columns is None else columns.float()
             decoder.model.embed_tokens = Int8Embedding(weight, scale, wide, dtype)  # type: ignore[assignment]
             if decoder.config.tied:

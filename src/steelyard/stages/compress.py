@@ -41,8 +41,8 @@ def compress(
     method: str = "int8",
     portable: bool = False,
     data: Path | None = None,
-    tokens: int = SMOOTHING,
-    strength: float = smoothing.STRENGTH,
+    tokens: int | None = None,
+    strength: float | None = None,
     thresholds: Thresholds | None = None,
     accept: bool = False,
     report: Callable[[int, int], None] = lambda done, of: None,
@@ -55,8 +55,8 @@ def compress(
         method: one of `METHODS`.
         portable: for int8, leave embedding and head in the base's dtype.
         data: rows, as `train` reads them, by which activations are smoothed before they are rounded.
-        tokens: how many of their tokens are read, at most.
-        strength: how much of what activations have much of moves into the weights, 0 to 1.
+        tokens: how many of their tokens are read, at most; `SMOOTHING` by default.
+        strength: how much of what activations have much of moves into the weights, 0 to 1; a half by default.
         thresholds: what may be lost.
         accept: hand it on past a threshold.
         report: told how many blocks and golden texts are done, of how many.
@@ -70,9 +70,13 @@ def compress(
     if method not in METHODS:
         raise ConfigError(f"compression method '{method}' is not known; known: {', '.join(METHODS)}")
 
+    if data is None and (tokens, strength) != (None, None):
+        raise ConfigError("tokens and strength are of smoothing, which needs rows: give it some (--data FILE)")
+    tokens = SMOOTHING if tokens is None else tokens
+    strength = smoothing.STRENGTH if strength is None else strength
     if tokens < 1 or not 0 <= strength <= 1:
         raise ConfigError(f"smoothing reads at least 1 token, not {tokens}, with a strength of 0 to 1, not {strength}")
-    digests = {} if data is None else {data.name: manifest.sha256_file(data)}
+    digests = {} if data is None else {f"calibration: {data.name}": manifest.sha256_file(data)}
 
     def make(opened: Opened, folder: Path) -> Decoder:
         decoder, smoothed = opened.decoder, None
@@ -126,7 +130,7 @@ def prune(
         raise ConfigError("magnitude reads no data: leave out --data, or name another method")
     if tokens < 1:
         raise ConfigError(f"{tokens} tokens to judge by: give at least 1")
-    digests = {} if data is None else {data.name: manifest.sha256_file(data)}
+    digests = {} if data is None else {f"calibration: {data.name}": manifest.sha256_file(data)}
 
     def make(opened: Opened, folder: Path) -> Decoder:
         pruned = copy.deepcopy(opened.decoder)

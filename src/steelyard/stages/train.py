@@ -29,7 +29,7 @@ from steelyard.stages.tasks import (
 )
 from steelyard.stages.tasks.prepared import Prepared
 from steelyard.train import choice, demand
-from steelyard.train.config import OF_IMAGES, OF_TEXTS, DataConfig, TrainConfig, check, refuse
+from steelyard.train.config import OF_IMAGES, OF_LABELLED_TEXTS, OF_TEXTS, DataConfig, TrainConfig, check, refuse
 from steelyard.train.networks import IMAGES, DecoderNetwork, FusionNetwork
 from steelyard.train.report import training_report
 from steelyard.train.trainer import Lineage, Progress, Trainer
@@ -38,7 +38,7 @@ from steelyard.train.trainer import Lineage, Progress, Trainer
 def _classifier(config: TrainConfig) -> Prepared:
     """Of what the network reads, or the one that it begins from."""
     if isinstance(config.network, FusionNetwork):
-        refuse(config, ("distill",), "a classifier of several modalities")
+        refuse(config, OF_LABELLED_TEXTS, "a classifier of several modalities")
         return fusion.prepare(config)
     seen = isinstance(config.network, IMAGES) or (config.model is not None and reads_images(resolve(config.model)))
     augmentation.check(config.augment, augmentation.IMAGE if seen else ())

@@ -148,6 +148,8 @@ def check(config: TrainConfig) -> None:
     for key in ("evaluate_every", "keep_checkpoints", "patience"):
         if getattr(config, key) < 0:
             raise ConfigError(f"{key} must be at least 0, not {getattr(config, key)}")
+    if config.data.max_windows < 1:
+        raise ConfigError(f"data.max_windows must be at least 1, not {config.data.max_windows}")
     if config.data.bad_files < 0:
         raise ConfigError(f"data.bad_files must be at least 0, not {config.data.bad_files}")
     if not 0 <= config.ema < 1:
@@ -219,9 +221,11 @@ def _but(*kept: str) -> tuple[str, ...]:
     return tuple(f"data.{name}" for name in FormatConfig.__struct_fields__ if name not in kept)
 
 
+OF_LABELLED_TEXTS = ("distill", "data.max_windows")
+"""Settings that classifiers of texts alone do something with."""
 FOREIGN: dict[str, tuple[str, ...]] = {
     "generation": (
-        *("distill", "beta", "label_smoothing", "augment"),
+        *(*OF_LABELLED_TEXTS, "beta", "label_smoothing", "augment"),
         *(f"data.{name}" for name in ("image", "audio", "bad_files", "tokens", "tags")),
     ),
     "classification": (
@@ -230,7 +234,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     ),
     "tagging": (
         *(
-            "distill",
+            *OF_LABELLED_TEXTS,
             "recompute",
             "beta",
             "method",
@@ -244,7 +248,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     ),
     "masked": (
         *(
-            "distill",
+            *OF_LABELLED_TEXTS,
             "recompute",
             "beta",
             "method",
@@ -258,7 +262,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     ),
     "contrastive": (
         *(
-            "distill",
+            *OF_LABELLED_TEXTS,
             "recompute",
             "beta",
             "method",
@@ -271,15 +275,24 @@ FOREIGN: dict[str, tuple[str, ...]] = {
         *_but("columns"),
     ),
     "transcription": (
-        *("distill", "recompute", "beta", "method", "lora", "label_smoothing", "data.max_length", "data.too_long"),
+        *(
+            *OF_LABELLED_TEXTS,
+            "recompute",
+            "beta",
+            "method",
+            "lora",
+            "label_smoothing",
+            "data.max_length",
+            "data.too_long",
+        ),
         *_but("audio", "text", "columns"),
     ),
     "preference": (
-        *("distill", "label_smoothing", "augment", "data.too_long", "data.deduplicate", "data.bad_files"),
+        *(*OF_LABELLED_TEXTS, "label_smoothing", "augment", "data.too_long", "data.deduplicate", "data.bad_files"),
         *_but(),
     ),
 }
 """Settings that a task does nothing with."""
 OF_TEXTS = ("data.image", "data.audio", "data.bad_files")
-OF_IMAGES = ("distill", "data.text", "data.audio", "data.max_length", "data.too_long")
+OF_IMAGES = (*OF_LABELLED_TEXTS, "data.text", "data.audio", "data.max_length", "data.too_long")
 """Settings that a classifier of the one or the other does nothing with."""

@@ -331,6 +331,11 @@ class Trainer:
                 f"the base model or the data changed since the run in '{self.run.folder}' began: "
                 "put them back, or --fresh to start over"
             )
+        if int(info["step"]) > self.steps:
+            raise TrainingError(
+                f"the run in '{self.run.folder}' has done more steps than these rows give: another version read them "
+                "otherwise; --fresh starts over"
+            )
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master.{name}"])

@@ -91,4 +91,6 @@ def write(
     weights.copy_companions(parent, folder)
     config = read_json(parent / "config.json")
     config["quantization_config"] = quantization_config(portable)
+    if smoothed is not None:
+        config[smoothing.FIELD] = True
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -22,6 +22,7 @@ from steelyard.serve import files
 from steelyard.serve.auth import Caller
 from steelyard.serve.connection import DONE, EventStream, event
 from steelyard.serve.jobs import records, training
+from steelyard.serve.jobs.compression import CALIBRATION
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.compression import CompressionJob, CompressionRequest
 from steelyard.serve.protocol.errors import json_response
@@ -44,7 +45,6 @@ from steelyard.serve.service import Service
 from steelyard.store import tables
 
 POLL_SECONDS = 0.5
-CALIBRATION = "method.quantize.calibration_file"
 
 Row = dict[str, Any]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from steelyard.checkpoint import manifest
@@ -42,10 +44,11 @@ def prepare(config: TrainConfig) -> Prepared:
         raise ConfigError(f"data.too_long '{config.data.too_long}' is not known; known: {', '.join(known)}")
     if config.data.too_long == WINDOWS and config.data.max_length < classifiers.SHORTEST:
         raise ConfigError(f"data.max_length: windows are of {classifiers.SHORTEST} tokens at least")
-    if config.data.max_windows < 1:
-        raise ConfigError(f"data.max_windows must be at least 1, not {config.data.max_windows}")
     if not labels:
         raise DataError("a classifier learns from labelled rows: texts, each with its label", file=config.data.train)
+    for row in (*learnt, *held):
+        if row.label is None or row.text is None:
+            raise DataError("has no label", file=row.file, line=row.line, field=config.data.label)
     base = None if config.model is None else resolve(config.model)
     teacher = None if config.distill.teacher is None else resolve(config.distill.teacher)
     more = _more(config, [*learnt, *held])
@@ -57,12 +60,13 @@ def prepare(config: TrainConfig) -> Prepared:
             classifier.text  # noqa: B018  it reads texts, or says that it does not
         else:
             assert isinstance(config.network, LstmNetwork), "the other networks read no texts"
-            texts = [_text(chat) for chat in learnt]
+            texts = [_text(row) for row in (*learnt, *more)]
             classifier = _fresh(config.network, labels, texts, run.folder / "tokenizer", config.seed)
         window = min(config.data.max_length, classifier.text.context or config.data.max_length)
         parted = replace(classifier.text, window=window if config.data.too_long == WINDOWS else None)
         classifier = replace(classifier, inputs=parted)
-        (rows, owners), (validation, _) = (_rows(classifier, chats, config.data) for chats in ([*learnt, *more], held))
+        rows, owners = _rows(classifier, [*learnt, *more], config.data)
+        validation, _ = _rows(classifier, held, msgspec.structs.replace(config.data, max_windows=sys.maxsize))
         shared: dict[str, Any] = {"dtype": DTYPES[config.dtype], "smoothing": config.label_smoothing}
         if teacher is None:
             return Classification(classifier, rows, validation, METRICS, **shared)
@@ -108,6 +112,8 @@ def _more(config: TrainConfig, known: Sequence[Conversation]) -> list[Conversati
     check_file(path)
     seen = {_text(row).strip() for row in known}
     found = {_text(row).strip(): row for row in chat.texts(path, config.data)}
+    if not found:
+        raise DataError("the file has no rows", file=path)
     return [row for text, row in found.items() if text not in seen]
 
 

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import safetensors.torch
 import torch
 
@@ -30,7 +31,7 @@ def kept(run: Run, checkpoint: Path, rows: Sequence[Conversation], labels: Seque
     asked = hashlib.sha256(repr((manifest.read(checkpoint).id, tuple(labels))).encode())
     for row in rows:
         asked.update(repr(row.text).encode())
-    key, path = asked.hexdigest(), run.folder / "prepared" / FILE
+    key, path = asked.hexdigest(), run.folder / FILE
     if path.is_file():
         with safetensors.safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("asked") == key:
@@ -38,7 +39,6 @@ def kept(run: Run, checkpoint: Path, rows: Sequence[Conversation], labels: Seque
                 return found
     run.log(f"the teacher reads {len(rows)} texts")
     said = log_probabilities(checkpoint, rows, labels).half()
-    path.parent.mkdir(exist_ok=True)
     write_file(path, safetensors.torch.save({"log_probabilities": said}, metadata={"asked": key}))
     return said
 
@@ -53,11 +53,13 @@ def log_probabilities(checkpoint: Path, rows: Sequence[Conversation], labels: Se
     """
     if not classifiers.is_classifier(checkpoint):
         opened = open_checkpoint(checkpoint)
-        fields = trained_format(checkpoint, labels=tuple(labels))
+        fields = trained_format(checkpoint)
+        fields = fields if fields.labels else msgspec.structs.replace(fields, labels=tuple(labels))
+        order = _order(fields.labels, labels)
         chats = [chat.asked(str(row.text), fields, row.file, row.line) for row in rows]
-        questions = classification.questions(chats, labels, opened.tokenizer, opened.template)
+        questions = classification.questions(chats, fields.labels, opened.tokenizer, opened.template)
         classification.check_lengths(questions, chats, opened.decoder.config.context)
-        return classification.score(opened.decoder, opened.adapter, questions).log_softmax(-1)
+        return classification.score(opened.decoder, opened.adapter, questions).log_softmax(-1)[:, order]
     if (
         classifiers.reads_images(checkpoint)
         or classifiers.reads_several(checkpoint)
@@ -65,8 +67,13 @@ def log_probabilities(checkpoint: Path, rows: Sequence[Conversation], labels: Se
     ):
         raise ConfigError(f"distill.teacher '{checkpoint}' labels no texts")
     teacher = classifiers.load(checkpoint)
-    if sorted(teacher.labels) != sorted(labels):
-        known, wanted = ", ".join(teacher.labels), ", ".join(labels)
-        raise ConfigError(f"distill.teacher knows the labels {known}; the rows have {wanted}")
+    order = _order(teacher.labels, labels)
     scores, _ = classifiers.of_texts(teacher, [str(row.text) for row in rows])
-    return scores[:, [teacher.labels.index(label) for label in labels]]
+    return scores[:, order]
+
+
+def _order(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
+    """Where each of our labels stands among the teacher's. Raises ConfigError: it knows others."""
+    if sorted(theirs) != sorted(ours):
+        raise ConfigError(f"distill.teacher knows the labels {', '.join(theirs)}; the rows have {', '.join(ours)}")
+    return [list(theirs).index(label) for label in ours]
