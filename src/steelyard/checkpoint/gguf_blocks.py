@@ -90,9 +90,8 @@ def _q4_k(blocks: NDArray[Any]) -> NDArray[np.float32]:
 
 def _q5_k(blocks: NDArray[Any]) -> NDArray[np.float32]:
     scales, minima = _parts(blocks)
-    fifths = (
-        blocks["high"][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    )  # bit p of byte i: value i of part p
+    # Bit p of byte i belongs to value i of part p.
+    fifths = blocks["high"][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1
     return _float(_halves(blocks["quants"]) | fifths << 4) * scales - minima
 
 

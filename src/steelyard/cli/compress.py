@@ -64,7 +64,7 @@ def quantize(
     """See HELP."""
     console.logs()
     thresholds = Thresholds(bits_per_byte=max_bits_per_byte, kl=max_kl)
-    with console.counting("certifying") as report:
+    with console.counting("certifying" if data is None else "smoothing and certifying") as report:
         found = stage.compress(
             resolve(checkpoint),
             output,

@@ -223,68 +223,31 @@ def _but(*kept: str) -> tuple[str, ...]:
 
 OF_LABELLED_TEXTS = ("distill", "data.max_windows")
 """Settings that classifiers of texts alone do something with."""
+OF_DECODERS = ("recompute", "beta", "method", "lora")
+"""Settings that decoders alone do something with."""
 FOREIGN: dict[str, tuple[str, ...]] = {
     "generation": (
         *(*OF_LABELLED_TEXTS, "beta", "label_smoothing", "augment"),
         *(f"data.{name}" for name in ("image", "audio", "bad_files", "tokens", "tags")),
     ),
     "classification": (
-        *("recompute", "beta", "method", "lora"),
+        *OF_DECODERS,
         *(f"data.{name}" for name in ("template", "system", "tokens", "tags")),
     ),
     "tagging": (
-        *(
-            *OF_LABELLED_TEXTS,
-            "recompute",
-            "beta",
-            "method",
-            "lora",
-            "augment",
-            "data.bad_files",
-            "data.max_length",
-            "data.too_long",
-        ),
+        *(*OF_LABELLED_TEXTS, *OF_DECODERS, "augment", "data.bad_files", "data.max_length", "data.too_long"),
         *_but("tokens", "tags", "labels"),
     ),
     "masked": (
-        *(
-            *OF_LABELLED_TEXTS,
-            "recompute",
-            "beta",
-            "method",
-            "lora",
-            "label_smoothing",
-            "augment",
-            "data.bad_files",
-            "data.too_long",
-        ),
+        *(*OF_LABELLED_TEXTS, *OF_DECODERS, "label_smoothing", "augment", "data.bad_files", "data.too_long"),
         *_but("format", "text", "columns"),
     ),
     "contrastive": (
-        *(
-            *OF_LABELLED_TEXTS,
-            "recompute",
-            "beta",
-            "method",
-            "lora",
-            "label_smoothing",
-            "augment",
-            "data.bad_files",
-            "data.too_long",
-        ),
+        *(*OF_LABELLED_TEXTS, *OF_DECODERS, "label_smoothing", "augment", "data.bad_files", "data.too_long"),
         *_but("columns"),
     ),
     "transcription": (
-        *(
-            *OF_LABELLED_TEXTS,
-            "recompute",
-            "beta",
-            "method",
-            "lora",
-            "label_smoothing",
-            "data.max_length",
-            "data.too_long",
-        ),
+        *(*OF_LABELLED_TEXTS, *OF_DECODERS, "label_smoothing", "data.max_length", "data.too_long"),
         *_but("audio", "text", "columns"),
     ),
     "preference": (
