@@ -12,7 +12,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 
 from steelyard.checkpoint.sources import pull
 from steelyard.checkpoint.sources.cache import default_cache
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.demo.lifecycle import MODEL
 from steelyard.models import config, weights
 from steelyard.models.decoder import Decoder
@@ -38,7 +38,7 @@ def smollm2(folder: Path) -> Path:
     """SmolLM2-135M in int8, as `folder/smollm2`."""
     base, made = pull(MODEL, cache=default_cache()), folder / "smollm2"
     made.mkdir()
-    int8.write(weights.load(base), made, base)
+    layout.write(weights.load(base), made, base)
     return made
 
 
@@ -64,7 +64,7 @@ def tiny(folder: Path) -> Path:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     weights.save(decoder, dense, base)
-    int8.write(weights.load(dense, torch.float32), made, dense)
+    layout.write(weights.load(dense, torch.float32), made, dense)
     return made
 
 

@@ -21,7 +21,7 @@ import workload
 from peers import contenders
 from steelyard.checkpoint.sources import pull
 from steelyard.checkpoint.sources.cache import default_cache
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.demo.lifecycle import MODEL
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.request import Output, Request, Sampling
@@ -59,7 +59,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = workload.make(workload.brown(contenders.FOLDER), tokenizer, turns * count)["w3"]
     prompts = [tokenizer.encode_plain("\n".join(turn["content"] for turn in row["messages"])) for row in rows]
     with tempfile.TemporaryDirectory() as name:
-        int8.write(weights.load(base), Path(name), base)
+        layout.write(weights.load(base), Path(name), base)
         decoder = weights.load(Path(name))
         engines = {reuse: Engine(decoder, tokenizer, config=EngineConfig(reuse=reuse)) for reuse in (True, False)}
     found: dict[bool, list[float]] = {True: [], False: []}

@@ -21,7 +21,7 @@ import torch
 
 from steelyard.checkpoint.sources import pull
 from steelyard.checkpoint.sources.cache import default_cache
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.demo.lifecycle import MODEL
 from steelyard.infer.plan import Plan
 from steelyard.kernels import library
@@ -109,8 +109,8 @@ def measure(plan: Plan, rows: int, repeats: int, memory: float, rate: float) -> 
         parts[name] = parts.get(name, 0.0) + spent / runs * 1e3
         if isinstance(work, Product):
             packed: PackedWeight = work.weight
-            size = packed.data.numel()
-            floor += max(size / memory, 2 * rows * packed.outputs * packed.inputs / rate)
+            size = packed.data.nbytes + (0 if packed.scale is None else packed.scale.nbytes)
+            floor += max(size / memory, 2 * rows * packed.form.outputs * packed.form.inputs / rate)
     cache = plan.cache
     per_token = (cache.keys.nbytes + cache.values.nbytes) / (cache.keys.shape[1] * BLOCK)
     floor += rows * (CONTEXT + 1) * per_token / memory
@@ -137,7 +137,7 @@ def main() -> None:
     base = pull(MODEL, cache=default_cache())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        int8.write(weights.load(base), folder, base)
+        layout.write(weights.load(base), folder, base)
         decoder = weights.load(folder)
         plan = Plan(
             decoder,

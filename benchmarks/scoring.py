@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import workload
 from steelyard.checkpoint.sources import pull
 from steelyard.checkpoint.sources.cache import default_cache
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.demo import sms
 from steelyard.demo.lifecycle import MODEL
 from steelyard.demo.serving import serving
@@ -171,7 +171,7 @@ def main() -> None:
     write_tasks(tasks, *((20, 4) if options.quick else (100, 20)))
     packed = tasks / "int8"
     packed.mkdir()
-    int8.write(weights.load(base), packed, base)
+    layout.write(weights.load(base), packed, base)
     runs: dict[str, Found] = {}
     for dtype, name in (("float32", "hf-fp32"), ("bfloat16", "hf-bf16")):
         runs[name] = evaluate(bin_, tasks, name, "hf", {"pretrained": base, "dtype": dtype})

@@ -25,7 +25,7 @@ import workload
 from peers import contenders, quality
 from steelyard.checkpoint.sources import pull
 from steelyard.checkpoint.sources.cache import default_cache
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.demo.lifecycle import MODEL
 from steelyard.models import weights
 from steelyard.text.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def main() -> None:
         if checkpoint is None:
             checkpoint = Path(folder) / "smollm2-int8"
             checkpoint.mkdir()
-            int8.write(weights.load(base), checkpoint, base)
+            layout.write(weights.load(base), checkpoint, base)
         every: list[Any] = [
             contenders.OpenVino(),
             contenders.llama("Q4_0"),

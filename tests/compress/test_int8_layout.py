@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import make
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import grid, layout
+from steelyard.compress.quantize.decoders import QuantizeConfig
 from steelyard.errors import CheckpointError
 from steelyard.models import weights
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
-from steelyard.models.linear import Int8Embedding, Int8Linear
+from steelyard.models.linear import QuantizedEmbedding, QuantizedLinear
 
 
 def logits(decoder: Decoder, token_ids: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,7 @@ def quantised(tmp_path: Path, family: str, portable: bool = False) -> tuple[Deco
     make(tmp_path / "base", family)
     (tmp_path / "int8").mkdir()
     dense = weights.load(tmp_path / "base", torch.float32)
-    int8.write(dense, tmp_path / "int8", tmp_path / "base", portable)
+    layout.write(dense, tmp_path / "int8", tmp_path / "base", QuantizeConfig(portable=portable))
     return dense, tmp_path / "int8"
 
 
@@ -38,8 +39,8 @@ def quantised(tmp_path: Path, family: str, portable: bool = False) -> tuple[Deco
 def test_what_is_read_back_is_what_was_rounded(tmp_path: Path, family: str) -> None:
     dense, folder = quantised(tmp_path, family)
     small = weights.load(folder, torch.float32)
-    assert isinstance(small.model.embed_tokens, Int8Embedding)
-    assert isinstance(small.lm_head, Int8Linear)
+    assert isinstance(small.model.embed_tokens, QuantizedEmbedding)
+    assert isinstance(small.lm_head, QuantizedLinear)
     tied = dense.config.tied
     assert (small.lm_head.weight is small.model.embed_tokens.weight) == tied
     stored = weights.read_tensors(folder)
@@ -47,7 +48,7 @@ def test_what_is_read_back_is_what_was_rounded(tmp_path: Path, family: str) -> N
     layers = 0
     for name, layer in dense.named_modules():
         if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
-            weight, scale = int8.quantize_channels(layer.weight)
+            weight, scale = grid.rounded(layer.weight, 8, None)
             found = small.get_submodule(name)
             assert torch.equal(found.weight, weight), name
             assert torch.equal(found.weight_scale, scale), name
@@ -78,7 +79,7 @@ def test_a_quantised_model_is_not_quantised_again(tmp_path: Path, portable: bool
     _, folder = quantised(tmp_path, "smollm", portable)
     (tmp_path / "again").mkdir()
     with pytest.raises(CheckpointError, match="quantised already; start from its parent"):
-        int8.write(weights.load(folder), tmp_path / "again", folder)
+        layout.write(weights.load(folder), tmp_path / "again", folder)
     assert list((tmp_path / "again").iterdir()) == []
 
 
@@ -86,7 +87,7 @@ def test_bytes_are_half(tmp_path: Path) -> None:
     make(tmp_path / "base", "smollm")
     (tmp_path / "int8").mkdir()
     dense = weights.load(tmp_path / "base")
-    int8.write(dense, tmp_path / "int8", tmp_path / "base")
+    layout.write(dense, tmp_path / "int8", tmp_path / "base")
     tensors = weights.read_tensors(tmp_path / "int8")
     weight_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if tensor.dtype == torch.int8)
     matrices = {id(p): p.numel() for p in dense.parameters() if p.ndim == 2}
@@ -97,8 +98,8 @@ def test_bytes_are_half(tmp_path: Path) -> None:
     ("change", "complaint"),
     [
         ({"quant_method": "gptq"}, "quantisation 'gptq' is not known here"),
-        ({"config_groups": None}, "only int8 weights"),
-        ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}}}, "only int8"),
+        ({"config_groups": None}, "only int8 and int4 weights"),
+        ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 2, "type": "int"}}}}, "only int8"),
         (
             {
                 "config_groups": {

@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from families import make
 from steelyard.compress.inputs import Magnitudes
-from steelyard.compress.quantize import int8
-from steelyard.compress.quantize.smoothing import smooth
+from steelyard.compress.quantize import layout
+from steelyard.compress.quantize.decoders import EMBEDDING, QuantizeConfig
+from steelyard.compress.quantize.smoothing import Balance, Smoothed
+from steelyard.compress.quantize.smoothing import smooth as smooth_by
 from steelyard.data.packing import Pack, pack
 from steelyard.data.rows import TokenRow
 from steelyard.errors import CheckpointError
-from steelyard.models import smoothing, weights
+from steelyard.models import quantized, smoothing, weights
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Block, Decoder
 from steelyard.models.lora import Adapter
@@ -29,6 +31,10 @@ def batches(seed: int = 0) -> list[Pack]:
     draw = torch.Generator().manual_seed(seed)
     rows = [torch.randint(97, (length,), generator=draw).tolist() for length in (9, 30, 1, 17, 40)]
     return [pack([TokenRow(tokens=row, trained=[True] * len(row)) for row in part]) for part in (rows[:2], rows[2:])]
+
+
+def smooth(decoder: Decoder, given: list[Pack], strength: float, *, head: bool) -> Smoothed:
+    return smooth_by(decoder, given, Balance([batch.lengths for batch in given], strength), head=head)
 
 
 def states(decoder: Decoder, adapter: Adapter | None = None) -> torch.Tensor:
@@ -116,11 +122,10 @@ def test_int8_loses_less(tmp_path: Path, family: str, portable: bool) -> None:
     for way in ("plain", "smoothed"):
         folder = tmp_path / way
         folder.mkdir()
-        source = copy.deepcopy(decoder)
-        moved = smooth(source, batches(), 0.5, head=not portable) if way == "smoothed" else None
-        int8.write(source, folder, tmp_path / "base", portable, moved)
+        method, given = ("nearest", []) if way == "plain" else ("smoothquant", batches())
+        layout.write(decoder, folder, tmp_path / "base", QuantizeConfig(method=method, portable=portable), given)  # type: ignore[arg-type]
         small = weights.load(folder, torch.float32)
-        assert (moved is None) == (not small.smoothing)
+        assert bool(given) == bool(small.smoothing)
         lost.append(float((small.logits(states(small)) - expected).norm() / expected.norm()))
     assert lost[1] < (0.6 if family in ("smollm", "qwen3") else 1) * lost[0], lost
 
@@ -147,7 +152,7 @@ def test_an_adapter_of_the_model_before_fits(tmp_path: Path, family: str) -> Non
 def test_a_scale_that_is_none_is_refused(tmp_path: Path, value: float) -> None:
     folder, source = tmp_path / "small", dense(tmp_path, "smollm")
     folder.mkdir()
-    int8.write(source, folder, tmp_path / "base", smoothed=smooth(source, batches(), 0.5, head=True))
+    layout.write(source, folder, tmp_path / "base", QuantizeConfig(method="smoothquant"), batches())
     assert weights.load(folder).smoothing
     good, path = load_file(folder / smoothing.FILE), folder / smoothing.FILE
     name = "model.layers.0.up_proj"
@@ -164,7 +169,7 @@ def test_a_scale_that_is_none_is_refused(tmp_path: Path, value: float) -> None:
             weights.load(folder)
     save_file(good, path)
     tensors = load_file(folder / weights.WEIGHTS)
-    columns = f"{int8.EMBEDDING}.{weights.COLUMNS}"
+    columns = f"{EMBEDDING}.{quantized.COLUMNS}"
     save_file({**tensors, columns: torch.full((48,), value)}, folder / weights.WEIGHTS)
     with pytest.raises(CheckpointError, match=r"column_scale' must be a vector of 48 numbers above 0"):
         weights.load(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.errors import CheckpointError, ModelNotFoundError
 from steelyard.infer import adapters as adapters_module
 from steelyard.infer.engine import Engine, EngineConfig
@@ -34,7 +34,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     (folder / "int8").mkdir()
     dense = weights.load(tiny_model, torch.float32)
-    int8.write(dense, folder / "int8", tiny_model)
+    layout.write(dense, folder / "int8", tiny_model)
     for number, rank in enumerate(RANKS):
         generator = torch.Generator().manual_seed(number)
         targets = ALL if number % 2 else ("q_proj", "up_proj")

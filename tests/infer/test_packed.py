@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.infer.engine import Engine
 from steelyard.infer.packed import packed_file
 from steelyard.infer.request import Request, Sampling
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(library.load() is None, reason="no native kernel
 def checkpoint(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STEELYARD_CACHE", str(tmp_path / "cache"))
     (tmp_path / "int8").mkdir()
-    int8.write(weights.load(tiny_model, torch.float32), tmp_path / "int8", tiny_model)
+    layout.write(weights.load(tiny_model, torch.float32), tmp_path / "int8", tiny_model)
     return tmp_path / "int8"
 
 

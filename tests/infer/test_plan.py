@@ -11,8 +11,8 @@ import torch
 
 from families import make
 from native_forms import native
-from steelyard.compress.quantize import int8
-from steelyard.compress.quantize.smoothing import smooth
+from steelyard.compress.quantize import layout
+from steelyard.compress.quantize.decoders import QuantizeConfig
 from steelyard.data.packing import pack
 from steelyard.data.rows import TokenRow
 from steelyard.errors import CheckpointError
@@ -27,19 +27,25 @@ from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter, AdapterRows
 
 FAMILIES = ["smollm", "llama2", "llama-biases", "llama-yarn", "llama-head-width", "mistral", "qwen2-window", "qwen3"]
+INT4 = QuantizeConfig(bits=4, group=16)
+KINDS = [
+    *((family, QuantizeConfig()) for family in FAMILIES),
+    ("smollm", QuantizeConfig(method="smoothquant")),
+    *((family, QuantizeConfig(group=16)) for family in ("smollm", "llama-biases", "qwen2-window")),
+    *((family, INT4) for family in ("smollm", "llama-biases", "qwen2-window")),
+    ("smollm", QuantizeConfig(bits=4, method="awq")),
+]
 BLOCKS = 64
 __all__ = ["native"]
 
 
-def small(folder: Path, family: str, smoothed: bool = False) -> Decoder:
-    """The int8 form of a small random model, in float32."""
+def small(folder: Path, family: str, config: QuantizeConfig = QuantizeConfig()) -> Decoder:  # noqa: B008
+    """The quantised form of a small random model, in float32."""
     make(folder / "base", family)
     (folder / "int8").mkdir()
-    decoder, moved = weights.load(folder / "base", torch.float32), None
-    if smoothed:
-        row = TokenRow(tokens=torch.randint(97, (40,)).tolist(), trained=[True] * 40)
-        moved = smooth(decoder, [pack([row])], 0.5, head=True)
-    int8.write(decoder, folder / "int8", folder / "base", smoothed=moved)
+    row = TokenRow(tokens=torch.randint(97, (40,)).tolist(), trained=[True] * 40)
+    given = [] if config.method == "nearest" else [pack([row])]
+    layout.write(weights.load(folder / "base", torch.float32), folder / "int8", folder / "base", config, given)
     return weights.load(folder / "int8", torch.float32)
 
 
@@ -86,18 +92,20 @@ def random_rows(lengths: Sequence[int]) -> list[torch.Tensor]:
     return [torch.randint(97, (length,)) for length in lengths]
 
 
-@pytest.mark.parametrize(("family", "smoothed"), [*((family, False) for family in FAMILIES), ("smollm", True)])
-def test_native_equals_the_twin_to_the_bit(tmp_path: Path, native: Library, family: str, smoothed: bool) -> None:
-    decoder = small(tmp_path, family, smoothed)
+@pytest.mark.parametrize(("family", "config"), KINDS)
+def test_native_equals_the_twin_to_the_bit(
+    tmp_path: Path, native: Library, family: str, config: QuantizeConfig
+) -> None:
+    decoder = small(tmp_path, family, config)
     rows = random_rows([1, 37, 5, 70])
     ours, twin = together(plan(decoder, native), Rows(rows)), together(plan(decoder, None), Rows(rows))
     for found, expected in zip(ours, twin, strict=True):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("family", "smoothed"), [*((family, False) for family in FAMILIES), ("smollm", True)])
-def test_it_is_the_reference_forward(tmp_path: Path, family: str, smoothed: bool) -> None:
-    decoder = small(tmp_path, family, smoothed)
+@pytest.mark.parametrize(("family", "config"), KINDS)
+def test_it_is_the_reference_forward(tmp_path: Path, family: str, config: QuantizeConfig) -> None:
+    decoder = small(tmp_path, family, config)
     rows = random_rows([60, 9])
     found = together(plan(decoder, library.load()), Rows(rows))
     for row, logits in zip(rows, found, strict=True):
@@ -108,9 +116,13 @@ def test_it_is_the_reference_forward(tmp_path: Path, family: str, smoothed: bool
         assert float((logits - expected).norm() / expected.norm()) < 0.03
 
 
-@pytest.mark.parametrize("family", ["smollm", "mistral"])
-def test_alone_beside_others_and_in_chunks_the_same_bits(tmp_path: Path, native: Library, family: str) -> None:
-    decoder = small(tmp_path, family)
+@pytest.mark.parametrize(
+    ("family", "config"), [("smollm", QuantizeConfig()), ("mistral", QuantizeConfig()), ("smollm", INT4)]
+)
+def test_alone_beside_others_and_in_chunks_the_same_bits(
+    tmp_path: Path, native: Library, family: str, config: QuantizeConfig
+) -> None:
+    decoder = small(tmp_path, family, config)
     rows = [torch.randint(97, (length,)) for length in (300, 1, 33, 64, 270)]
     ours = Plan(decoder, blocks=BLOCKS, tokens=700, draws=700, context=600, native=native)
     alone = [together(ours, Rows([row]))[0] for row in rows]
@@ -145,9 +157,11 @@ def random_adapter(decoder: Decoder, rank: int, targets: tuple[str, ...], seed: 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@pytest.mark.parametrize("family", ["smollm", "qwen3"])
-def test_rows_wear_their_own_adapters(tmp_path: Path, native: Library, family: str) -> None:
-    decoder = small(tmp_path, family)
+@pytest.mark.parametrize(
+    ("family", "config"), [("smollm", QuantizeConfig()), ("qwen3", QuantizeConfig()), ("smollm", INT4)]
+)
+def test_rows_wear_their_own_adapters(tmp_path: Path, native: Library, family: str, config: QuantizeConfig) -> None:
+    decoder = small(tmp_path, family, config)
     adapters = [random_adapter(decoder, 4, ALL, 1), random_adapter(decoder, 7, ("v_proj", "up_proj"), 2)]
     rows, worn = random_rows([8, 40, 3, 21]), [1, None, 0, 1]
     both = [plan(decoder, native), plan(decoder, None)]
@@ -181,7 +195,7 @@ def test_sizes_beyond_the_kernels_run_by_the_reference(tmp_path: Path) -> None:
 
 def test_layers_of_another_kind_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "smollm")
-    with pytest.raises(CheckpointError, match=r"is neither int8 nor bfloat16"):
+    with pytest.raises(CheckpointError, match=r"is neither bfloat16 nor integers"):
         plan(weights.load(tmp_path, torch.float32), None)
 
 
@@ -241,7 +255,7 @@ def test_a_dense_row_alone_and_beside_others_is_the_same(tmp_path: Path, native:
 def test_layers_of_both_kinds_in_one_plan(tmp_path: Path, native: Library) -> None:
     make(tmp_path / "base", "llama2", **EVEN)
     (tmp_path / "int8").mkdir()
-    int8.write(weights.load(tmp_path / "base"), tmp_path / "int8", tmp_path / "base", portable=True)
+    layout.write(weights.load(tmp_path / "base"), tmp_path / "int8", tmp_path / "base", QuantizeConfig(portable=True))
     decoder = weights.load(tmp_path / "int8")
     assert has_plan(decoder, native)
     assert not has_plan(decoder, None)

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.request import Output, Request, Sampling
 from steelyard.infer.runner import PlanRunner
@@ -31,7 +31,7 @@ def small(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     folder = tmp_path_factory.mktemp("small")
     (folder / "int8").mkdir()
     dense = weights.load(tiny_model, torch.float32)
-    int8.write(dense, folder / "int8", tiny_model)
+    layout.write(dense, folder / "int8", tiny_model)
     adapters = {}
     for seed, (name, rank) in enumerate({"one": 4, "two": 9}.items()):
         generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_reproducible import BLOCK_BYTES, small
 
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.errors import CheckpointError
 from steelyard.infer.decoding.draft_model import DraftModel
 from steelyard.infer.decoding.speculative import FIRST_REST, LONGEST, Confidence, plan_lengths
@@ -109,7 +109,7 @@ def drafts(small: Small, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     packed.mkdir()
-    int8.write(weights.load(dense, torch.float32), packed, dense)
+    layout.write(weights.load(dense, torch.float32), packed, dense)
     return {"dense": dense, "int8": packed, "itself": small[0]}
 
 

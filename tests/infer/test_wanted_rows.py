@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.infer.adapters import Adapters
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.request import Request
@@ -30,7 +30,7 @@ def open_(
     folder = tiny_model
     if request.param == "plan":
         folder = tmp_path_factory.mktemp("int8")
-        int8.write(weights.load(tiny_model, torch.float32), folder, tiny_model)
+        layout.write(weights.load(tiny_model, torch.float32), folder, tiny_model)
     decoder = weights.load(folder, torch.float32)
     sizes = CacheSizes.fit(decoder, 1 << 22, 32, 4, library.load())
     return lambda: open_runner(decoder, sizes, tokens=64, rows=64, library=library.load())

@@ -221,10 +221,10 @@ def test_a_draft_guesses_and_one_that_does_not_fit_says_why(
 ) -> None:
     import torch
 
-    from steelyard.compress.quantize import int8
+    from steelyard.compress.quantize import layout
     from steelyard.models import weights
 
-    int8.write(weights.load(tiny_model, torch.float32), tmp_path, tiny_model)
+    layout.write(weights.load(tiny_model, torch.float32), tmp_path, tiny_model)
     worker = Worker(tmp_path, "--draft", str(tiny_model))
     assert isinstance(worker.receive(), Ready)
     worker.send(Request(id="a", prompt=[5, 6, 7], sampling=Sampling(max_tokens=40, temperature=0, ignore_eos=True)))

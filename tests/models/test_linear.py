@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steelyard.compress.quantize.int8 import quantize_channels
+from steelyard.compress.quantize.grid import rounded
 from steelyard.kernels import onednn
 from steelyard.kernels.reference import integer_product, quantize_rows
-from steelyard.models.linear import Int8Embedding, Int8Linear
+from steelyard.models.linear import QuantizedEmbedding, QuantizedLinear
 
 LIMIT = 127
 
@@ -36,13 +36,13 @@ def test_layer_is_near_the_dense_one_and_the_same_without_onednn(monkeypatch: py
     torch.manual_seed(1)
     dense, bias, x = torch.randn(48, 96) * 0.1, torch.randn(48), torch.randn(20, 96)
     x[3] = 0
-    weight, scale = quantize_channels(dense)
-    fast = Int8Linear(weight, scale, bias, torch.float32)(x)
+    weight, scale = rounded(dense, 8, None)
+    fast = QuantizedLinear(weight, scale, bias, torch.float32)(x)
     expected = x.double() @ dense.double().T + bias.double()
     assert float((fast - expected).norm() / expected.norm()) < 0.02  # 1.1% measured
     assert torch.equal(fast[3], bias)
     monkeypatch.setattr(onednn, "is_exact", lambda: False)
-    assert torch.equal(Int8Linear(weight, scale, bias, torch.float32)(x), fast)
+    assert torch.equal(QuantizedLinear(weight, scale, bias, torch.float32)(x), fast)
 
 
 def test_rounding_stays_within_half_a_step_and_the_range() -> None:
@@ -52,17 +52,17 @@ def test_rounding_stays_within_half_a_step_and_the_range() -> None:
     quantized, scale = quantize_rows(x)
     assert int(quantized.abs().max()) <= LIMIT
     assert bool(((quantized * scale - x).abs() <= scale * 0.5001).all())
-    weight, channel = quantize_channels(x)
+    weight, channel = rounded(x, 8, None)
     assert int(weight.abs().max()) <= LIMIT
     # The scale is rounded to bfloat16 first: the largest value of a row can be clamped by 0.4%.
     assert bool(((weight * channel.float() - x).abs() <= channel.float() * 1.01).all())
 
 
 def test_embedding_looks_up_what_was_rounded() -> None:
-    weight, scale = quantize_channels(torch.randn(10, 8))
+    weight, scale = rounded(torch.randn(10, 8), 8, None)
     token_ids = torch.tensor([3, 3, 9])
     expected = (weight[token_ids].float() * scale[token_ids].float()).bfloat16()
-    assert torch.equal(Int8Embedding(weight, scale, None, torch.bfloat16)(token_ids), expected)
+    assert torch.equal(QuantizedEmbedding(weight, scale, None, torch.bfloat16)(token_ids), expected)
     columns = torch.logspace(-3, 4, 8, base=2)
-    found = Int8Embedding(weight, scale, columns, torch.float32)(token_ids)
+    found = QuantizedEmbedding(weight, scale, columns, torch.float32)(token_ids)
     assert torch.equal(found, weight[token_ids].float() * scale[token_ids].float() * columns)

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from families import make
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import layout
 from steelyard.errors import CheckpointError, ConfigError
 from steelyard.models import lora, weights
 from steelyard.models.attention import PackedAttention
@@ -161,7 +161,7 @@ def test_a_quantised_base_wears_but_does_not_merge(tmp_path: Path) -> None:
     make(tmp_path / "base", "smollm")
     dense = weights.load(tmp_path / "base")
     (tmp_path / "int8").mkdir()
-    int8.write(dense, tmp_path / "int8", tmp_path / "base")
+    layout.write(dense, tmp_path / "int8", tmp_path / "base")
     small = weights.load(tmp_path / "int8")
     adapter = Adapter.load(save(random_adapter(dense, 4, 8.0), tmp_path / "adapter", tmp_path / "base"), small)
     token_ids = torch.randint(97, (12,))

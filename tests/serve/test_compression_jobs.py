@@ -91,6 +91,20 @@ def test_smoothed_by_a_file_of_ones_own(service: Service) -> None:
     assert failed["error"]["message"].startswith("pairs.jsonl:1: ")
 
 
+def test_four_bits_judged_by_a_file(service: Service) -> None:
+    client = service.sdk()
+    settings = {"scheme": "int4", "group": 16, "method": "gptq", "calibration_file": upload(client, rows(8))}
+    method = {"type": "quantize", "quantize": {"max_bits_per_byte": 1.0, **settings}}
+    job = done(service, compress(service, suffix="small", method=method)["id"])
+    assert job["status"] == "succeeded", job
+    assert job["compressed_model"].startswith("int4:")
+    found = manifest.read(service.models[job["compressed_model"]].engine.checkpoint).recipe["compress"]
+    assert (found["bits"], found["group"], found["method"]) == (4, 16, "gptq")
+    answer = client.chat.completions.create(model=job["compressed_model"], messages=HELLO, max_tokens=3, seed=1)
+    assert answer.usage is not None
+    client.models.delete(job["compressed_model"])
+
+
 def done(service: Service, job: str, *statuses: str) -> Any:
     with service.http() as http:
 
@@ -227,8 +241,11 @@ def _settled(service: Service, job: str) -> bool:
     [
         ({"model": "other"}, "model"),
         ({"method": {"type": "prune"}}, "method.type"),
+        ({"method": {"type": "quantize", "quantize": {"scheme": "int2"}}}, "method.quantize.scheme"),
+        ({"method": {"type": "quantize", "quantize": {"group": 8}}}, "method.quantize.group"),
+        ({"method": {"type": "quantize", "quantize": {"method": "gptq"}}}, "method.quantize.calibration_file"),
+        ({"method": {"type": "quantize", "quantize": {"group": 16, "portable": True}}}, "method.quantize.group"),
         ({"method": {"type": "distill"}}, "method.type"),
-        ({"method": {"type": "quantize", "quantize": {"scheme": "int4"}}}, "method.quantize.scheme"),
         ({"target": {"bytes": "1/2"}}, "target"),
         ({"nonsense": 1}, "nonsense"),
     ],

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from steelyard.checkpoint import manifest
-from steelyard.compress.prune import decoders
+from steelyard.compress.inputs import linears
 from steelyard.compress.prune.decoders import PruneConfig
-from steelyard.compress.quantize import int8
+from steelyard.compress.quantize import grid
+from steelyard.compress.quantize.decoders import QuantizeConfig
+from steelyard.compress.quantize.grid import Integers
 from steelyard.errors import CheckpointError, ConfigError, FidelityError
 from steelyard.evaluate.certificate import Thresholds
 from steelyard.models.opening import open_checkpoint
-from steelyard.stages.compress import CALIBRATION, compress, prune
+from steelyard.stages.compress import CALIBRATION, prune, quantize
 
 LOOSE = Thresholds(bits_per_byte=0.5)
 
@@ -25,41 +27,41 @@ LOOSE = Thresholds(bits_per_byte=0.5)
 @pytest.fixture
 def damaged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every weight comes out four times too large."""
-    whole = int8.quantize_channels
+    whole = grid.rounded
 
-    def broken(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rounded, scale = whole(weight)
-        return rounded, scale * 4
+    def broken(*given: Any) -> Integers:
+        values, scale = whole(*given)
+        return Integers(values, scale * 4)
 
-    monkeypatch.setattr(int8, "quantize_channels", broken)
+    monkeypatch.setattr(grid, "rounded", broken)
 
 
 def test_what_passes_is_written_with_certificate_and_lineage(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "small"
-    found = compress(tiny_model, output, thresholds=LOOSE)
+    found = quantize(tiny_model, output, thresholds=LOOSE)
     written = manifest.verify(output)
     assert found.passed
     assert written.certificate == msgspec.to_builtins(found)
     assert written.parent == found.parent == manifest.read(tiny_model).id
     assert written.id != written.parent
-    assert written.recipe["compress"] == {"method": "int8", "portable": False}
+    assert written.recipe["compress"] == msgspec.to_builtins(QuantizeConfig())
     assert found.bytes_after < found.bytes_before
     assert open_checkpoint(output).template is not None
     assert [entry.name for entry in tmp_path.iterdir()] == ["small"]
     with pytest.raises(CheckpointError, match="quantised already"):
-        compress(output, tmp_path / "smaller")
+        quantize(output, tmp_path / "smaller")
 
 
 @pytest.mark.usefixtures("damaged")
 def test_a_damaged_model_is_not_handed_on(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(FidelityError, match="past its thresholds"):
-        compress(tiny_model, tmp_path / "small", thresholds=LOOSE)
+        quantize(tiny_model, tmp_path / "small", thresholds=LOOSE)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("damaged")
 def test_accepted_it_is_written_and_says_so(tiny_model: Path, tmp_path: Path) -> None:
-    found = compress(tiny_model, tmp_path / "small", thresholds=LOOSE, accept=True)
+    found = quantize(tiny_model, tmp_path / "small", thresholds=LOOSE, accept=True)
     assert (found.passed, found.accepted) == (False, True)
     certificate = manifest.verify(tmp_path / "small").certificate
     assert certificate is not None
@@ -71,36 +73,56 @@ def test_an_output_that_is_something_else_stays(tiny_model: Path, tmp_path: Path
     for output in (tmp_path, tiny_model):
         before = sorted(path.name for path in output.iterdir())
         with pytest.raises(ConfigError, match="name another folder"):
-            compress(tiny_model, output, thresholds=LOOSE)
+            quantize(tiny_model, output, thresholds=LOOSE)
         assert sorted(path.name for path in output.iterdir()) == before
 
 
 def test_what_cannot_be_compressed(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="method 'int3' is not known; known: int8"):
-        compress(tiny_model, tmp_path / "small", method="int3")
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        compress(tmp_path / "none", tmp_path / "small")
+        quantize(tmp_path / "none", tmp_path / "small")
 
 
-def test_smoothed_by_rows(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["smoothquant", "awq", "gptq"])
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, 16)])
+def test_judged_by_rows(tiny_model: Path, tmp_path: Path, method: Any, bits: Any, group: int | None) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"The user asks {number} times."}) + "\n" for number in range(30)))
     told: list[tuple[int, int]] = []
     output = tmp_path / "small"
-    compress(tiny_model, output, data=rows, thresholds=LOOSE, report=lambda done, of: told.append((done, of)))
+    config = QuantizeConfig(bits=bits, group=group, method=method)
+    settings: dict[str, Any] = {"data": rows, "thresholds": LOOSE, "accept": True}
+    quantize(tiny_model, output, config, report=lambda done, of: told.append((done, of)), **settings)
     written = manifest.verify(output)
-    assert written.recipe["compress"] == {"method": "int8", "portable": False, "tokens": 16384, "strength": 0.5}
+    assert written.recipe["compress"] == {**msgspec.to_builtins(config), "tokens": 16384}
     assert written.data["calibration: rows.jsonl"] == manifest.sha256_file(rows)
     layers = len(open_checkpoint(output).decoder.model.layers)
     assert told[:layers] == [(number + 1, layers) for number in range(layers)]
-    for wrong in ({"tokens": 0}, {"strength": 1.1}):
-        with pytest.raises(ConfigError, match="smoothing reads at least 1 token"):
-            compress(tiny_model, tmp_path / "other", data=rows, **wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="needs rows"):
-        compress(tiny_model, tmp_path / "other", strength=0.9)
     with pytest.raises(CheckpointError, match="quantised already"):
-        compress(output, tmp_path / "other", data=rows)
+        quantize(output, tmp_path / "other", config, **settings)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "settings", "complaint"),
+    [
+        (QuantizeConfig(method="gptq"), False, {}, "gptq judges by what layers read: give it rows"),
+        (QuantizeConfig(), True, {}, "nearest reads no data"),
+        (QuantizeConfig(), False, {"tokens": 5}, "tokens are those of rows"),
+        (QuantizeConfig(method="awq"), True, {"tokens": 0}, "0 tokens to judge by"),
+        (QuantizeConfig(method="smoothquant", strength=1.1), True, {}, "strength 1.1"),
+        (QuantizeConfig(group=24), False, {}, "group 24: a multiple of 16"),
+        (QuantizeConfig(group=80), False, {}, "group 80 does not divide the .* inputs of '.*'; groups that do: 16"),
+        (QuantizeConfig(group=16, portable=True), False, {}, "leave out the group"),
+    ],
+)
+def test_what_does_not_go_together(
+    tiny_model: Path, tmp_path: Path, config: QuantizeConfig, rows: bool, settings: dict[str, Any], complaint: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "The user asks."}) + "\n")
+    with pytest.raises(ConfigError, match=complaint):
+        quantize(tiny_model, tmp_path / "small", config, data=path if rows else None, thresholds=LOOSE, **settings)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
@@ -117,12 +139,12 @@ def test_a_pruned_model(tiny_model: Path, tmp_path: Path, method: Any, pattern: 
     assert written.recipe["compress"] == {**msgspec.to_builtins(config), **read}
     assert written.data.get("calibration: rows.jsonl") == (manifest.sha256_file(rows) if given else None)
     before, after = open_checkpoint(tiny_model).decoder, open_checkpoint(output).decoder
-    for name, layer in decoders.linears(after.model.layers).items():
+    for name, layer in linears(after.model.layers).items():
         assert float((layer.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01), name
         if pattern is not None:
             assert ((layer.weight.view(-1, 4) == 0).sum(1) >= 2).all()
     assert torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)
-    linear = sum(2 * layer.weight.numel() for layer in decoders.linears(after.model.layers).values())
+    linear = sum(2 * layer.weight.numel() for layer in linears(after.model.layers).values())
     assert found.bytes_after == pytest.approx(found.bytes_before - linear * (0.5 - 1 / 16), rel=0.08)
     dense = tmp_path / "dense"
     prune(tiny_model, dense, config, data=given, thresholds=LOOSE, accept=True, zeros=True)
@@ -139,7 +161,7 @@ def test_judging_needs_rows(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_quantised_is_not_pruned(tiny_model: Path, tmp_path: Path) -> None:
-    compress(tiny_model, tmp_path / "small", thresholds=LOOSE)
+    quantize(tiny_model, tmp_path / "small", thresholds=LOOSE)
     with pytest.raises(CheckpointError, match="quantised already"):
         prune(tmp_path / "small", tmp_path / "pruned", PruneConfig(method="magnitude"), accept=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["small"]

@@ -13,6 +13,7 @@ from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 from steelyard.compress.prune.decoders import PruneConfig
 from steelyard.compress.quantize import smoothing
+from steelyard.compress.quantize.decoders import GROUP, Method, QuantizeConfig
 from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import compress as stage
 
@@ -21,13 +22,13 @@ Accept = Annotated[bool, typer.Option("--accept", help="Keep it even past a thre
 MaxBits = Annotated[float, typer.Option(help="Largest relative rise of bits per byte.")]
 MaxKl = Annotated[float | None, typer.Option(help="Largest mean KL divergence in nats.")]
 HELP = console.examples(
-    "int8 weights and activations in the compressed-tensors layout, with a fidelity certificate. It loses less with "
-    "rows of yours (--data): by them, what few channels have much of is smoothed out. An adapter is merged into its "
-    "base first.",
+    "Weights and activations as integers, in the compressed-tensors layout, with a fidelity certificate. 8 bits lose "
+    "next to nothing with a scale per group of inputs (--group); 4 bits are half as large, and want rows of yours to "
+    "judge by (--data). An adapter is merged into its base first.",
     "compress quantize runs/sms/best --output models/sms-int8",
-    "compress quantize MODEL --output OUT --data rows.jsonl",
+    "compress quantize MODEL --output OUT --group 64",
+    "compress quantize MODEL --output OUT --bits 4 --data rows.jsonl --max-bits-per-byte 0.1",
     "compress quantize MODEL --output OUT --portable",
-    "compress quantize MODEL --output OUT --max-bits-per-byte 0.01 --accept",
 )
 
 PRUNE = console.examples(
@@ -47,31 +48,42 @@ def _family() -> None:
 @app.command(help=HELP)
 def quantize(
     checkpoint: Annotated[str, typer.Argument(help="A model or adapter: a folder or a source.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the int8 checkpoint goes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the quantised checkpoint goes.")],
+    bits: Annotated[int, typer.Option(help="Of the weights, 8 or 4; embedding and head have 8.")] = 8,
+    group: Annotated[
+        str | None, typer.Option(help=f"Inputs that share a scale, or 'all'. Default: all; {GROUP} with 4 bits.")
+    ] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(help="How weights are rounded. Default: nearest; with rows, smoothquant, or gptq with 4 bits."),
+    ] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Leave embedding and head unquantised.")] = False,
-    data: Annotated[Path | None, typer.Option(help="Rows to smooth activations by, as train reads them.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Rows to judge by, as train reads them.")] = None,
     tokens: Annotated[
         int | None, typer.Option(help=f"How many of their tokens are read, at most; {stage.SMOOTHING} by default.")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help=f"How much moves into the weights, 0 to 1; {smoothing.STRENGTH} by default.")
-    ] = None,
+        float, typer.Option(help="smoothquant: how much moves into the weights, 0 to 1.")
+    ] = smoothing.STRENGTH,
     accept: Accept = False,
-    max_bits_per_byte: MaxBits = 0.02,
+    max_bits_per_byte: Annotated[
+        float | None, typer.Option(help="Largest relative rise of bits per byte; 0.02 by default, 0.1 with 4 bits.")
+    ] = None,
     max_kl: MaxKl = None,
     as_json: console.Json = False,
 ) -> None:
     """See HELP."""
     console.logs()
-    thresholds = Thresholds(bits_per_byte=max_bits_per_byte, kl=max_kl)
-    with console.counting("certifying" if data is None else "smoothing and certifying") as report:
-        found = stage.compress(
+    most = (0.1 if bits == 4 else 0.02) if max_bits_per_byte is None else max_bits_per_byte
+    thresholds = Thresholds(bits_per_byte=most, kl=max_kl)
+    config = QuantizeConfig.chosen(bits, group, method, strength=strength, portable=portable, rows=data is not None)
+    with console.counting("rounding and certifying") as report:
+        found = stage.quantize(
             resolve(checkpoint),
             output,
-            portable=portable,
+            config,
             data=data,
             tokens=tokens,
-            strength=strength,
             thresholds=thresholds,
             accept=accept,
             report=report,

@@ -21,6 +21,11 @@ def dense(decoder: Decoder) -> bool:
     return all(tensor.is_floating_point() for tensor in decoder.buffers())
 
 
+def linears(module: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers by their names in a module."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+
+
 class Record(Protocol):
     """Of one layer."""
 

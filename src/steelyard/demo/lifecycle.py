@@ -22,7 +22,7 @@ from steelyard.evaluate import classification
 from steelyard.evaluate.certificate import Certificate, weight_bytes
 from steelyard.models.opening import open_checkpoint
 from steelyard.runs import read_metrics
-from steelyard.stages.compress import compress
+from steelyard.stages.compress import quantize
 from steelyard.stages.labelling import Classification, classify
 from steelyard.stages.train import train
 from steelyard.train.config import DataConfig, TrainConfig
@@ -105,7 +105,7 @@ def learn(
     tell.note("merging it and rounding to int8")
     started = time.perf_counter()
     int8 = folder / "sms-int8"
-    certificate = compress(adapter, int8, report=tell.counting)
+    certificate = quantize(adapter, int8, report=tell.counting)
     stages["int8"] = _measure(int8, data, format_, tell, started)
     return Learnt(
         stages=stages,

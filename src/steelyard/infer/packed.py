@@ -19,7 +19,7 @@ from steelyard.checkpoint import manifest
 from steelyard.checkpoint.safetensors import write
 from steelyard.checkpoint.sources.cache import default_cache
 from steelyard.kernels.memory import Arena
-from steelyard.kernels.packing import LAYOUT, PANEL, PackedWeight
+from steelyard.kernels.packing import LAYOUT, PANEL, Form, PackedWeight
 from steelyard.kernels.reference import padded
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,9 @@ class PackedWeights:
         self._packed: dict[str, PackedWeight] = {}
         self._complete = True
 
-    def find(self, name: str, outputs: int, inputs: int, dense: bool, pack: Callable[[], PackedWeight]) -> PackedWeight:
-        """The weight `[outputs, inputs]` called `name`: from the file if it is there and fits, or packed now."""
-        weight = self._restore(name, outputs, inputs, dense)
+    def find(self, name: str, form: Form, pack: Callable[[], PackedWeight]) -> PackedWeight:
+        """The weight called `name`: from the file if it is there and fits, or packed now."""
+        weight = self._restore(name, form)
         if weight is None:
             self._complete = False
             weight = pack()
@@ -70,19 +70,22 @@ class PackedWeights:
         except OSError as error:
             log.warning("the packed weights are not kept (%s): the next start packs them again", error)
 
-    def _restore(self, name: str, outputs: int, inputs: int, dense: bool) -> PackedWeight | None:
+    def _restore(self, name: str, form: Form) -> PackedWeight | None:
         data, scale, bias = (self._stored.get(f"{name}.{part}") for part in ("data", "scale", "bias"))
-        if data is None or (scale is None) != dense:
+        if data is None or (scale is None) != form.dense:
             return None
-        shape, dtype = PackedWeight.shape(outputs, inputs, dense), torch.bfloat16 if dense else torch.uint8
-        vectors = [vector for vector in (scale, bias) if vector is not None]
-        known = [(data, shape, dtype), *((vector, (padded(outputs, PANEL),), torch.float32) for vector in vectors)]
-        if any(tensor.shape != size or tensor.dtype != kind for tensor, size, kind in known):
+        known = [(data, form.data)]
+        if scale is not None and form.scale is not None:
+            known.append((scale, form.scale))
+        if bias is not None:
+            known.append((bias, ((padded(form.outputs, PANEL),), torch.float32)))
+        if any((tensor.shape, tensor.dtype) != sizes for tensor, sizes in known):
             return None
+        shape, dtype = form.data
         copy = self.arena.take(*shape, dtype=dtype)
         copy.copy_(data)
         scale, bias = (None if vector is None else vector.clone() for vector in (scale, bias))
-        return PackedWeight(copy, scale, bias, outputs, padded(inputs))
+        return PackedWeight(copy, scale, bias, form)
 
 
 def packed_file(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A decoder lowered to a flat list of fused steps over packed weights, int8 or bfloat16: what an engine runs.
+"""A decoder lowered to a flat list of fused steps over packed weights, int8, int4 or bfloat16: what an engine runs.
 
 One numeric path per checkpoint: float32 rows, exact integer products, everything else summed in one stated order.
 So a row's result is the same to the bit alone or beside others, whatever the chunks, and with the native kernels or
@@ -18,12 +18,12 @@ from steelyard.errors import CheckpointError
 from steelyard.infer.packed import PackedWeights
 from steelyard.kernels import memory, steps
 from steelyard.kernels.library import Library
-from steelyard.kernels.packing import PackedWeight, in_turns
-from steelyard.kernels.reference import BLOCK, padded
+from steelyard.kernels.packing import Form, PackedWeight, in_turns
+from steelyard.kernels.reference import BLOCK, LANES, padded
 from steelyard.kernels.steps import TILE_ROWS, Batch, Buffers, Epilogue, HeadSizes, Place
 from steelyard.models.config import rotary_frequencies
 from steelyard.models.decoder import Attention, Block, Decoder
-from steelyard.models.linear import Int8Embedding, Int8Linear
+from steelyard.models.linear import QuantizedWeight
 from steelyard.models.lora import Adapter
 
 
@@ -92,7 +92,7 @@ class Plan:
     """The steps of one decoder, its buffers and its cache.
 
     Args:
-        decoder: each layer int8 or bfloat16; see `runner.has_plan`.
+        decoder: each layer int8, int4 or bfloat16; see `runner.has_plan`.
         blocks: of the cache.
         tokens: most tokens of a batch.
         draws: most rows of a batch that draw.
@@ -214,7 +214,7 @@ class Plan:
         )
         yield self._rotate(attention, heads)
         yield steps.Attend(heads)
-        yield steps.Quantize(padded(query), Place.MIXED, output.dense)
+        yield steps.Quantize(padded(query), Place.MIXED, output.form.group)
         yield steps.Product(output, Place.RESIDUAL, Epilogue.ADD)
         yield self._low_rank(
             f"{attention.path}.o_proj", padded(query), config.width, width, Place.MIXED, Place.RESIDUAL
@@ -239,14 +239,14 @@ class Plan:
                 turns=True,
             )
         yield steps.GateRows(inner)
-        yield steps.Quantize(inner, Place.GATED, down.dense)
+        yield steps.Quantize(inner, Place.GATED, down.form.group)
         yield steps.Product(down, Place.RESIDUAL, Epilogue.ADD)
         yield self._low_rank(f"{layer.path}.down_proj", inner, config.width, width, Place.GATED, Place.RESIDUAL)
 
     def _norm(self, norm: torch.nn.Module, reader: PackedWeight, drawn: bool = False) -> steps.Norm:
         """Rounded as the product that reads it wants."""
         weight, epsilon = norm.weight, float(norm.epsilon)  # type: ignore[arg-type]
-        return steps.Norm(_padded_vector(weight), weight.numel(), epsilon, reader.dense, drawn)  # type: ignore[arg-type,operator]
+        return steps.Norm(_padded_vector(weight), weight.numel(), epsilon, reader.form.group, drawn)  # type: ignore[arg-type,operator]
 
     def _rotate(self, attention: Attention, heads: HeadSizes) -> steps.Rotate:
         config = self.decoder.config
@@ -259,29 +259,37 @@ class Plan:
         """One packed weight for layers that read the same rows; their outputs one after the other or in turns.
 
         Raises:
-            CheckpointError: they are not all int8, nor all bfloat16.
+            CheckpointError: they are not all bfloat16, nor all integers of one kind.
         """
-        dense = all(is_dense(layer) for layer in layers)
-        if not dense and not all(isinstance(layer, Int8Linear | Int8Embedding) for layer in layers):
-            raise CheckpointError(f"'{name}' is neither int8 nor bfloat16: a plan is made of such layers")
-        weights: list[torch.Tensor] = [
-            layer.get_buffer("weight") if not dense else layer.get_parameter("weight") for layer in layers
-        ]
-        inputs = weights[0].shape[1]
-        outputs = sum(padded(len(weight)) if turns else len(weight) for weight in weights)
+        inputs, bits, group = self._kind(name, layers)
+        sizes: list[int] = [layer.state_dict()["weight"].shape[0] for layer in layers]
+        outputs = sum(padded(size) if turns else size for size in sizes)
 
-        def joined(leaf: str) -> torch.Tensor | None:
-            parts = [part for layer in layers if (part := getattr(layer, leaf, None)) is not None]
-            if not parts:
+        def joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+            there = [part for part in parts if part is not None]
+            if not there:
                 return None
-            return in_turns(*parts) if turns else torch.cat(parts)
+            return in_turns(*there) if turns else torch.cat(there)
 
         def pack() -> PackedWeight:
-            weight = joined("weight")
+            quantized = [layer for layer in layers if isinstance(layer, QuantizedWeight)]
+            whole = [layer.values() for layer in quantized] or [layer.get_parameter("weight") for layer in layers]
+            weight, scale = joined(whole), joined([layer.weight_scale for layer in quantized])
+            bias = joined([getattr(layer, "bias", None) for layer in layers])
             assert weight is not None
-            return PackedWeight.pack(weight, joined("weight_scale"), joined("bias"), self.library, self._weights.arena)
+            return PackedWeight.pack(weight, scale, bias, self.library, self._weights.arena, bits)
 
-        return self._weights.find(name, outputs, inputs, dense, pack)
+        return self._weights.find(name, Form(outputs, padded(inputs), bits, group), pack)
+
+    def _kind(self, name: str, layers: Sequence[torch.nn.Module]) -> tuple[int, int, int]:
+        """Inputs of layers, bits of their weights, and inputs that share a scale; see `Form`."""
+        kinds = {kind_of(layer) for layer in layers}
+        kind = kinds.pop()
+        if kind is None or kinds:
+            raise CheckpointError(
+                f"'{name}' is neither bfloat16 nor integers of one kind: a plan is made of such layers"
+            )
+        return kind
 
     def _low_rank(
         self,
@@ -313,6 +321,7 @@ class Plan:
             Place.DRAWN: (self.most_draws, width),
         }
         most = max(tokens, self.most_draws)
+        groups = max(self._groups())
         places = {}
         for place, (count, size) in rows.items():
             # A row more than needed: the last vector of a row may reach past it.
@@ -321,9 +330,15 @@ class Plan:
             places=places,
             queries=torch.zeros(tokens, config.heads, padded(config.head_width, BLOCK), dtype=torch.bfloat16),
             quantized=torch.zeros((most + TILE_ROWS) * max(width, inner, mixed) * 2, dtype=torch.int8),
-            scales=torch.zeros(most),
-            sums=torch.zeros(most, dtype=torch.int32),
+            scales=torch.zeros(most * groups),
+            sums=torch.zeros(most * groups, dtype=torch.int32),
         )
+
+    def _groups(self) -> Iterable[int]:
+        """Of what each product reads."""
+        for step in self.steps:
+            if isinstance(step, steps.Product):
+                yield 1 if step.weight.form.dense else step.weight.form.groups
 
     def _lower_natively(self) -> None:
         if self.library is None:
@@ -346,10 +361,19 @@ class Plan:
         self._native_buffers = _NativeBuffers(*(tensor.data_ptr() for tensor in order))
 
 
-def is_dense(layer: torch.nn.Module) -> bool:
-    """Whether a layer's weights are bfloat16, and of a width that the products take."""
+def kind_of(layer: torch.nn.Module) -> tuple[int, int, int] | None:
+    """A layer's inputs, bits of its weights, and inputs that share a scale, as a `Form` has them.
+
+    None of one that no product computes: neither bfloat16 of a width that they take, nor integers in such groups.
+    """
+    if isinstance(layer, QuantizedWeight):
+        whole = layer.group == layer.in_features
+        group = padded(layer.in_features) if whole else layer.group
+        return (layer.in_features, layer.bits, group) if whole or group % LANES == 0 else None
     weight = getattr(layer, "weight", None)
-    return isinstance(weight, torch.nn.Parameter) and weight.dtype == torch.bfloat16 and weight.shape[-1] % BLOCK == 0
+    if isinstance(weight, torch.nn.Parameter) and weight.dtype == torch.bfloat16 and weight.shape[-1] % BLOCK == 0:
+        return weight.shape[-1], 16, 0
+    return None
 
 
 def _angles(decoder: Decoder, context: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Runs a step's tokens through the decoder and its cache. Knows tensors; nothing of requests' text or time.
 
-Checkpoints in int8 or bfloat16 run by a plan; any other by the reference forward, which promises no bits.
+Checkpoints in int8, int4 or bfloat16 run by a plan; any other by the reference forward, which promises no bits.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from steelyard.errors import CheckpointError
 from steelyard.infer.adapters import Version, Wearer
 from steelyard.infer.kv_cache import KVCache, PagedAttention, Span
 from steelyard.infer.packed import PackedWeights
-from steelyard.infer.plan import FittedAdapter, Plan, PlanCache, is_dense
+from steelyard.infer.plan import FittedAdapter, Plan, PlanCache, kind_of
 from steelyard.infer.scheduler import Scheduled
 from steelyard.kernels.library import Library
 from steelyard.kernels.reference import BLOCK
 from steelyard.kernels.steps import MOST_ADAPTERS, MOST_HEAD_WIDTH, MOST_INPUTS, Batch
 from steelyard.models.decoder import Block, Decoder
-from steelyard.models.linear import Int8Embedding, Int8Linear
+from steelyard.models.linear import QuantizedWeight
 from steelyard.models.lora import Adapter, AdapterRows
 
 
@@ -186,7 +186,7 @@ def _numbers(values: Sequence[object]) -> torch.Tensor:
 
 
 def has_plan(decoder: Decoder, native: Library | None) -> bool:
-    """Whether all of a decoder's layers are int8 or bfloat16, and of sizes that the kernels take.
+    """Whether all of a decoder's layers are int8, int4 or bfloat16, and of sizes that the kernels take.
 
     Without native kernels bfloat16 runs faster as PyTorch does it.
     """
@@ -198,11 +198,11 @@ def has_plan(decoder: Decoder, native: Library | None) -> bool:
         assert isinstance(block, Block)
         for together in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
             parent = block.self_attn if together[0] == "q_proj" else block.mlp
-            if len({is_dense(getattr(parent, name)) for name in together}) > 1:
+            if len({kind_of(getattr(parent, name)) for name in together}) > 1:
                 return False
     layers = (layer for name, layer in decoder.named_modules() if name.endswith(("_proj", "lm_head", "embed_tokens")))
     return all(
-        isinstance(layer, Int8Linear | Int8Embedding) or (native is not None and is_dense(layer)) for layer in layers
+        kind_of(layer) is not None and (native is not None or isinstance(layer, QuantizedWeight)) for layer in layers
     )
 
 

@@ -23,7 +23,7 @@ FORMS: dict[str, frozenset[str]] = {
     "portable": frozenset(),
 }
 """Instruction sets, the fastest first, and the processor's flags that each needs."""
-INTERFACE = 3
+INTERFACE = 4
 """What `steelyard_interface` says where functions and arguments are those that are called here."""
 CHOICE = "STEELYARD_KERNELS"
 """Environment variable: one of `FORMS`, or `torch` for the twins in PyTorch."""
@@ -49,7 +49,8 @@ class Library:
             raise OSError("the system does not lend what the processor has")
         pointer = ctypes.c_void_p
         self.native.steelyard_run.argtypes = (pointer, ctypes.c_int32, pointer, pointer, pointer)
-        self.native.steelyard_pack.argtypes = (pointer, ctypes.c_int64, ctypes.c_int64, pointer)
+        for pack in (self.native.steelyard_pack, self.native.steelyard_pack_halves):
+            pack.argtypes = (pointer, ctypes.c_int64, ctypes.c_int64, pointer)
         number = ctypes.c_int32
         self.native.steelyard_draw.argtypes = (pointer, number, number, pointer, pointer)
         self.form = str(self.native.steelyard_isa().decode())
@@ -63,12 +64,13 @@ class Library:
         assert logits.is_contiguous()
         self.native.steelyard_draw(logits.data_ptr(), *logits.shape, draws, tokens.data_ptr())
 
-    def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
-        """`[N, K]` int8, K a multiple of 4 -> `[ceil(N / 32), K / 4, 32, 4]` uint8, each weight plus 128."""
+    def pack(self, weight: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
+        """`[N, K]` int8 -> `[ceil(N / 32), K * bits / 32, 32, 4]` uint8: each weight plus 128, or two plus 8 a byte."""
         assert weight.is_contiguous()
         assert packed.is_contiguous()
-        assert weight.shape[1] % 4 == 0
-        self.native.steelyard_pack(weight.data_ptr(), weight.shape[0], weight.shape[1], packed.data_ptr())
+        assert weight.shape[1] % (32 // bits) == 0
+        pack = self.native.steelyard_pack if bits == 8 else self.native.steelyard_pack_halves
+        pack(weight.data_ptr(), weight.shape[0], weight.shape[1], packed.data_ptr())
 
 
 @functools.cache

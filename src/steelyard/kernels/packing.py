@@ -1,11 +1,13 @@
-"""Weights as the products read them: int8 or bfloat16, in panels of 32 outputs; see `native/product.h`.
+"""Weights as the products read them: int8, int4 or bfloat16, in panels of 32 outputs; see `native/product.h`.
 
 Knows nothing of steps, nor where weights come from.
 """
 
-# N outputs  M inputs  T tokens
+# N outputs  M inputs  G groups of inputs  T tokens
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -15,53 +17,91 @@ from steelyard.kernels.onednn import ExactProduct
 from steelyard.kernels.reference import padded
 
 PANEL = 32
-LAYOUT = "panels of 32 outputs by 4 inputs"
+LAYOUT = "panels of 32 outputs by 4 inputs, int4 by 8"
 """Of packed weights, the same for every native form; changes when their bytes do."""
 
 
-class PackedWeight:
-    """Weights `[N, M]` as the products read them: int8 with a scale per channel, or bfloat16 (dense).
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The sizes of a packed weight."""
 
-    Args:
-        data: packed: int8 as `[ceil(N / 32), M / 4, 32, 4]` uint8, each weight plus 128; bfloat16 as
-            `[ceil(N / 32), M / 2, 32, 2]`; or for the twins `[N, M]`.
-        scale: `[N, padded to 32]` float32 per channel; None of bfloat16.
-        bias: likewise, or None.
-        outputs: N.
-        inputs: M, a multiple of 16.
-    """
-
-    def __init__(
-        self,
-        data: torch.Tensor,
-        scale: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        outputs: int,
-        inputs: int,
-    ) -> None:
-        self.data, self.scale, self.bias, self.outputs, self.inputs = data, scale, bias, outputs, inputs
-        if data.dtype == torch.int8 and scale is not None:
-            self._exact = ExactProduct(data, scale[:outputs])
+    outputs: int
+    inputs: int
+    """A multiple of 16."""
+    bits: int
+    """16: bfloat16; 8 or 4: integers with scales."""
+    group: int
+    """Inputs that share a scale, of the weights and of what they read: all, or a multiple of 16. Of bfloat16 0."""
 
     @property
     def dense(self) -> bool:
         """Whether the weights are bfloat16."""
-        return self.scale is None
+        return self.bits == 16
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Of the twins: int8 or bfloat16 rows `[T, M]` -> `[T, N]` float32."""
-        return reference.dense_product(x, self.data) if self.dense else self._exact(x)
+    @property
+    def grouped(self) -> bool:
+        """Whether the products are summed group by group."""
+        return not self.dense and (self.bits == 4 or self.group != self.inputs)
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.inputs // self.group
+
+    @property
+    def data(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the packed weights."""
+        together = 32 // self.bits  # to four bytes
+        shape = padded(self.outputs, PANEL) // PANEL, self.inputs // together, PANEL
+        return ((*shape, 2), torch.bfloat16) if self.dense else ((*shape, 4), torch.uint8)
+
+    @property
+    def scale(self) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and dtype of the packed scales."""
+        if self.dense:
+            return None
+        panels = padded(self.outputs, PANEL) // PANEL
+        return ((panels, self.groups, PANEL), torch.bfloat16) if self.grouped else ((panels * PANEL,), torch.float32)
+
+
+class PackedWeight:
+    """Weights `[N, M]` as the products read them.
+
+    Args:
+        data: packed: int8 as `[ceil(N / 32), M / 4, 32, 4]` uint8, each weight plus 128; int4 as `[.., M / 8, 32, 4]`
+            uint8, two of them plus 8 a byte; bfloat16 as `[.., M / 2, 32, 2]`; or for the twins `[N, M]`.
+        scale: `[N, padded to 32]` float32 per channel; of groups `[ceil(N / 32), G, 32]` bfloat16; None of bfloat16.
+        bias: `[N, padded to 32]` float32, or None.
+        form: its sizes.
+    """
+
+    def __init__(self, data: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, form: Form) -> None:
+        self.data, self.scale, self.bias, self.form = data, scale, bias, form
+        if data.dtype == torch.int8 and scale is not None and not form.grouped:
+            self._exact = ExactProduct(data, scale[: form.outputs])
+
+    def product(self, x: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
+        """Of the twins: int8 rows `[T, M]` with scales `[T, G]`, or bfloat16 rows -> `[T, N]` float32."""
+        if self.form.dense:
+            return reference.dense_product(x, self.data)
+        if not self.form.grouped:
+            return self._exact(x) * x_scale
+        return reference.grouped_product(x, x_scale, self.data, self._plain_scale())
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Of the twins: rows of the weight as float32."""
         found = self.data[ids].float()
-        return found if self.scale is None else found * self.scale[ids, None]
+        if self.scale is None:
+            return found
+        if not self.form.grouped:
+            return found * self.scale[ids, None]
+        scale = self._plain_scale()[ids]
+        return (found.view(*scale.shape, -1) * scale[..., None]).flatten(1)
 
-    @staticmethod
-    def shape(outputs: int, inputs: int, dense: bool) -> tuple[int, ...]:
-        """Of the packed data."""
-        group = 2 if dense else 4
-        return padded(outputs, PANEL) // PANEL, padded(inputs) // group, PANEL, group
+    def _plain_scale(self) -> torch.Tensor:
+        """Of groups: `[N, G]` float32."""
+        assert self.scale is not None
+        return self.scale.float().transpose(1, 2).flatten(0, 1)[: self.form.outputs]
 
     @classmethod
     def pack(
@@ -71,39 +111,45 @@ class PackedWeight:
         bias: torch.Tensor | None,
         library: Library | None,
         arena: memory.Arena,
+        bits: int | None = None,
     ) -> PackedWeight:
         """Pack a weight.
 
         Args:
-            weight: `[N, M]` int8, or bfloat16 with M a multiple of 32; M is padded to a multiple of 16.
-            scale: `[N]` per-channel scale of int8, any float dtype.
+            weight: `[N, M]` int8 (of int4 in -8..7), or bfloat16 with M a multiple of 32; M is padded to a multiple of
+                16, where inputs have one scale.
+            scale: of int8 and int4 `[N, G]`, any float dtype; of groups it has to be a bfloat16's value.
             bias: `[N]` or None.
             library: None keeps the plain form for the twins.
             arena: where the packed form will lie.
+            bits: 8 unless said, 16 without scales.
         """
         outputs, inputs = weight.shape
         width, rows = padded(inputs), padded(outputs, PANEL)
         if width != inputs:
             weight = torch.nn.functional.pad(weight, (0, width - inputs))
+        wide = None if scale is None else torch.zeros(rows, scale.flatten(1).shape[1] if scale.dim() > 1 else 1)
+        if wide is not None and scale is not None:
+            wide[:outputs] = scale.float().view(outputs, -1)
+        group = 0 if wide is None else width // wide.shape[1]
+        form = Form(outputs, width, bits or (16 if scale is None else 8), group)
         if scale is None:
             weight = reference.storable(weight.float()).bfloat16()
-        vectors: list[torch.Tensor | None] = []
-        for vector in (scale, bias):
-            wide = None if vector is None else torch.zeros(rows)
-            if wide is not None and vector is not None:
-                wide[:outputs] = vector.float().flatten()
-            vectors.append(wide)
+        elif wide is not None:
+            panels = wide.view(rows // PANEL, PANEL, -1).transpose(1, 2).bfloat16().contiguous()
+            scale = panels if form.grouped else wide.flatten()
+        if bias is not None:
+            bias = torch.nn.functional.pad(bias.float().flatten(), (0, rows - outputs))
         data = weight.contiguous()
         if library is not None:
-            data = arena.take(
-                *cls.shape(outputs, inputs, scale is None), dtype=weight.dtype if scale is None else torch.uint8
-            )
-            if scale is None:
+            shape, dtype = form.data
+            data = arena.take(*shape, dtype=dtype)
+            if form.dense:
                 whole = torch.nn.functional.pad(weight, (0, 0, 0, rows - outputs))
                 data.copy_(whole.view(rows // PANEL, PANEL, width // 2, 2).transpose(1, 2))
             else:
-                library.pack(weight.contiguous(), data)
-        return cls(data, vectors[0], vectors[1], outputs, width)
+                library.pack(weight.contiguous(), data, form.bits)
+        return cls(data, scale, bias, form)
 
 
 def in_turns(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

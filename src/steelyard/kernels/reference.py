@@ -94,6 +94,29 @@ def integer_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) 
     return (x.double() @ weight.double().T).float() * scale
 
 
+def quantize_groups(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of each `group` values of a row: `[T, M]` -> `[T, M]` int8 and scales `[T, M / group]`."""
+    quantized, scale = quantize_rows(x.reshape(-1, group))
+    return quantized.view(x.shape), scale.view(len(x), -1)
+
+
+def grouped_product(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """int8 `[T, M]` with scales `[T, G]` times int8 `[N, M]` with scales `[N, G]`, transposed.
+
+    The sum within a group is exact: float32 holds those of up to 1,024 products of bytes. It is rounded to float32,
+    multiplied by the weights' scale and by that of x, and added: groups in order from 0.
+    """
+    groups = scale.shape[1]
+    wide = torch.float32 if x.shape[1] // groups <= 1024 else torch.float64
+    rows = x.view(len(x), groups, -1).transpose(0, 1).to(wide)  # [G, T, M / G]
+    columns = weight.view(len(weight), groups, -1).permute(1, 2, 0)  # [G, M / G, N]
+    total = torch.zeros(len(x), len(weight))
+    for group in range(groups):
+        part = (rows[group] @ columns[group].to(wide)).float()
+        total += part.mul_(scale[:, group]).mul_(x_scale[:, group, None])
+    return total
+
+
 def normalize(x: torch.Tensor, weight: torch.Tensor, size: int, epsilon: float) -> torch.Tensor:
     """X / rms(x) * weight over `[..., W]` of which `size` are no padding."""
     mean = lane_sum(x * x) / float(size) + torch.tensor(epsilon, dtype=torch.float32)

@@ -68,7 +68,7 @@ class NativeStep(ctypes.Structure):
 
     _fields_ = [
         ("kind", ctypes.c_int32),
-        ("size", ctypes.c_int32 * 7),
+        ("size", ctypes.c_int32 * 8),
         ("value", ctypes.c_float * 2),
         ("pointer", ctypes.c_void_p * 8),
     ]
@@ -96,9 +96,9 @@ class Buffers:
     quantized: torch.Tensor
     """`[(T + 16) * widest input]` bytes; a step sees them as `[T, its input]` int8 or bfloat16."""
     scales: torch.Tensor
-    """`[T]` float32."""
+    """`[T * most groups]` float32; a step sees them as `[T, its groups]`."""
     sums: torch.Tensor
-    """`[T]` int32."""
+    """`[T * most groups]` int32, likewise."""
 
     def rounded(self, count: int, width: int, dense: bool) -> torch.Tensor:
         """The rows that a product reads: `[count, width]` int8, or bfloat16 for a dense one."""
@@ -159,7 +159,10 @@ class Embed:
 
     def native(self) -> NativeStep:
         """See `Step`."""
-        return _step(Kind.EMBED, [self.table.inputs], [self.table.data, self.table.scale, self.columns])
+        form = self.table.form
+        return _step(
+            Kind.EMBED, [form.inputs, form.bits, form.group], [self.table.data, self.table.scale, self.columns]
+        )
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
@@ -177,15 +180,13 @@ class Norm:
     size: int
     """Of the width, what is no padding."""
     epsilon: float
-    dense: bool
-    """Rounded to bfloat16, not int8."""
+    group: int
+    """How many values are rounded to int8 by one scale; 0: they are rounded to bfloat16."""
     drawn: bool = False
 
     def native(self) -> NativeStep:
         """See `Step`."""
-        return _step(
-            Kind.NORM, [len(self.weight), self.size, int(self.drawn), int(self.dense)], [self.weight], self.epsilon
-        )
+        return _step(Kind.NORM, [len(self.weight), self.size, int(self.drawn), self.group], [self.weight], self.epsilon)
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
@@ -193,7 +194,7 @@ class Norm:
         x = buffers.places[Place.DRAWN if self.drawn else Place.RESIDUAL][:count]
         normed = reference.normalize(x, self.weight, self.size, self.epsilon)
         buffers.places[Place.NORMED][:count] = normed
-        _round(buffers, normed, self.dense)
+        _round(buffers, normed, self.group)
 
 
 @dataclass(slots=True)
@@ -202,25 +203,26 @@ class Quantize:
 
     width: int
     source: Place
-    dense: bool
+    group: int
+    """As of `Norm`."""
 
     def native(self) -> NativeStep:
         """See `Step`."""
-        return _step(Kind.QUANTIZE, [self.width, self.source, int(self.dense)])
+        return _step(Kind.QUANTIZE, [self.width, self.source, self.group])
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
-        _round(buffers, buffers.places[self.source][: len(batch.token_ids)], self.dense)
+        _round(buffers, buffers.places[self.source][: len(batch.token_ids)], self.group)
 
 
-def _round(buffers: Buffers, x: torch.Tensor, dense: bool) -> None:
-    rows = buffers.rounded(len(x), x.shape[1], dense)
-    if dense:
+def _round(buffers: Buffers, x: torch.Tensor, group: int) -> None:
+    rows = buffers.rounded(len(x), x.shape[1], not group)
+    if not group:
         rows[:] = reference.storable(x).bfloat16()
         return
-    quantized, scale = reference.quantize_rows(x)
+    quantized, scale = reference.quantize_groups(x, group)
     rows[:] = quantized
-    buffers.scales[: len(x)] = scale.flatten()
+    buffers.scales[: scale.numel()] = scale.flatten()
 
 
 @dataclass(slots=True)
@@ -234,22 +236,23 @@ class Product:
     def native(self) -> NativeStep:
         """See `Step`."""
         sizes = [
-            self.weight.inputs,
-            self.weight.outputs,
+            self.weight.form.inputs,
+            self.weight.form.outputs,
             self._stride,
             self.epilogue,
             self.destination,
             int(self._drawn),
-            int(self.weight.dense),
+            self.weight.form.bits,
+            self.weight.form.group,
         ]
         return _step(Kind.PRODUCT, sizes, [self.weight.data, self.weight.scale, self.weight.bias])
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
-        count, outputs = len(batch.draws if self._drawn else batch.token_ids), self.weight.outputs
-        y = self.weight.product(buffers.rounded(count, self.weight.inputs, self.weight.dense))
-        if not self.weight.dense:
-            y = y * buffers.scales[:count, None]
+        count, form = len(batch.draws if self._drawn else batch.token_ids), self.weight.form
+        outputs, groups = form.outputs, 0 if form.dense else form.groups
+        scales = buffers.scales[: count * groups].view(count, groups)
+        y = self.weight.product(buffers.rounded(count, form.inputs, form.dense), scales)
         if self.weight.bias is not None:
             y = y + self.weight.bias[:outputs]
         rows = buffers.places[self.destination][:count, :outputs]
@@ -269,8 +272,8 @@ class Product:
     @property
     def _stride(self) -> int:
         if self.epilogue == Epilogue.GATE:
-            return self.weight.outputs // 2
-        return self.weight.outputs if self._drawn else padded(self.weight.outputs)
+            return self.weight.form.outputs // 2
+        return self.weight.form.outputs if self._drawn else padded(self.weight.form.outputs)
 
 
 def gate(both: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""Linear layers and embeddings whose weights are int8, with int8 activations made on the fly.
+"""Linear layers and embeddings whose weights are int8 or int4, with int8 activations made on the fly.
 
-Weights are symmetric per output channel, activations symmetric per token: y = s_token * s_channel * (x_q @ w_q).
-The products are exact integers, so every way to compute them agrees to the bit at every number of rows.
+Scales are per output channel and per token, or per group of inputs of both. What is summed under one scale is an exact
+integer, and groups are added in order, so every way to compute the products agrees to the bit at every number of rows.
 """
 
-# T tokens  N outputs  M inputs  V vocabulary  D model width
+# T tokens  N outputs  M inputs  G groups of inputs  V vocabulary  D model width
 
 from __future__ import annotations
 
@@ -12,15 +12,78 @@ import torch
 from torch import nn
 
 from steelyard.kernels.onednn import ExactProduct
-from steelyard.kernels.reference import quantize_rows
+from steelyard.kernels.reference import grouped_product, quantize_groups, quantize_rows
+
+HALVES = 8
+"""int4 weights to an int32."""
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with int8 weights and activations.
+def packed_halves(weight: torch.Tensor) -> torch.Tensor:
+    """`[N, M]` int8 in -8..7 -> `[N, M / 8]` int32, each plus 8, the first in the lowest four bits.
+
+    The layout of compressed-tensors' `pack-quantized`.
+    """
+    shifts = torch.arange(0, 32, 4)
+    wide = (weight.long() + 8).view(len(weight), -1, HALVES) << shifts
+    whole = wide.sum(-1)
+    return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
+
+
+def unpacked_halves(packed: torch.Tensor) -> torch.Tensor:
+    """The other way."""
+    low = packed.contiguous().view(torch.uint8)  # the first byte holds the first two: little-endian
+    both = torch.stack([low & 15, low >> 4], dim=-1)
+    return both.flatten(1).to(torch.int8) - 8
+
+
+class QuantizedWeight(nn.Module):
+    """Integers and their scales.
 
     Args:
-        weight: `[N, M]` int8.
-        weight_scale: `[N, 1]` per-channel scale, any float dtype.
+        weight: `[N, M]` int8, or int4 as `packed_halves` has them.
+        weight_scale: `[N, G]`, any float dtype.
+        dtype: of the outputs.
+    """
+
+    def __init__(self, weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight: torch.Tensor
+        self.weight_scale: torch.Tensor
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.dtype = dtype
+
+    @property
+    def bits(self) -> int:
+        """8 or 4."""
+        return 8 if self.weight.dtype == torch.int8 else 4
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """M."""
+        return self.weight.shape[1] * (1 if self.bits == 8 else HALVES)
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.in_features // self.weight_scale.shape[1]
+
+    def values(self) -> torch.Tensor:
+        """`[N, M]` int8."""
+        return self.weight if self.bits == 8 else unpacked_halves(self.weight)
+
+
+class QuantizedLinear(QuantizedWeight):
+    """A linear layer with integer weights and activations.
+
+    Args:
+        weight: see `QuantizedWeight`.
+        weight_scale: `[N, G]`.
         bias: `[N]` or None, added in float32.
         dtype: of the outputs.
     """
@@ -28,33 +91,32 @@ class Int8Linear(nn.Module):
     def __init__(
         self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        self.weight: torch.Tensor
-        self.weight_scale: torch.Tensor
+        super().__init__(weight, weight_scale, dtype)
         self.bias: torch.Tensor | None
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
-        self.dtype = dtype
         self._product: ExactProduct | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, M]` float -> `[T, N]` in `dtype`."""
-        quantized, token_scale = quantize_rows(x)
-        if self._product is None:
-            self._product = ExactProduct(self.weight, self.weight_scale)
-        outputs = self._product(quantized) * token_scale
+        if self.bits == 8 and self.weight_scale.shape[1] == 1:
+            quantized, token_scale = quantize_rows(x)
+            if self._product is None:
+                self._product = ExactProduct(self.weight, self.weight_scale)
+            outputs = self._product(quantized) * token_scale
+        else:
+            quantized, scales = quantize_groups(x, self.group)
+            outputs = grouped_product(quantized, scales, self.values(), self.weight_scale.float())
         if self.bias is not None:
             outputs += self.bias.float()
         return outputs.to(self.dtype)
 
 
-class Int8Embedding(nn.Module):
-    """An embedding whose rows are int8 with a scale each.
+class QuantizedEmbedding(QuantizedWeight):
+    """An embedding of integer rows.
 
     Args:
-        weight: `[V, D]` int8.
-        weight_scale: `[V, 1]` per-row scale.
+        weight: see `QuantizedWeight`; N is V, M is D.
+        weight_scale: `[V, G]`.
         column_scale: `[D]` scale of each column, or None; of an embedding that shares its weights with a smoothed head.
         dtype: of the outputs.
     """
@@ -62,16 +124,14 @@ class Int8Embedding(nn.Module):
     def __init__(
         self, weight: torch.Tensor, weight_scale: torch.Tensor, column_scale: torch.Tensor | None, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        self.weight: torch.Tensor
-        self.weight_scale: torch.Tensor
+        super().__init__(weight, weight_scale, dtype)
         self.column_scale: torch.Tensor | None
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("column_scale", column_scale)
-        self.dtype = dtype
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """`[T]` int64 -> `[T, D]` in `dtype`."""
-        rows = self.weight[token_ids].float() * self.weight_scale[token_ids].float()
+        found = self.weight[token_ids]
+        found = found if self.bits == 8 else unpacked_halves(found)
+        scales = self.weight_scale[token_ids].float()
+        rows = (found.float().view(*scales.shape, -1) * scales[..., None]).flatten(-2)
         return (rows if self.column_scale is None else rows * self.column_scale).to(self.dtype)

@@ -241,7 +241,7 @@ def pairs_of(
 def linear_sizes(decoder: Decoder) -> dict[str, tuple[int, int]]:
     """`(outputs, inputs)` of every linear layer that can have an adapter, dense or quantised, by name."""
     return {
-        name: (layer.weight.shape[0], layer.weight.shape[1])
+        name: (layer.out_features, layer.in_features)
         for name, layer in decoder.named_modules()
         if name.endswith("_proj")
     }

@@ -1,15 +1,13 @@
-"""From a checkpoint folder to a model and back: names, dtypes, int8 layers. Weights are mapped, not read.
+"""From a checkpoint folder to a model and back: names, dtypes, quantised layers. Weights are mapped, not read.
 
-Knows the safetensors files and the compressed-tensors layout of int8; knows nothing of training or serving.
+Knows the safetensors files; knows nothing of training or serving.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -19,13 +17,11 @@ from torch import nn
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
 from steelyard.models import config as decoder_config
-from steelyard.models import smoothing, sparse
+from steelyard.models import quantized, smoothing, sparse
 from steelyard.models.config import DecoderConfig
 from steelyard.models.decoder import Decoder
-from steelyard.models.linear import Int8Embedding, Int8Linear
 
 WEIGHTS = "model.safetensors"
-COLUMNS = "column_scale"
 # What a model derived from another keeps of it, besides the weights.
 COMPANIONS = (
     "config.json",
@@ -47,7 +43,7 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Decoder:
     """Load a model checkpoint for evaluation.
 
     Args:
-        folder: the checkpoint; dense weights or int8 in the compressed-tensors layout.
+        folder: the checkpoint; dense weights, or quantised ones as `quantized` reads them.
         dtype: of dense weights and of activations.
 
     Raises:
@@ -66,8 +62,8 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Decoder:
     with torch.device("meta"):
         decoder = ARCHITECTURES[architecture](config)
     if config.quantization is not None:
-        _check_quantization(config.quantization, folder)
-        _place_int8(decoder, tensors, dtype)
+        quantized.check(config.quantization, folder)
+        quantized.place(decoder, tensors, dtype)
     _assign(decoder, tensors, dtype, folder)
     if raw.get(smoothing.FIELD):
         decoder.smoothing = smoothing.load(folder, _smoothed_sizes(config))
@@ -89,65 +85,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return sparse.restored(tensors)
 
 
-def _check_quantization(quantization: Mapping[str, Any], folder: Path) -> None:
-    method = quantization.get("quant_method")
-    if method != "compressed-tensors":
-        raise CheckpointError(f"'{folder}': quantisation '{method}' is not known here; known: compressed-tensors")
-    groups = quantization.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else [groups]:
-        weights, activations = _scheme(group, "weights"), _scheme(group, "input_activations")
-        if not _is_symmetric_int8(weights) or weights.get("strategy") != "channel":
-            raise CheckpointError(f"'{folder}': only int8 weights, symmetric, per channel, are read; it has {weights}")
-        per_token = _is_symmetric_int8(activations) and activations.get("strategy") == "token"
-        # An embedding looks rows up: it has no activations.
-        embedding = isinstance(group, dict) and group.get("targets") == ["Embedding"]
-        if not embedding and not (per_token and activations.get("dynamic")):
-            raise CheckpointError(
-                f"'{folder}': only int8 activations, symmetric, per token, dynamic, are computed; it has {activations}"
-            )
-
-
-def _scheme(group: Any, part: str) -> dict[str, Any]:
-    found = group.get(part) if isinstance(group, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _is_symmetric_int8(scheme: dict[str, Any]) -> bool:
-    return scheme.get("num_bits") == 8 and scheme.get("type") == "int" and bool(scheme.get("symmetric", True))
-
-
 def _smoothed_sizes(config: DecoderConfig) -> dict[str, int]:
     width = {"input_layernorm": config.width, "post_attention_layernorm": config.width, "up_proj": config.feed_forward}
     return {f"model.layers.{layer}.{name}": size for layer in range(config.layers) for name, size in width.items()}
-
-
-def _place_int8(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Replace the layers whose stored weights are int8, and hand them their tensors."""
-    layers = dict(decoder.named_modules())
-    # Sorted: a head that is stored beside an embedding tied to it comes first, and gives way.
-    for name in sorted(name for name, tensor in tensors.items() if tensor.dtype == torch.int8):
-        path = name.removesuffix(".weight")
-        layer = layers.get(path)
-        if not isinstance(layer, nn.Linear | nn.Embedding):
-            raise CheckpointError(f"'{name}' is int8 and is no weight of a linear layer or an embedding")
-        weight, scale = tensors.pop(name), tensors.pop(f"{path}.weight_scale", None)
-        if weight.shape != layer.weight.shape:
-            raise CheckpointError(f"'{path}' is {tuple(weight.shape)}, config.json says {tuple(layer.weight.shape)}")
-        if scale is None or not scale.is_floating_point() or scale.shape != (weight.shape[0], 1):
-            raise CheckpointError(f"'{path}' is int8 without a scale per output channel")
-        bias, expected = tensors.pop(f"{path}.bias", None), getattr(layer, "bias", None)
-        if (None if bias is None else bias.shape) != (None if expected is None else expected.shape):
-            raise CheckpointError(f"'{path}' has another bias than config.json says")
-        if path == "model.embed_tokens":
-            columns = tensors.pop(f"{path}.{COLUMNS}", None)
-            if columns is not None:
-                smoothing.check(columns, weight.shape[1], f"'{path}.{COLUMNS}'")
-            wide = None if columns is None else columns.float()
-            decoder.model.embed_tokens = Int8Embedding(weight, scale, wide, dtype)  # type: ignore[assignment]
-            if decoder.config.tied:
-                decoder.lm_head = Int8Linear(weight, scale, None, dtype)  # type: ignore[assignment]
-        else:
-            decoder.set_submodule(path, Int8Linear(weight, scale, bias, dtype))
 
 
 def _assign(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:

@@ -11,16 +11,15 @@ import msgspec
 
 from steelyard.atomic import folder_aside
 from steelyard.checkpoint import manifest
-from steelyard.compress.inputs import dense
-from steelyard.compress.method import METHODS
-from steelyard.compress.prune import decoders
-from steelyard.compress.prune.decoders import PruneConfig, check
-from steelyard.compress.quantize import smoothing
+from steelyard.compress.prune import decoders as pruning
+from steelyard.compress.prune.decoders import PruneConfig
+from steelyard.compress.quantize import layout
+from steelyard.compress.quantize.decoders import QuantizeConfig, check
 from steelyard.data import chat
 from steelyard.data.packing import Pack
 from steelyard.data.rows import TokenRow
 from steelyard.data.tokenize import tokenized
-from steelyard.errors import CheckpointError, ConfigError, DataError
+from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import certificate
 from steelyard.evaluate.certificate import MAX_TOKENS, Certificate, Thresholds
 from steelyard.evaluate.likelihood import packs
@@ -34,63 +33,54 @@ SMOOTHING = 1 << 14
 """Tokens that are enough to smooth activations by."""
 
 
-def compress(
+def quantize(
     source: Path,
     output: Path,
+    config: QuantizeConfig = QuantizeConfig(),  # noqa: B008
     *,
-    method: str = "int8",
-    portable: bool = False,
     data: Path | None = None,
     tokens: int | None = None,
-    strength: float | None = None,
     thresholds: Thresholds | None = None,
     accept: bool = False,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> Certificate:
-    """Write the compressed form of `source` (a model, or an adapter, which is merged first) to `output`.
+    """Write the quantised form of `source` (a model, or an adapter, which is merged first) to `output`.
 
     Args:
         source: the checkpoint.
-        output: where the compressed checkpoint will be; replaced whole or left alone.
-        method: one of `METHODS`.
-        portable: for int8, leave embedding and head in the base's dtype.
-        data: rows, as `train` reads them, by which activations are smoothed before they are rounded.
+        output: where the quantised checkpoint will be; replaced whole or left alone.
+        config: how.
+        data: rows to judge by, as `train` reads them; all methods but nearest need them.
         tokens: how many of their tokens are read, at most; `SMOOTHING` by default.
-        strength: how much of what activations have much of moves into the weights, 0 to 1; a half by default.
         thresholds: what may be lost.
         accept: hand it on past a threshold.
         report: told how many blocks and golden texts are done, of how many.
 
     Raises:
         DataError: a row, by file and line.
-        ConfigError: an unknown method, a number out of its range, or an output that is the source or no checkpoint.
+        ConfigError: a number out of its range, settings that do not go together or do not fit the model, or an output
+            that is the source or no checkpoint.
         CheckpointError: the source is missing, broken or compressed already.
         FidelityError: past a threshold; nothing is written.
     """
-    if method not in METHODS:
-        raise ConfigError(f"compression method '{method}' is not known; known: {', '.join(METHODS)}")
-
-    if data is None and (tokens, strength) != (None, None):
-        raise ConfigError("tokens and strength are of smoothing, which needs rows: give it some (--data FILE)")
+    if data is None and config.method != "nearest":
+        raise ConfigError(f"{config.method} judges by what layers read: give it rows (--data FILE)")
+    if data is None and tokens is not None:
+        raise ConfigError("tokens are those of rows: give it some (--data FILE)")
+    if data is not None and config.method == "nearest":
+        raise ConfigError("nearest reads no data: leave out --data, or name another method")
     tokens = SMOOTHING if tokens is None else tokens
-    strength = smoothing.STRENGTH if strength is None else strength
-    if tokens < 1 or not 0 <= strength <= 1:
-        raise ConfigError(f"smoothing reads at least 1 token, not {tokens}, with a strength of 0 to 1, not {strength}")
+    if tokens < 1:
+        raise ConfigError(f"{tokens} tokens to judge by: give at least 1")
     digests = {} if data is None else {f"calibration: {data.name}": manifest.sha256_file(data)}
 
     def make(opened: Opened, folder: Path) -> Decoder:
-        decoder, smoothed = opened.decoder, None
-        if data is not None and not dense(decoder):
-            raise CheckpointError("the model is quantised already; start from its parent")
-        if data is not None:
-            decoder = copy.deepcopy(decoder)
-            batches = _calibration(opened, data, tokens)
-            smoothed = smoothing.smooth(decoder, batches, strength, head=not portable, report=report)
-        METHODS[method].write(decoder, folder, opened.base, portable, smoothed)
+        check(config, opened.decoder)
+        batches = [] if data is None else _calibration(opened, data, tokens)
+        layout.write(opened.decoder, folder, opened.base, config, batches, report)
         return opened.decoder
 
-    smooth = {} if data is None else {"tokens": tokens, "strength": strength}
-    recipe = {"method": method, "portable": portable, **smooth}
+    recipe = {**msgspec.to_builtins(config), **({} if data is None else {"tokens": tokens})}
     return _certified(source, output, make, recipe, digests, thresholds, accept, report)
 
 
@@ -123,7 +113,7 @@ def prune(
         DataError: a row, by file and line.
         ConfigError, CheckpointError, FidelityError: as `compress` does.
     """
-    check(config)
+    pruning.check(config)
     if data is None and config.method != "magnitude":
         raise ConfigError(f"{config.method} judges weights by what they read: give it rows (--data FILE)")
     if data is not None and config.method == "magnitude":
@@ -135,7 +125,7 @@ def prune(
     def make(opened: Opened, folder: Path) -> Decoder:
         pruned = copy.deepcopy(opened.decoder)
         batches = [] if data is None else _calibration(opened, data, tokens)
-        decoders.prune(pruned, config, batches, report)
+        pruning.prune(pruned, config, batches, report)
         weights.save(pruned, folder, opened.base, zeros=zeros)
         return opened.decoder
 

@@ -7,9 +7,8 @@ from typing import Literal
 
 import msgspec
 import torch
-from torch import nn
 
-from steelyard.compress.inputs import Passing, Products, dense, watching
+from steelyard.compress.inputs import Passing, Products, dense, linears, watching
 from steelyard.compress.prune import magnitude, masks, sparse_gpt, wanda
 from steelyard.compress.prune.masks import Pattern
 from steelyard.data.packing import Pack
@@ -87,11 +86,6 @@ def prune(
             layer.weight.copy_(_pruned(layer.weight, seen[name], rate, few))
         passing.states = passing.through(block)
         report(number + 1, len(decoder.model.layers))
-
-
-def linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """Linear layers by their names in a module."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
 
 
 def _smallest(

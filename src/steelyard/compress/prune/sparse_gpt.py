@@ -10,11 +10,10 @@ import torch
 
 from steelyard.compress.prune import masks
 from steelyard.compress.prune.masks import Pattern
+from steelyard.compress.second_order import DAMPING, inverse_factor
 
 BLOCK = 128
 """Columns whose mask is chosen together, after what went to their left was made good."""
-DAMPING = 0.01
-"""Added to the diagonal, of its mean."""
 
 
 def prune(
@@ -59,14 +58,3 @@ def prune(
             part[:, place].masked_fill_(here, 0)
         left[:, columns.stop :] -= errors @ inverse[columns, columns.stop :]
     return left
-
-
-def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """U with U^T U the inverse of the damped `gram`: `[M, M]`, upper."""
-    damped = gram.clone()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor

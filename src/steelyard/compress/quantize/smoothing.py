@@ -11,12 +11,13 @@ is a power of two: moving it rounds nothing, and the model says what it said bef
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import msgspec
 import torch
 from torch import nn
 
-from steelyard.compress.inputs import Magnitudes, Passing, watching
+from steelyard.compress.inputs import Magnitudes, Passing, Record, watching
 from steelyard.data.packing import Pack
 from steelyard.models.decoder import Block, Decoder
 
@@ -34,11 +35,50 @@ class Smoothed(msgspec.Struct, frozen=True):
     """`[D]`: by what a row of an embedding that shares its weights with the head has to be multiplied."""
 
 
+class Rule(Protocol):
+    """How much of each channel moves."""
+
+    def record(self, layer: nn.Linear) -> Record:
+        """What is to be known of what a layer reads."""
+        ...
+
+    def scales(self, seen: Any, layers: Sequence[nn.Linear]) -> torch.Tensor:
+        """`[M]` powers of two, by what was recorded and by all layers that read the same."""
+        ...
+
+
+class Balance:
+    """SmoothQuant's.
+
+    Args:
+        lengths: of the rows of each batch.
+        strength: t, 0 to 1.
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]], strength: float = STRENGTH) -> None:
+        self._lengths, self._strength = lengths, strength
+
+    def record(self, layer: nn.Linear) -> Magnitudes:
+        """See `Rule`."""
+        return Magnitudes(self._lengths)
+
+    def scales(self, seen: Magnitudes, layers: Sequence[nn.Linear]) -> torch.Tensor:
+        """See `Rule`."""
+        weights = torch.stack([layer.weight.float().abs().amax(0) for layer in layers]).amax(0)
+        exponents = self._strength * seen.typical().clamp_min(LEAST).log2()
+        return powers(exponents - (1 - self._strength) * weights.clamp_min(LEAST).log2())
+
+
+def powers(exponents: torch.Tensor) -> torch.Tensor:
+    """Powers of two about 1, by real exponents `[M]`."""
+    return (exponents - exponents.mean()).round().clamp(-MOST_EXPONENT, MOST_EXPONENT).exp2()
+
+
 @torch.no_grad()
 def smooth(
     decoder: Decoder,
     batches: Sequence[Pack],
-    strength: float,
+    rule: Rule,
     *,
     head: bool,
     report: Callable[[int, int], None] = lambda done, of: None,
@@ -48,8 +88,8 @@ def smooth(
     Args:
         decoder: changed. If its head is tied, and smoothed, its embedding is no longer what it was: see `Smoothed`.
         batches: calibration data.
-        strength: t, 0 to 1.
-        head: smooth what the head reads, too.
+        rule: how much moves.
+        head: smooth what the head reads, too; by SmoothQuant's rule.
         report: told how many blocks are done, of how many.
     """
     lengths = [batch.lengths for batch in batches]
@@ -64,29 +104,23 @@ def smooth(
             "up_proj": [inner.down_proj],
         }
         firsts = {source: layers[0] for source, layers in readers.items()}
-        with watching(firsts, lambda _: Magnitudes(lengths)) as seen:
+        with watching(firsts, rule.record) as seen:
             passing.states = passing.through(block)
         for source, layers in readers.items():
-            found = scales[f"{name}.{source}"] = _scales(seen[source].typical(), layers, strength)
+            found = scales[f"{name}.{source}"] = rule.scales(seen[source], layers)
             _multiply(layers, found)
             _divide(inner.up_proj if source == "up_proj" else getattr(block, source), found)
         report(number + 1, len(decoder.model.layers))
     if not head:
         return Smoothed(scales, None)
-    read = Magnitudes(lengths)
+    balance = Balance(lengths)
+    read = balance.record(decoder.lm_head)
     for x in passing.states:
         read.add(decoder.model.norm(x))
-    found = _scales(read.typical(), [decoder.lm_head], strength)
+    found = balance.scales(read, [decoder.lm_head])
     _divide(decoder.model.norm, found)
     _multiply([decoder.lm_head], found)
     return Smoothed(scales, 1 / found if decoder.config.tied else None)
-
-
-def _scales(seen: torch.Tensor, layers: Sequence[nn.Linear], strength: float) -> torch.Tensor:
-    """`[M]`: powers of two about 1."""
-    weights = torch.stack([layer.weight.float().abs().amax(0) for layer in layers]).amax(0)
-    exponents = strength * seen.clamp_min(LEAST).log2() - (1 - strength) * weights.clamp_min(LEAST).log2()
-    return (exponents - exponents.mean()).round().clamp(-MOST_EXPONENT, MOST_EXPONENT).exp2()
 
 
 def _multiply(layers: Sequence[nn.Linear], scales: torch.Tensor) -> None:

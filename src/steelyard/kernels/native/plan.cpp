@@ -19,7 +19,7 @@ enum Place : int32_t { WIDE, RESIDUAL, GATED, LOGITS, NORMED, MIXED, DRAWN };
 // One step. What the fields mean depends on the kind; see `kernels/steps.py`, which fills them in.
 struct Step {
     int32_t kind;
-    int32_t size[7];
+    int32_t size[8];
     float value[2];
     void* pointer[8];
 };
@@ -35,8 +35,8 @@ struct Buffers {
     float* drawn;      // [N, width]
     float* logits;     // [N, V]
     int8_t* quantized; // [T + 16, widest input] int8 or bfloat16
-    float* scales;     // [T]
-    int32_t* sums;     // [T]
+    float* scales;     // [T, most groups of an input]
+    int32_t* sums;     // the same
 };
 
 struct Batch {
@@ -112,13 +112,15 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
                       int threads) {
     const Quantized quantized{b.quantized, b.scales, b.sums};
     switch (s.kind) {
-        case EMBED:
+        case EMBED: {  // size: width, bits, group
+            const Table table{(const uint8_t*)s.pointer[0], s.pointer[1], (const float*)s.pointer[2],
+                              s.size[0], s.size[1], s.size[2]};
             run_rows(batch.tokens, me, threads, [&](int t) {
-                embed_row((const uint8_t*)s.pointer[0], (const float*)s.pointer[1], (const float*)s.pointer[2],
-                          batch.token_ids[t], s.size[0], b.residual + (int64_t)t * s.size[0]);
+                embed_row(table, batch.token_ids[t], b.residual + (int64_t)t * s.size[0]);
             });
             break;
-        case NORM: {  // size: width, true width, 1 = of the rows that draw, 1 = to bfloat16
+        }
+        case NORM: {  // size: width, true width, 1 = of the rows that draw, group (0: to bfloat16)
             const float* x = place(b, s.size[2] ? DRAWN : RESIDUAL);
             run_rows(s.size[2] ? batch.draws : batch.tokens, me, threads, [&](int t) {
                 float* out = b.normed + (int64_t)t * s.size[0];
@@ -127,10 +129,10 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
             });
             break;
         }
-        case PRODUCT: {  // size: inputs, outputs, stride, epilogue, destination, 1 = of the rows that draw, 1 = bfloat16
-            Product p{(const uint8_t*)s.pointer[0], (const float*)s.pointer[1], (const float*)s.pointer[2],
+        case PRODUCT: {  // size: inputs, outputs, stride, epilogue, destination, 1 = of the rows that draw, bits, group
+            Product p{(const uint8_t*)s.pointer[0], s.pointer[1], (const float*)s.pointer[2],
                       b.quantized, b.scales, b.sums, place(b, s.size[4]),
-                      s.size[0], s.size[1], s.size[2], s.size[3], s.size[0] * (s.size[6] ? 2 : 1)};
+                      s.size[0], s.size[1], s.size[2], s.size[3], s.size[6], s.size[7]};
             if (p.epilogue == GATE && batch.adapters) {  // the gates wait for the adapters' share
                 p.epilogue = STORE;
                 p.y = b.wide;
@@ -186,7 +188,7 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
                              h, desk, b.queries, scratch.partials.data(), b.mixed, s.size[5]);
             break;
         }
-        case QUANTIZE: {  // size: width, source, 1 = to bfloat16
+        case QUANTIZE: {  // size: width, source, group (0: to bfloat16)
             const float* x = place(b, s.size[1]);
             run_rows(batch.tokens, me, threads, [&](int t) {
                 quantize_row(x + (int64_t)t * s.size[0], s.size[0], s.size[2], quantized, t);
@@ -225,7 +227,7 @@ EXPORT const char* steelyard_isa() {
 }
 
 // Which functions there are, with which arguments: one more at every change.
-EXPORT int32_t steelyard_interface() { return 3; }
+EXPORT int32_t steelyard_interface() { return 4; }
 
 // Asks the system for what this form needs; 0: it cannot be had.
 EXPORT int32_t steelyard_prepare() { return ask_for_tiles(); }
@@ -240,6 +242,22 @@ EXPORT void steelyard_pack(const int8_t* w, int64_t outputs, int64_t inputs, uin
                 const int64_t n = panel * PANEL + i;
                 for (int j = 0; j < 4; j++)
                     packed[((panel * groups + g) * PANEL + i) * 4 + j] = n < outputs ? (uint8_t)(w[n * inputs + 4 * g + j] + 128) : 128;
+            }
+}
+
+// w [N, K] int8 in -8..7, K a multiple of 8 -> packed [N / 32 rounded up][K / 8][32][4], two of w + 8 a byte.
+EXPORT void steelyard_pack_halves(const int8_t* w, int64_t outputs, int64_t inputs, uint8_t* packed) {
+    const int64_t panels = (outputs + PANEL - 1) / PANEL, eights = inputs / 8;
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t g = 0; g < eights; g++)
+            for (int i = 0; i < PANEL; i++) {
+                const int64_t n = panel * PANEL + i;
+                for (int j = 0; j < 4; j++) {
+                    const int8_t* at = w + n * inputs + 8 * g + j;
+                    const int lower = n < outputs ? at[0] + 8 : 8, upper = n < outputs ? at[4] + 8 : 8;
+                    packed[((panel * eights + g) * PANEL + i) * 4 + j] = (uint8_t)(lower | upper << 4);
+                }
             }
 }
 

@@ -4,6 +4,11 @@
 // stored as w + 128 (unsigned) in panels of 32 outputs: [N / 32][K / 4][32][4]. dot4 multiplies unsigned by signed
 // bytes; 128 times the sum of x is taken off at the end.
 //
+// int8 or int4 by groups of inputs, with a scale each, of weights and of x: y[t, n] = sum over groups g, in order from
+// 0, of (sum over k in g of x[t, k] * w[n, k]) * w_scale[n, g] * x_scale[t, g] (+ bias[n]). Scales of weights are bfloat16
+// [N / 32][K / group][32]. int4 is stored as w + 8 by eights, [N / 32][K / 8][32][4]: input 8 i + j in the lower half of
+// byte j, input 8 i + 4 + j in the upper.
+//
 // bfloat16: y[t, n] = sum over k of x[t, k] * w[n, k] (+ bias[n]), 32 products at a time, each 32 by pairs as in
 // `attention.h`. Weights are stored by pairs: [N / 32][K / 2][32][2].
 #pragma once
@@ -21,24 +26,28 @@ enum Epilogue { STORE = 0, ADD = 1, GATE = 2 };
 
 struct Product {
     const uint8_t* weight;   // packed
-    const float* scale;      // [N], padded to a multiple of 32; null of bfloat16
+    const void* scale;       // [N] float32, padded to a multiple of 32; of groups bfloat16; null of bfloat16 weights
     const float* bias;       // [N] padded, or null
     const int8_t* x;         // [T][row_bytes]: int8 or bfloat16
-    const float* x_scale;    // [T]
-    const int32_t* x_sum;    // [T] sum over k of x
+    const float* x_scale;    // [T, groups]
+    const int32_t* x_sum;    // [T, groups] sums over k of x
     float* y;                // [T, stride]
     int32_t inputs, outputs, stride, epilogue;
-    int32_t row_bytes;       // of a row of x, and of an output's weights
+    int32_t bits, group;     // of a weight; inputs that share a scale
 
-    INLINE bool dense() const { return !scale; }
-    INLINE const uint8_t* panel(int panel) const { return weight + (int64_t)panel * row_bytes * PANEL; }
-    INLINE const int8_t* row(int t) const { return x + (int64_t)t * row_bytes; }
+    INLINE bool dense() const { return bits == 16; }
+    INLINE bool grouped() const { return bits == 4 || group != inputs; }
+    INLINE int groups() const { return inputs / group; }
+    INLINE int row_bytes() const { return dense() ? 2 * inputs : inputs; }
+    INLINE int64_t panel_bytes() const { return (int64_t)inputs * bits / 8 * PANEL; }
+    INLINE const uint8_t* panel(int panel) const { return weight + panel * panel_bytes(); }
+    INLINE const int8_t* row(int t) const { return x + (int64_t)t * row_bytes(); }
 };
 
 // The values of one row and 16 outputs.
 INLINE F scaled(I acc, const Product& p, int t, int n) {
     const F value = to_float(isub(acc, iset(128 * p.x_sum[t])));
-    return mul(mul(value, load(p.scale + n)), set(p.x_scale[t]));
+    return mul(mul(value, load((const float*)p.scale + n)), set(p.x_scale[t]));
 }
 
 INLINE F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }
@@ -87,8 +96,8 @@ void panel_rows(const Product& p, int panel, int row) {
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) {
             const I value = broadcast4(x + (int64_t)r * p.inputs + 4 * k);
-            low[r] = dot4(low[r], w, value);
-            high[r] = dot4(high[r], w + 64, value);
+            low[r] = dot4(low[r], load_bytes(w), value);
+            high[r] = dot4(high[r], load_bytes(w + 64), value);
         }
         w += PANEL * 4;
     }
@@ -103,6 +112,56 @@ void panel_rows(const Product& p, int panel, int row) {
         const int t = row + r, n = panel * PANEL;
         finish(p, t, n, scaled(sums[2 * r], p, t, n), scaled(sums[2 * r + 1], p, t, n + 16));
     }
+}
+
+constexpr int MOST_GROUPED_ROWS = 6;  // 12 accumulators and 12 totals
+
+template <int ROWS, bool HALVES>
+void grouped_rows(const Product& p, int panel, int row) {
+    const int groups = p.groups(), step = HALVES ? 8 : 4;
+    const uint8_t* w = p.panel(panel);
+    const uint16_t* scale = (const uint16_t*)p.scale + (int64_t)panel * groups * PANEL;
+    F total[2 * ROWS];
+#pragma GCC unroll 12
+    for (int r = 0; r < 2 * ROWS; r++) total[r] = zero();
+    for (int g = 0; g < groups; g++, scale += PANEL) {
+        const int8_t* x = p.row(row) + g * p.group;
+        I low[ROWS], high[ROWS];
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++) low[r] = high[r] = iset((HALVES ? -8 : -128) * p.x_sum[(row + r) * groups + g]);
+        for (int k = 0; k < p.group; k += step, w += PANEL * 4) {
+            prefetch(w + 4096);
+            prefetch(w + 4096 + 64);
+            const U first = load_bytes(w), second = load_bytes(w + 64);
+            const U first_low = HALVES ? lower(first) : first, second_low = HALVES ? lower(second) : second;
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) {
+                const I value = broadcast4(x + (int64_t)r * p.inputs + k);
+                low[r] = dot4(low[r], first_low, value);
+                high[r] = dot4(high[r], second_low, value);
+            }
+            if (!HALVES) continue;
+            const U first_high = upper(first), second_high = upper(second);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) {
+                const I value = broadcast4(x + (int64_t)r * p.inputs + k + 4);
+                low[r] = dot4(low[r], first_high, value);
+                high[r] = dot4(high[r], second_high, value);
+            }
+        }
+        const F first_scale = load_bf16(scale), second_scale = load_bf16(scale + 16);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++) {
+            const F x_scale = set(p.x_scale[(row + r) * groups + g]);
+            total[2 * r] = add(total[2 * r], mul(mul(to_float(low[r]), first_scale), x_scale));
+            total[2 * r + 1] = add(total[2 * r + 1], mul(mul(to_float(high[r]), second_scale), x_scale));
+        }
+    }
+    F sums[2 * ROWS];
+#pragma GCC unroll 12
+    for (int r = 0; r < 2 * ROWS; r++) sums[r] = total[r];
+    asm volatile("" : : "r"(sums) : "memory");
+    for (int r = 0; r < ROWS; r++) finish(p, row + r, panel * PANEL, sums[2 * r], sums[2 * r + 1]);
 }
 
 constexpr int MOST_DENSE_ROWS = 4;  // 16 accumulators and 8 totals
@@ -147,6 +206,14 @@ using PanelRows = void (*)(const Product&, int, int);
 static const PanelRows PANEL_ROWS[MOST_ROWS + 1] = {
     nullptr,       panel_rows<1>, panel_rows<2>, panel_rows<3>,  panel_rows<4>,  panel_rows<5>, panel_rows<6>,
     panel_rows<7>, panel_rows<8>, panel_rows<9>, panel_rows<10>, panel_rows<11>, panel_rows<12>};
+static const PanelRows BYTE_GROUP_ROWS[MOST_GROUPED_ROWS + 1] = {
+    nullptr,
+    grouped_rows<1, false>, grouped_rows<2, false>, grouped_rows<3, false>,
+    grouped_rows<4, false>, grouped_rows<5, false>, grouped_rows<6, false>};
+static const PanelRows HALF_GROUP_ROWS[MOST_GROUPED_ROWS + 1] = {
+    nullptr,
+    grouped_rows<1, true>, grouped_rows<2, true>, grouped_rows<3, true>,
+    grouped_rows<4, true>, grouped_rows<5, true>, grouped_rows<6, true>};
 static const PanelRows DENSE_ROWS[MOST_DENSE_ROWS + 1] = {nullptr, dense_rows<1>, dense_rows<2>, dense_rows<3>,
                                                           dense_rows<4>};
 
@@ -172,9 +239,9 @@ struct Fetch {
 
 // Part `chunk` of `chunks` of the panel after `panel`, while `rows` rows are computed.
 INLINE Fetch fetch_next(const Product& p, int panel, int chunk, int chunks, int rows) {
-    const int64_t size = (int64_t)p.row_bytes * PANEL, part = (size / chunks + 255) / 256 * 256;
+    const int64_t size = p.panel_bytes(), part = (size / chunks + 255) / 256 * 256;
     const uint8_t* next = p.panel(panel + 1);
-    const int pauses = p.row_bytes / TILE_BYTES + rows, groups = part / 256;
+    const int pauses = p.row_bytes() / TILE_BYTES + rows, groups = part / 256;
     return {next + chunk * part, std::min(next + (chunk + 1) * part, next + size), (groups + pauses - 1) / pauses};
 }
 
@@ -190,20 +257,21 @@ template <bool DENSE>
 void panel_tiles(const Product& p, int panel, int row, int rows, Fetch fetch) {
     const uint8_t* w = p.panel(panel);
     const int8_t* x = p.row(row);
+    const int row_bytes = p.row_bytes();
     const bool both = rows > TILE_ROWS;
     tile_zero<0>();
     tile_zero<1>();
     tile_zero<2>();
     tile_zero<3>();
-    for (int k = 0; k < p.row_bytes; k += TILE_BYTES) {
+    for (int k = 0; k < row_bytes; k += TILE_BYTES) {
         fetch.some();
         tile_load<6>(w, PANEL * 4);
         tile_load<7>(w + 64, PANEL * 4);
-        tile_load<4>(x + k, p.row_bytes);
+        tile_load<4>(x + k, row_bytes);
         tile_product<DENSE, 0, 4, 6>();
         tile_product<DENSE, 1, 4, 7>();
         if (both) {
-            tile_load<5>(x + k + TILE_ROWS * p.row_bytes, p.row_bytes);
+            tile_load<5>(x + k + TILE_ROWS * row_bytes, row_bytes);
             tile_product<DENSE, 2, 5, 6>();
             tile_product<DENSE, 3, 5, 7>();
         }
@@ -232,7 +300,7 @@ inline void product(const Product& p, Tiles& tiles, int tokens, int me, int thre
     const int panels = (p.outputs + PANEL - 1) / PANEL;
     const int first = (int64_t)panels * me / threads, last = (int64_t)panels * (me + 1) / threads;
 #if LANES_AMX
-    if (tokens >= FEWEST_TILE_ROWS && p.row_bytes % TILE_BYTES == 0) {
+    if (!p.grouped() && tokens >= FEWEST_TILE_ROWS && p.row_bytes() % TILE_BYTES == 0) {
         tiles.use(tokens < TILE_ROWS ? tokens : TILE_ROWS);
         const auto run = p.dense() ? panel_tiles<true> : panel_tiles<false>;
         const int chunks = (tokens + MOST_TILE_ROWS - 1) / MOST_TILE_ROWS;
@@ -245,8 +313,10 @@ inline void product(const Product& p, Tiles& tiles, int tokens, int me, int thre
     }
 #endif
     (void)tiles;
-    const int most = p.dense() ? MOST_DENSE_ROWS : MOST_ROWS, chunks = (tokens + most - 1) / most;
-    const PanelRows* const run = p.dense() ? DENSE_ROWS : PANEL_ROWS;
+    const int most = p.dense() ? MOST_DENSE_ROWS : p.grouped() ? MOST_GROUPED_ROWS : MOST_ROWS;
+    const int chunks = (tokens + most - 1) / most;
+    const PanelRows* const grouped = p.bits == 4 ? HALF_GROUP_ROWS : BYTE_GROUP_ROWS;
+    const PanelRows* const run = p.dense() ? DENSE_ROWS : p.grouped() ? grouped : PANEL_ROWS;
     for (int panel = first; panel < last; panel++)
         for (int c = 0; c < chunks; c++) {
             const int begin = (int64_t)tokens * c / chunks, end = (int64_t)tokens * (c + 1) / chunks;

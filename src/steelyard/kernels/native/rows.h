@@ -24,27 +24,30 @@ inline void to_bf16(const float* x, int width, uint16_t* out) {
 
 struct Quantized {
     int8_t* values;  // [T, width], or of bfloat16 [T, 2 * width]
-    float* scale;    // [T]
-    int32_t* sum;    // [T]
+    float* scale;    // [T, width / group]
+    int32_t* sum;    // [T, width / group]
 };
 
-// Round x [width] to int8 by its largest magnitude, or to bfloat16.
-inline void quantize_row(const float* x, int width, bool dense, const Quantized& q, int t) {
-    if (dense) return to_bf16(x, width, (uint16_t*)q.values + (int64_t)t * width);
-    F most = zero();
-    for (int i = 0; i < width; i += 16) most = max(most, abs(load(x + i)));
-    float scale = largest(most) / LIMIT;
-    if (scale < TINY) scale = 0.0f;
-    const F inverse = set(scale > 0.0f ? 1.0f / scale : 0.0f);
+// Round x [width] to int8, `group` values by their largest magnitude; or, if group is 0, to bfloat16.
+inline void quantize_row(const float* x, int width, int group, const Quantized& q, int t) {
+    if (!group) return to_bf16(x, width, (uint16_t*)q.values + (int64_t)t * width);
     int8_t* values = q.values + (int64_t)t * width;
-    F total = zero();  // of integers up to 127 * width: exact
-    for (int i = 0; i < width; i += 16) {
-        const F rounded = min(max(round(mul(load(x + i), inverse)), set(-LIMIT)), set(LIMIT));
-        total = add(total, rounded);
-        store_i8(values + i, to_int(rounded));
+    const int64_t first = (int64_t)t * (width / group);
+    for (int g = 0; g < width / group; g++, x += group, values += group) {
+        F most = zero();
+        for (int i = 0; i < group; i += 16) most = max(most, abs(load(x + i)));
+        float scale = largest(most) / LIMIT;
+        if (scale < TINY) scale = 0.0f;
+        const F inverse = set(scale > 0.0f ? 1.0f / scale : 0.0f);
+        F total = zero();  // of integers up to 127 * width: exact
+        for (int i = 0; i < group; i += 16) {
+            const F rounded = min(max(round(mul(load(x + i), inverse)), set(-LIMIT)), set(LIMIT));
+            total = add(total, rounded);
+            store_i8(values + i, to_int(rounded));
+        }
+        q.scale[first + g] = scale;
+        q.sum[first + g] = (int32_t)sum(total);
     }
-    q.scale[t] = scale;
-    q.sum[t] = (int32_t)sum(total);
 }
 
 // out = x / rms(x) * weight; x and weight are padded with zeros to a multiple of 16. In place is fine.
@@ -58,20 +61,45 @@ inline void normalize_row(const float* x, const float* weight, int width, int si
     for (int i = 0; i < width; i += 16) store(out + i, mul(mul(load(x + i), factor), load(weight + i)));
 }
 
-// A row of the packed table (see product.h), as float32 [width]; bfloat16 where there are no scales. columns [width]: by
-// what each place is multiplied, or null.
-inline void embed_row(const uint8_t* packed, const float* scale, const float* columns, int token, int width, float* out) {
-    if (!scale) {
-        const uint16_t* pairs = (const uint16_t*)packed + (int64_t)(token / PANEL) * width * PANEL + (token % PANEL) * 2;
+// A table of packed rows (see product.h).
+struct Table {
+    const uint8_t* packed;
+    const void* scale;
+    const float* columns;  // [width]: by what each place is multiplied, or null
+    int32_t width, bits, group;
+};
+
+// One of its rows, as float32 [width].
+inline void embed_row(const Table& table, int token, float* out) {
+    const int width = table.width, bits = table.bits, place = token % PANEL;
+    const int64_t panel = token / PANEL;
+    if (bits == 16) {
+        const uint16_t* pairs = (const uint16_t*)table.packed + panel * width * PANEL + place * 2;
         for (int i = 0; i < width; i++) out[i] = from_bf16(pairs[(int64_t)(i / 2) * PANEL * 2 + i % 2]);
         return;
     }
-    const int groups = width / 4;
-    const uint8_t* base = packed + (int64_t)(token / PANEL) * groups * PANEL * 4 + (token % PANEL) * 4;
-    for (int g = 0; g < groups; g++)
-        for (int j = 0; j < 4; j++) out[4 * g + j] = (float)((int)base[(int64_t)g * PANEL * 4 + j] - 128) * scale[token];
-    if (columns)
-        for (int i = 0; i < width; i += 16) store(out + i, mul(load(out + i), load(columns + i)));
+    const uint8_t* base = table.packed + panel * width * bits / 8 * PANEL + place * 4;
+    if (bits == 8) {
+        for (int i = 0; i < width; i++) out[i] = (float)((int)base[(int64_t)(i / 4) * PANEL * 4 + i % 4] - 128);
+    } else {
+        for (int i = 0; i < width; i++) {
+            const int both = base[(int64_t)(i / 8) * PANEL * 4 + i % 4];
+            out[i] = (float)((i % 8 < 4 ? both & 15 : both >> 4) - 8);
+        }
+    }
+    if (bits == 8 && table.group == width) {
+        const F scale = set(((const float*)table.scale)[token]);
+        for (int i = 0; i < width; i += 16) store(out + i, mul(load(out + i), scale));
+    } else {
+        const int groups = width / table.group;
+        const uint16_t* scales = (const uint16_t*)table.scale + panel * groups * PANEL + place;
+        for (int i = 0; i < width; i += 16) {
+            const F scale = set(from_bf16(scales[(int64_t)(i / table.group) * PANEL]));
+            store(out + i, mul(load(out + i), scale));
+        }
+    }
+    if (table.columns)
+        for (int i = 0; i < width; i += 16) store(out + i, mul(load(out + i), load(table.columns + i)));
 }
 
 // x [2 * width], 16 gates and 16 values in turn -> out [width] = silu(gate) * value.

@@ -76,8 +76,13 @@ INLINE F round_bf16(F x) {
 INLINE void store_i8(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x.v)); }
 INLINE F load_i8(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 INLINE float lane(F x, int i) { alignas(64) float out[16]; _mm512_store_ps(out, x.v); return out[i]; }
+// 64 unsigned bytes; of each the lower or the upper half.
+struct U { __m512i v; };
+INLINE U load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+INLINE U lower(U a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+INLINE U upper(U a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
 // acc[i] += sum over j < 4 of w[4 i + j] * x[j]: w unsigned bytes, x signed bytes. Exact.
-INLINE I dot4(I acc, const uint8_t* w, I x) { return {_mm512_dpbusd_epi32(acc.v, _mm512_loadu_si512(w), x.v)}; }
+INLINE I dot4(I acc, U w, I x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
 INLINE I broadcast4(const int8_t* x) { int32_t bits; std::memcpy(&bits, x, 4); return {_mm512_set1_epi32(bits)}; }
 // Exact for integers of eight bits.
 INLINE void store_exact_bf16(uint16_t* p, F x) {
@@ -162,9 +167,9 @@ INLINE F load_i8(const int8_t* p) {
 }
 INLINE float lane(F x, int i) { alignas(32) float out[16]; store(out, x); return out[i]; }
 // vpmaddubsw would saturate at 16 bits: widen first, so that the sums are exact.
-INLINE __m256i dot4_half(__m256i acc, const uint8_t* w, __m256i x16) {
-    __m256i low = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)w)), x16);
-    __m256i high = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(w + 16))), x16);
+INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i x16) {
+    __m256i low = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(w)), x16);
+    __m256i high = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(w, 1)), x16);
     __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xd8);
     return _mm256_add_epi32(acc, sums);
 }
@@ -174,7 +179,16 @@ INLINE I broadcast4(const int8_t* x) {
     __m256i wide = _mm256_cvtepi8_epi16(_mm_set1_epi32(bits));
     return {wide, wide};
 }
-INLINE I dot4(I acc, const uint8_t* w, I x) { return {dot4_half(acc.a, w, x.a), dot4_half(acc.b, w + 32, x.a)}; }
+struct U { __m256i a, b; };
+INLINE U load_bytes(const uint8_t* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+INLINE U lower(U x) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+INLINE U upper(U x) { return lower({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
+INLINE I dot4(I acc, U w, I x) { return {dot4_half(acc.a, w.a, x.a), dot4_half(acc.b, w.b, x.a)}; }
 INLINE void store_exact_bf16(uint16_t* p, F x) { store_bf16(p, x); }
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
@@ -227,8 +241,12 @@ INLINE void store_i8(int8_t* p, I x) { EACH p[i] = (int8_t)x.v[i]; }
 INLINE F load_i8(const int8_t* p) { F r; EACH r.v[i] = (float)p[i]; return r; }
 INLINE float lane(F x, int i) { return x.v[i]; }
 INLINE I broadcast4(const int8_t* x) { I r; for (int i = 0; i < 4; i++) r.v[i] = x[i]; return r; }
-INLINE I dot4(I acc, const uint8_t* w, I x) {
-    EACH acc.v[i] += w[4 * i] * x.v[0] + w[4 * i + 1] * x.v[1] + w[4 * i + 2] * x.v[2] + w[4 * i + 3] * x.v[3];
+struct U { uint8_t v[64]; };
+INLINE U load_bytes(const uint8_t* p) { U r; std::memcpy(r.v, p, 64); return r; }
+INLINE U lower(U a) { for (int i = 0; i < 64; i++) a.v[i] &= 15; return a; }
+INLINE U upper(U a) { for (int i = 0; i < 64; i++) a.v[i] >>= 4; return a; }
+INLINE I dot4(I acc, U w, I x) {
+    EACH acc.v[i] += w.v[4 * i] * x.v[0] + w.v[4 * i + 1] * x.v[1] + w.v[4 * i + 2] * x.v[2] + w.v[4 * i + 3] * x.v[3];
     return acc;
 }
 INLINE void store_exact_bf16(uint16_t* p, F x) { store_bf16(p, x); }

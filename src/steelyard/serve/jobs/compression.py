@@ -77,15 +77,17 @@ class Compression:
         shutil.rmtree(folder / "made", ignore_errors=True)
         asked: Row = job["settings"]["quantize"]
         source = self.tuned.checkpoint(job["project_id"], job["model"])
-        bounds = ["--max-bits-per-byte", str(asked["max_bits_per_byte"])]
-        if asked["max_kl"] is not None:
-            bounds += ["--max-kl", str(asked["max_kl"])]
-        portable = ["--portable"] if asked["portable"] else []
-        data: list[str] = []
+        command = ["compress", "quantize", str(source), "--output", "made", "--json"]
+        command += ["--bits", asked.get("scheme", "int8").removeprefix("int")]
+        for field in ("group", "method", "max_bits_per_byte", "max_kl"):
+            if asked.get(field) is not None:
+                command += [f"--{field.replace('_', '-')}", str(asked[field])]
+        if asked["portable"]:
+            command.append("--portable")
         if job["training_file"] is not None:
             self.files.write_clear_file(job["project_id"], job["training_file"], folder / ROWS)
-            data = ["--data", ROWS]
-        return ["compress", "quantize", str(source), "--output", "made", "--json", *bounds, *portable, *data]
+            command += ["--data", ROWS]
+        return command
 
     def progress(self, job: Row, folder: Path, *, ended: bool) -> Progress:
         """It takes a minute and has no steps."""
@@ -93,7 +95,8 @@ class Compression:
 
     def publish(self, job: Row, folder: Path, now: int) -> Made:
         """The smaller model."""
-        name = model_name("int8", job, self.tuned.project_name(job["project_id"]))
+        scheme = job["settings"]["quantize"].get("scheme", "int8")
+        name = model_name(scheme, job, self.tuned.project_name(job["project_id"]))
         keep = self.tuned.keep(
             job["project_id"], job["model"], name, folder / "made", now, job_id=job["id"], form="model"
         )

@@ -19,17 +19,37 @@ Row = dict[str, Any]
 
 
 class Quantize(Fields):
-    """Weights and activations in 8 bits."""
+    """Weights in 8 or 4 bits, activations in 8."""
 
-    scheme: Literal["int8"] = "int8"
+    scheme: Literal["int8", "int4"] = "int8"
+    group: Annotated[int, Field(ge=16, le=65536)] | None = None
+    """Inputs that share a scale; see `steelyard compress quantize`, as of all others."""
+    method: Literal["nearest", "smoothquant", "awq", "gptq", "awq-gptq"] | None = None
+    """How weights are rounded; all but nearest need a calibration file."""
     portable: bool = False
     """Leave embedding and head as they are, for programs that expect it."""
-    max_bits_per_byte: Annotated[float, Field(ge=0, le=1)] = 0.02
+    max_bits_per_byte: Annotated[float, Field(ge=0, le=1)] | None = None
     """Largest relative rise of bits per byte; past it the job fails."""
     max_kl: Annotated[float, Field(ge=0, le=100)] | None = None
     """Largest mean KL divergence in nats, if any."""
     calibration_file: str | None = None
-    """A file of rows, as fine-tuning takes them, by which activations are smoothed first: less is lost."""
+    """A file of rows, as fine-tuning takes them, to judge by: less is lost."""
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> Quantize:
+        needed = self.method not in (None, "nearest")
+        if needed and self.calibration_file is None:
+            raise RequestError(
+                f"'{self.method}' judges by what layers read: give it a calibration file",
+                param="method.quantize.calibration_file",
+            )
+        if self.method == "nearest" and self.calibration_file is not None:
+            raise RequestError("'nearest' reads no calibration file", param="method.quantize.calibration_file")
+        if self.scheme == "int8" and self.portable and self.group is not None:
+            raise RequestError(
+                "a portable int8 model has a scale per channel: leave out the group", param="method.quantize.group"
+            )
+        return self
 
 
 class CompressionMethod(Fields):

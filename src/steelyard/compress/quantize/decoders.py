@@ -1,0 +1,162 @@
+"""Quantisation of a decoder: what moves between layers first, then each layer's weights to integers, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+import torch
+
+from steelyard.compress.inputs import Passing, Products, dense, linears, watching
+from steelyard.compress.quantize import awq, gptq, grid, smoothing
+from steelyard.compress.quantize.grid import Integers
+from steelyard.compress.quantize.smoothing import Smoothed
+from steelyard.data.packing import Pack
+from steelyard.errors import CheckpointError, ConfigError
+from steelyard.models.decoder import Decoder
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+GROUP = 64
+"""Inputs that share a scale, where 4 bits are asked for and no group."""
+Method = Literal["nearest", "smoothquant", "awq", "gptq", "awq-gptq"]
+LANES = 16
+"""Groups are multiples of it."""
+
+
+class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How weights become integers."""
+
+    bits: Literal[8, 4] = 8
+    """Of the linear layers' weights; embedding and head have 8."""
+    group: int | None = None
+    """Inputs that share a scale, of weights and of activations; None: all, by output channel and by token."""
+    method: Method = "nearest"
+    """All but nearest need calibration data."""
+    strength: float = smoothing.STRENGTH
+    """smoothquant: how much of what activations have much of moves into the weights, 0 to 1."""
+    portable: bool = False
+    """Leave embedding and head as they are, and activations of int4: for other readers."""
+
+    @classmethod
+    def chosen(
+        cls,
+        bits: int,
+        group: str | None,
+        method: Method | None,
+        *,
+        strength: float = smoothing.STRENGTH,
+        portable: bool = False,
+        rows: bool,
+    ) -> QuantizeConfig:
+        """What somebody asked for, with what fits where he said nothing.
+
+        Args:
+            bits: 8 or 4.
+            group: a number or "all"; None: all, or `GROUP` of 4 bits.
+            method: None: by whether there are `rows`.
+            strength: see above.
+            portable: see above.
+            rows: whether there are any to judge by.
+
+        Raises:
+            ConfigError: bits or group that there are not.
+        """
+        if bits not in (8, 4):
+            raise ConfigError(f"{bits} bits: 8 and 4 are possible")
+        if group is not None and group != "all" and not group.isdecimal():
+            raise ConfigError(f"group '{group}': a number of inputs, or all")
+        size = (GROUP if bits == 4 else None) if group is None else None if group == "all" else int(group)
+        best: Method = "nearest" if not rows else "smoothquant" if bits == 8 else "gptq"
+        return cls(bits=bits, group=size, method=method or best, strength=strength, portable=portable)  # type: ignore[arg-type]
+
+
+class Quantized(msgspec.Struct, frozen=True):
+    """A decoder's weights as integers."""
+
+    integers: dict[str, Integers]
+    """By the layer's path."""
+    smoothed: Smoothed | None
+    """What has moved before."""
+
+
+def check(config: QuantizeConfig, decoder: Decoder) -> None:
+    """Whether the decoder can be quantised so.
+
+    Raises:
+        ConfigError: settings that do not go together, or do not fit its layers.
+        CheckpointError: it is quantised.
+    """
+    if not dense(decoder):
+        raise CheckpointError("the model is quantised already; start from its parent")
+    if not 0 <= config.strength <= 1:
+        raise ConfigError(f"strength {config.strength}: 0 to 1 is possible")
+    if config.group is None:
+        return
+    if config.portable and config.bits == 8:
+        raise ConfigError("a portable int8 model has a scale per channel: leave out the group")
+    if config.group < LANES or config.group % LANES:
+        raise ConfigError(f"group {config.group}: a multiple of {LANES} is needed")
+    for path, layer in linears(decoder).items():
+        if layer.in_features % config.group:
+            fit = [size for size in range(LANES, layer.in_features + 1, LANES) if layer.in_features % size == 0]
+            raise ConfigError(
+                f"group {config.group} does not divide the {layer.in_features} inputs of '{path}'; groups that do: "
+                + (", ".join(map(str, fit)) or "none")
+            )
+
+
+@torch.no_grad()
+def quantize(
+    decoder: Decoder,
+    config: QuantizeConfig,
+    batches: Sequence[Pack] = (),
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> Quantized:
+    """Quantise a dense decoder; its own weights become what their integers stand for.
+
+    Args:
+        decoder: changed.
+        config: how.
+        batches: calibration data.
+        report: told how many blocks are done, of how many.
+
+    Raises:
+        ConfigError, CheckpointError: see `check`; or there are no data where the method needs them.
+    """
+    check(config, decoder)
+    if (config.method != "nearest") != bool(batches):
+        wants = "reads no data" if batches else "judges by what layers read: calibration data are needed"
+        raise ConfigError(f"{config.method} {wants}")
+    smoothed = None
+    if config.method == "smoothquant":
+        rule: smoothing.Rule = smoothing.Balance([batch.lengths for batch in batches], config.strength)
+        smoothed = smoothing.smooth(decoder, batches, rule, head=not config.portable, report=report)
+    elif config.method in ("awq", "awq-gptq"):
+        rule = awq.Awq(config.bits, config.group)
+        smoothed = smoothing.smooth(decoder, batches, rule, head=not config.portable, report=report)
+    integers: dict[str, Integers] = {}
+    if not config.portable:
+        integers[EMBEDDING] = grid.rounded(decoder.model.embed_tokens.weight, 8, config.group)
+        if not decoder.config.tied:
+            integers[HEAD] = grid.rounded(decoder.lm_head.weight, 8, config.group)
+    judged, whole = config.method in ("awq", "gptq", "awq-gptq"), config.method in ("gptq", "awq-gptq")
+    passing = Passing(decoder, batches if judged else ())
+    for number, block in enumerate(decoder.model.layers):
+        layers = linears(block)
+        with watching(layers, lambda layer: Products(layer.in_features, whole)) as seen:
+            passing.through(block)
+        for name, layer in layers.items():
+            found = integers[f"model.layers.{number}.{name}"] = _rounded(layer.weight, seen[name], config)
+            layer.weight.copy_(found.restored())
+        passing.states = passing.through(block)
+        report(number + 1, len(decoder.model.layers))
+    return Quantized(integers, smoothed)
+
+
+def _rounded(weight: torch.Tensor, seen: Products, config: QuantizeConfig) -> Integers:
+    if seen.gram is not None:
+        return gptq.rounded(weight, seen.gram, config.bits, config.group)
+    importance = seen.squares if config.method == "awq" else None
+    return grid.rounded(weight, config.bits, config.group, importance)
