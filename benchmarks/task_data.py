@@ -20,8 +20,12 @@ from steelyard.atomic import write_file
 from steelyard.data.images import MAX_PIXELS
 from steelyard.models.speech import normalised
 
-GENSIM, WORDSIM = "gensim==4.4.0", "gensim/test/test_data/wordsim353.tsv"
-WORDSIM_SHA256 = "f92a022fc2537793a15bc3a8c162ebcd74990e033a228bb6388cb71e4c0b1e1d"
+GENSIM = "gensim==4.4.0"
+WORD_PAIRS = {
+    "wordsim353.tsv": "f92a022fc2537793a15bc3a8c162ebcd74990e033a228bb6388cb71e4c0b1e1d",
+    "simlex999.txt": "d5e0501971478a511430ee880bd0121e94ac701ba86d90544d83e6d2ba3db05d",
+}
+"""Their digests."""
 
 ALIKE = 4
 """Images of one title, at most."""
@@ -157,12 +161,18 @@ def plain_texts(folder: Path, quick: bool) -> tuple[Path, Path]:
     return paths
 
 
-def wordsim_pairs(folder: Path) -> bytes:
-    """The judgements, from the package that carries them; its wheel is another one on every platform."""
+def word_pairs(folder: Path, name: str) -> list[tuple[str, str, float]]:
+    """Pairs of words with what people think of their likeness, from the package that carries them.
+
+    Its wheel is another one on every platform.
+    """
     if not list(folder.glob("gensim-*.whl")):
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", GENSIM, "-d", str(folder)]
         subprocess.run(command, check=True)
     with zipfile.ZipFile(next(folder.glob("gensim-*.whl"))) as wheel:
-        content = wheel.read(WORDSIM)
-    assert hashlib.sha256(content).hexdigest() == WORDSIM_SHA256, "another file than was measured on"
-    return content
+        content = wheel.read(f"gensim/test/test_data/{name}")
+    assert hashlib.sha256(content).hexdigest() == WORD_PAIRS[name], "another file than was measured on"
+    lines = [line.split("\t") for line in content.decode().splitlines() if not line.startswith("#")]
+    return [
+        (line[0], line[1], float(line[2])) for line in lines if len(line) == 3 and line[2].replace(".", "").isdigit()
+    ]

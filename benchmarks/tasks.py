@@ -71,21 +71,21 @@ Found = dict[str, Any]
 
 def wordsim(folder: Path, seeds: list[int], quick: bool) -> Found:
     """Spearman's correlation over all pairs; nothing is trained."""
-    base = pull(MINILM, cache=default_cache())
-    encoder, tokenizer = classifiers.load_encoder(base), Tokenizer.load(base)
-    lines = [
-        line.split("\t") for line in task_data.wordsim_pairs(folder).decode().splitlines() if not line.startswith("#")
-    ]
-    pairs = [line for line in lines if len(line) == 3 and line[2].replace(".", "").isdigit()]
+    correlation, pairs = likeness(pull(MINILM, cache=default_cache()), task_data.word_pairs(folder, "wordsim353.tsv"))
+    return {"pairs": pairs, "spearman": correlation, "target": 0.729, "value": round(correlation, 3)}
+
+
+def likeness(model: Path, pairs: list[tuple[str, str, float]]) -> tuple[float, int]:
+    """Spearman's correlation of an encoder's cosines with people's judgements, and the number of pairs."""
+    encoder, tokenizer = classifiers.load_encoder(model), Tokenizer.load(model)
 
     @torch.inference_mode()
     def embedded(words: list[str]) -> torch.Tensor:
         rows = [tokenizer.encode_plain(word, add_special_tokens=True) for word in words]
         return encoder.embed(*inputs.padded(rows))
 
-    ours = (embedded([row[0] for row in pairs]) * embedded([row[1] for row in pairs])).sum(-1)
-    correlation = float(spearmanr(ours.numpy(), [float(row[2]) for row in pairs]).statistic)
-    return {"pairs": len(pairs), "spearman": correlation, "target": 0.729, "value": round(correlation, 3)}
+    ours = (embedded([pair[0] for pair in pairs]) * embedded([pair[1] for pair in pairs])).sum(-1)
+    return float(spearmanr(ours.numpy(), [pair[2] for pair in pairs]).statistic), len(pairs)
 
 
 def sms_lstm(folder: Path, seeds: list[int], quick: bool) -> Found:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,6 +53,25 @@ def windows(ids: list[int]) -> Windows:
         if end == len(ids):
             break
     return made
+
+
+class HeldOut(NamedTuple):
+    """What everybody is scored on."""
+
+    windows: Windows
+    size: int
+    """Bytes."""
+
+    def bits(self, nats: float) -> float:
+        """Bits per byte."""
+        return nats / math.log(2) / self.size
+
+
+def held_out(base: Path) -> HeldOut:
+    """Some of the second half of Brown, by the tokens of a model."""
+    corpus = workload.brown(FOLDER)
+    part = corpus[len(corpus) // 2 :][:BYTES]
+    return HeldOut(windows(Tokenizer.load(base).encode_plain(part)), len(part.encode()))
 
 
 def ours(checkpoint: Path, text: Windows) -> float:
@@ -93,8 +112,8 @@ def _nats(run: Callable[[torch.Tensor], torch.Tensor], text: Windows) -> float:
 def peer(name: str, text: Windows) -> float:
     """Nats by a peer, in its own environment."""
     environment = dict(os.environ)
-    if name == "openvino-int8":
-        command = [FOLDER / "openvino/bin/python", "openvino", FOLDER / "openvino-int8"]
+    if name.startswith("openvino"):
+        command = [FOLDER / "openvino/bin/python", "openvino", FOLDER / name]
         environment.pop("PYTHONPATH", None)
     else:
         folder = FOLDER / "llama"
@@ -115,8 +134,8 @@ def peer(name: str, text: Windows) -> float:
 
 def model_files(name: str) -> list[Path]:
     """The files of a peer's model."""
-    if name == "openvino-int8":
-        return sorted((FOLDER / "openvino-int8").glob("openvino_model.*"))
+    if name.startswith("openvino"):
+        return sorted((FOLDER / name).glob("openvino_model.*"))
     return [FOLDER / "llama" / f"{name.removeprefix('llama-').upper()}.gguf"]
 
 
@@ -128,9 +147,8 @@ def bits_per_byte(names: Iterable[str], checkpoint: Path, base: Path) -> dict[st
         checkpoint: ours, int8.
         base: the bfloat16 model.
     """
-    corpus = workload.brown(FOLDER)
-    part = corpus[len(corpus) // 2 :][:BYTES]
-    text = windows(Tokenizer.load(base).encode_plain(part))
+    held = held_out(base)
+    text = held.windows
     scored: dict[str, tuple[list[Path], Callable[[], float]]] = {
         "steelyard": (sorted(checkpoint.glob("*.safetensors")), lambda: ours(checkpoint, text)),
         REFERENCE: (sorted(base.glob("*.safetensors")), lambda: reference(base, text)),
@@ -144,7 +162,7 @@ def bits_per_byte(names: Iterable[str], checkpoint: Path, base: Path) -> dict[st
     for name, (files, score) in scored.items():
         key = hashlib.sha256(json.dumps([text, [_digest(file) for file in files]]).encode()).hexdigest()
         if known.get(name, {}).get("key") != key:
-            known[name] = {"key": key, "bits_per_byte": score() / math.log(2) / len(part.encode())}
+            known[name] = {"key": key, "bits_per_byte": held.bits(score())}
             kept.write_text(json.dumps(known, indent=2) + "\n")
         found[name] = float(known[name]["bits_per_byte"])
     return found

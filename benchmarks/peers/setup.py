@@ -37,15 +37,16 @@ def environment(name: str) -> Path:
 
 
 def openvino(model: Path) -> None:
-    """OpenVINO GenAI 2026.4 and the model in its int8 form."""
+    """OpenVINO GenAI 2026.4 and the model in its int8 and int4 forms."""
     bin_ = environment("openvino")
     run(bin_ / "pip", "install", "-q", TORCH)
     run(bin_ / "pip", "install", "-q", "openvino-genai==2026.4.1.0", "optimum-intel")
     subprocess.run([str(bin_ / "pip"), "uninstall", "-q", "-y", "torchvision"], check=False)
-    target = FOLDER / "openvino-int8"
-    if not target.is_dir():
-        task = ("--task", "text-generation-with-past", "--weight-format", "int8")
-        run(bin_ / "optimum-cli", "export", "openvino", "--model", model, *task, target)
+    for form, settings in (("int8", ()), ("int4", ("--sym", "--group-size", "64", "--ratio", "1.0"))):
+        target = FOLDER / f"openvino-{form}"
+        if not target.is_dir():
+            task = ("--task", "text-generation-with-past", "--weight-format", form, *settings)
+            run(bin_ / "optimum-cli", "export", "openvino", "--model", model, *task, target)
 
 
 def trl(model: Path) -> None:

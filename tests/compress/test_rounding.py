@@ -120,8 +120,8 @@ def test_awq_chooses_what_changes_outputs_least() -> None:
     seen.add(x[100:].view(2, 100, 64))
 
     def lost(scales: torch.Tensor) -> float:
-        weight = layer.weight.detach() * scales
-        rounded = grid.rounded(weight, 4, 32, factors=(1.0,)).restored() / scales
+        weight, importance = layer.weight.detach() * scales, x.square().sum(0) / scales.square()
+        rounded = grid.rounded(weight, 4, 32, importance, awq.FACTORS).restored() / scales
         return float((x.double() @ (rounded - layer.weight.detach()).double().T).square().sum())
 
     found = rule.scales(seen, [layer])

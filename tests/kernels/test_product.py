@@ -8,11 +8,20 @@ import pytest
 import torch
 
 from native_forms import native
-from steelyard.infer.plan import BUFFERS, _NativeBatch, _NativeBuffers
 from steelyard.kernels import memory, reference
 from steelyard.kernels.library import Library
 from steelyard.kernels.packing import PackedWeight
-from steelyard.kernels.steps import TILE_ROWS, Epilogue, NativeStep, Place, Product, gate
+from steelyard.kernels.steps import (
+    BUFFERS,
+    TILE_ROWS,
+    Epilogue,
+    NativeBatch,
+    NativeBuffers,
+    NativeStep,
+    Place,
+    Product,
+    gate,
+)
 
 MOST = 256
 __all__ = ["native"]
@@ -27,8 +36,8 @@ def run(product: Product, x: torch.Tensor, scales: torch.Tensor, y: torch.Tensor
     buffers = dict.fromkeys(BUFFERS, y) | {"quantized": quantized, "scales": scales}
     buffers["sums"] = x.view(rows, -1, product.weight.form.group).sum(-1, dtype=torch.int32)
     steps = (NativeStep * 1)(product.native())
-    places = _NativeBuffers(*(buffers[name].data_ptr() for name in BUFFERS))
-    batch = _NativeBatch(rows, 0, rows, 0, *[None] * 7)
+    places = NativeBuffers(*(buffers[name].data_ptr() for name in BUFFERS))
+    batch = NativeBatch(rows, 0, rows, 0, *[None] * 7)
     native.run(ctypes.addressof(steps), 1, ctypes.addressof(places), ctypes.addressof(batch))
 
 

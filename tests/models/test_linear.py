@@ -8,7 +8,8 @@ import torch
 from steelyard.compress.quantize.grid import rounded
 from steelyard.kernels import onednn
 from steelyard.kernels.reference import integer_product, quantize_rows
-from steelyard.models.linear import QuantizedEmbedding, QuantizedLinear
+from steelyard.models import linear
+from steelyard.models.linear import QuantizedEmbedding, QuantizedLinear, packed_halves
 
 LIMIT = 127
 
@@ -32,17 +33,38 @@ def test_onednn_equals_the_integers_at_every_row_count(outputs: int, inputs: int
         assert torch.equal(onednn.product(x[:rows], packed, scale, zeros), expected[:rows]), rows
 
 
-def test_layer_is_near_the_dense_one_and_the_same_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (8, 48), (4, None), (4, 32)])
+def test_layer_is_near_the_dense_one_and_the_same_by_every_way(
+    monkeypatch: pytest.MonkeyPatch, bits: int, group: int | None
+) -> None:
     torch.manual_seed(1)
-    dense, bias, x = torch.randn(48, 96) * 0.1, torch.randn(48), torch.randn(20, 96)
+    dense, bias, x = torch.randn(50, 96) * 0.1, torch.randn(50), torch.randn(20, 96)
     x[3] = 0
-    weight, scale = rounded(dense, 8, None)
-    fast = QuantizedLinear(weight, scale, bias, torch.float32)(x)
+    found = rounded(dense, bits, group)
+    weight = found.values if bits == 8 else packed_halves(found.values)
+
+    def layer() -> torch.Tensor:
+        return QuantizedLinear(weight, found.scale, bias, torch.float32)(x)
+
+    fast = layer()
     expected = x.double() @ dense.double().T + bias.double()
-    assert float((fast - expected).norm() / expected.norm()) < 0.02  # 1.1% measured
+    assert float((fast - expected).norm() / expected.norm()) < (0.02 if bits == 8 else 0.2)  # 1.1% measured
     assert torch.equal(fast[3], bias)
+    several = QuantizedLinear(weight, found.scale, bias, torch.float32)(x.view(4, 5, 96))
+    assert torch.equal(several, fast.view(4, 5, 50))
+    monkeypatch.setattr(linear, "load", lambda: None)
+    assert torch.equal(layer(), fast)
     monkeypatch.setattr(onednn, "is_exact", lambda: False)
-    assert torch.equal(QuantizedLinear(weight, scale, bias, torch.float32)(x), fast)
+    assert torch.equal(layer(), fast)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_groups_in_an_embedding(bits: int) -> None:
+    found = rounded(torch.randn(10, 32), bits, 16)
+    weight = found.values if bits == 8 else packed_halves(found.values)
+    token_ids = torch.tensor([[3, 3], [9, 0]])
+    layer = QuantizedEmbedding(weight, found.scale, None, torch.float32)
+    assert torch.equal(layer(token_ids), found.restored()[token_ids])
 
 
 def test_rounding_stays_within_half_a_step_and_the_range() -> None:

@@ -11,32 +11,43 @@ from rich.markup import escape
 
 from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
-from steelyard.compress.prune.decoders import PruneConfig
+from steelyard.compress.prune.decoders import Judge, PruneConfig
+from steelyard.compress.prune.structured import Structure
 from steelyard.compress.quantize import smoothing
-from steelyard.compress.quantize.decoders import GROUP, Method, QuantizeConfig
+from steelyard.compress.quantize.decoders import GROUPS, Method, QuantizeConfig
+from steelyard.evaluate.answers import LEAST_AGREEMENT, AnswersCertificate
 from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import compress as stage
+from steelyard.stages.compress_networks import is_network
 
 app = typer.Typer(no_args_is_help=True, help="Make a checkpoint smaller, and certify what it cost.")
 Accept = Annotated[bool, typer.Option("--accept", help="Keep it even past a threshold.")]
 MaxBits = Annotated[float, typer.Option(help="Largest relative rise of bits per byte.")]
+Agreement = Annotated[
+    float, typer.Option("--min-agreement", help="Classifiers, encoders: least agreement with the model before.")
+]
 MaxKl = Annotated[float | None, typer.Option(help="Largest mean KL divergence in nats.")]
 HELP = console.examples(
     "Weights and activations as integers, in the compressed-tensors layout, with a fidelity certificate. 8 bits lose "
-    "next to nothing with a scale per group of inputs (--group); 4 bits are half as large, and want rows of yours to "
-    "judge by (--data). An adapter is merged into its base first.",
+    "next to nothing; 4 bits are half as large, and want rows of yours to judge by (--data). One scale for all inputs "
+    "(--group all) is a little smaller and faster, and loses more. An adapter is merged into its base first. "
+    "Classifiers, taggers and encoders are compared with their parent row by row, on yours if there are any.",
     "compress quantize runs/sms/best --output models/sms-int8",
-    "compress quantize MODEL --output OUT --group 64",
+    "compress quantize MODEL --output OUT --group all",
     "compress quantize MODEL --output OUT --bits 4 --data rows.jsonl --max-bits-per-byte 0.1",
+    "compress quantize runs/lstm/best --output models/lstm-int8 --data test.jsonl --method nearest",
     "compress quantize MODEL --output OUT --portable",
 )
 
 PRUNE = console.examples(
     "Set weights of the linear layers to 0 and store those that are left, with a fidelity certificate. magnitude "
-    "takes the smallest; wanda and sparsegpt judge them by what they read in rows of yours, and lose less.",
+    "takes the smallest; wanda and sparsegpt judge them by what they read in rows of yours, and lose less. With "
+    "--structure blocks, heads or neurons go whole: the model is smaller and faster wherever it runs, and wants to be "
+    "trained on.",
     "compress prune MODEL --output OUT --data rows.jsonl --accept",
     "compress prune MODEL --output OUT --data rows.jsonl --pattern 2:4 --max-bits-per-byte 0.2",
     "compress prune MODEL --output OUT --method magnitude --rate 0.2 --scope model",
+    "compress prune MODEL --output OUT --structure blocks --rate 0.25 --data rows.jsonl --accept",
 )
 
 
@@ -51,11 +62,12 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the quantised checkpoint goes.")],
     bits: Annotated[int, typer.Option(help="Of the weights, 8 or 4; embedding and head have 8.")] = 8,
     group: Annotated[
-        str | None, typer.Option(help=f"Inputs that share a scale, or 'all'. Default: all; {GROUP} with 4 bits.")
+        str | None,
+        typer.Option(help=f"Inputs that share a scale, or 'all'. Default: {GROUPS[0]}, or what fits."),
     ] = None,
     method: Annotated[
         Method | None,
-        typer.Option(help="How weights are rounded. Default: nearest; with rows, smoothquant, or gptq with 4 bits."),
+        typer.Option(help="How weights are rounded. Default: nearest; with rows, smoothquant, or awq with 4 bits."),
     ] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Leave embedding and head unquantised.")] = False,
     data: Annotated[Path | None, typer.Option(help="Rows to judge by, as train reads them.")] = None,
@@ -70,16 +82,26 @@ def quantize(
         float | None, typer.Option(help="Largest relative rise of bits per byte; 0.02 by default, 0.1 with 4 bits.")
     ] = None,
     max_kl: MaxKl = None,
+    min_agreement: Agreement = LEAST_AGREEMENT,
     as_json: console.Json = False,
 ) -> None:
     """See HELP."""
     console.logs()
     most = (0.1 if bits == 4 else 0.02) if max_bits_per_byte is None else max_bits_per_byte
-    thresholds = Thresholds(bits_per_byte=most, kl=max_kl)
-    config = QuantizeConfig.chosen(bits, group, method, strength=strength, portable=portable, rows=data is not None)
+    thresholds = Thresholds(bits_per_byte=most, kl=max_kl, agreement=min_agreement)
+    source = resolve(checkpoint)
+    config = QuantizeConfig.chosen(
+        bits,
+        group,
+        method,
+        strength=strength,
+        portable=portable,
+        rows=data is not None,
+        decoder=not is_network(source),
+    )
     with console.counting("rounding and certifying") as report:
         found = stage.quantize(
-            resolve(checkpoint),
+            source,
             output,
             config,
             data=data,
@@ -96,9 +118,15 @@ def prune(
     checkpoint: Annotated[str, typer.Argument(help="A model or adapter: a folder or a source.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the pruned checkpoint goes.")],
     method: Annotated[
-        Literal["magnitude", "wanda", "sparsegpt"], typer.Option(help="How weights are judged.")
-    ] = "sparsegpt",
-    rate: Annotated[float | None, typer.Option(help="Share of the weights that goes; a half by default.")] = None,
+        Judge | None,
+        typer.Option(help="How they are judged. Default: sparsegpt; of structures activation."),
+    ] = None,
+    structure: Annotated[
+        Structure | None, typer.Option(help="Decoders: what goes whole, instead of single weights.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Share that goes; a half by default, of structures a quarter.")
+    ] = None,
     pattern: Annotated[str | None, typer.Option(help="Instead: how many of every few stay, such as 2:4.")] = None,
     scope: Annotated[Literal["layer", "model"], typer.Option(help="magnitude: of what the rate is a share.")] = "layer",
     data: Annotated[Path | None, typer.Option(help="Rows to judge by, as train reads them.")] = None,
@@ -107,11 +135,13 @@ def prune(
     accept: Accept = False,
     max_bits_per_byte: MaxBits = 0.02,
     max_kl: MaxKl = None,
+    min_agreement: Agreement = LEAST_AGREEMENT,
     as_json: console.Json = False,
 ) -> None:
     """See PRUNE."""
     console.logs()
-    config = PruneConfig(method=method, rate=rate, pattern=pattern, scope=scope)
+    judge: Judge = method or ("sparsegpt" if structure is None else "activation")
+    config = PruneConfig(method=judge, structure=structure, rate=rate, pattern=pattern, scope=scope)
     with console.counting("pruning and certifying") as report:
         found = stage.prune(
             resolve(checkpoint),
@@ -120,14 +150,14 @@ def prune(
             data=data,
             tokens=tokens,
             zeros=dense,
-            thresholds=Thresholds(bits_per_byte=max_bits_per_byte, kl=max_kl),
+            thresholds=Thresholds(bits_per_byte=max_bits_per_byte, kl=max_kl, agreement=min_agreement),
             accept=accept,
             report=report,
         )
     _tell(found, output, as_json)
 
 
-def _tell(found: Certificate, output: Path, as_json: bool) -> None:
+def _tell(found: Certificate | AnswersCertificate, output: Path, as_json: bool) -> None:
     verdict = "passed" if found.passed else "accepted past its thresholds"
     values = {"path": str(output), "certificate": msgspec.to_builtins(found)}
     told = f"{found.summary()}\ncertificate {verdict}; checkpoint [bold]{escape(str(output))}[/bold]"

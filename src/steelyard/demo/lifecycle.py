@@ -106,6 +106,7 @@ def learn(
     started = time.perf_counter()
     int8 = folder / "sms-int8"
     certificate = quantize(adapter, int8, report=tell.counting)
+    assert isinstance(certificate, Certificate)
     stages["int8"] = _measure(int8, data, format_, tell, started)
     return Learnt(
         stages=stages,

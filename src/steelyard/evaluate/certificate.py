@@ -22,6 +22,7 @@ from steelyard import __version__
 from steelyard.checkpoint import manifest
 from steelyard.data.rows import TokenRow
 from steelyard.errors import CheckpointError, FidelityError
+from steelyard.evaluate.answers import LEAST_AGREEMENT
 from steelyard.evaluate.likelihood import packs
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
@@ -37,6 +38,8 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
     """Largest relative rise of bits per byte."""
     kl: float | None = None
     """Largest mean KL divergence in nats, if any."""
+    agreement: float = LEAST_AGREEMENT
+    """Of networks that are no language models: see `answers.AnswersCertificate`."""
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,7 +20,17 @@ from steelyard.kernels import memory, steps
 from steelyard.kernels.library import Library
 from steelyard.kernels.packing import Form, PackedWeight, in_turns
 from steelyard.kernels.reference import BLOCK, LANES, padded
-from steelyard.kernels.steps import TILE_ROWS, Batch, Buffers, Epilogue, HeadSizes, Place
+from steelyard.kernels.steps import (
+    BATCH,
+    TILE_ROWS,
+    Batch,
+    Buffers,
+    Epilogue,
+    HeadSizes,
+    NativeBatch,
+    NativeBuffers,
+    Place,
+)
 from steelyard.models.config import rotary_frequencies
 from steelyard.models.decoder import Attention, Block, Decoder
 from steelyard.models.linear import QuantizedWeight
@@ -66,22 +76,6 @@ class PlanCache:
         config = decoder.config
         per_head = padded(config.head_width, BLOCK) * dtype.itemsize + (4 if dtype == torch.int8 else 0)
         return 2 * config.layers * config.kv_heads * per_head
-
-
-# As in plan.cpp.
-BUFFERS = ("residual", "wide", "normed", "queries", "mixed", "gated", "drawn", "logits", "quantized", "scales", "sums")
-BATCH = ("token_ids", "positions", "slots", "spans", "tables", "draws", "adapters")
-
-
-class _NativeBuffers(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in BUFFERS]
-
-
-class _NativeBatch(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int32) for name in ("tokens", "span_count", "draw_count", "unused")),
-        *((name, ctypes.c_void_p) for name in BATCH),
-    ]
 
 
 FittedAdapter = list[tuple[steps.LowRank, steps.Pair]]
@@ -149,7 +143,7 @@ class Plan:
             tensors = (getattr(batch, name) for name in BATCH)
             pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
             sizes = len(batch.token_ids), len(batch.spans), len(batch.draws), 0
-            native = _NativeBatch(*sizes, *pointers)
+            native = NativeBatch(*sizes, *pointers)
             self.library.run(
                 ctypes.addressof(self._native_steps),
                 len(self.steps),
@@ -358,7 +352,7 @@ class Plan:
             buffers.scales,
             buffers.sums,
         )
-        self._native_buffers = _NativeBuffers(*(tensor.data_ptr() for tensor in order))
+        self._native_buffers = NativeBuffers(*(tensor.data_ptr() for tensor in order))
 
 
 def kind_of(layer: torch.nn.Module) -> tuple[int, int, int] | None:

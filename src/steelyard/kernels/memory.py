@@ -42,11 +42,14 @@ def populate(tensor: torch.Tensor, wanted: Callable[[], bool] = lambda: True) ->
 
 
 class Arena:
-    """Memory for many tensors that stay: side by side, in huge pages where there are any."""
+    """Memory for many tensors that stay: side by side, in huge pages where there are any.
 
-    CHUNK = 1 << 26
+    Args:
+        chunk: bytes that are taken at a time; 0: of each tensor as many as it needs.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int = 1 << 26) -> None:
+        self.chunk = chunk
         self._room = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
@@ -54,7 +57,7 @@ class Arena:
         """A tensor of zeros."""
         size = math.prod(shape) * dtype.itemsize
         if self._used + size > len(self._room):
-            self._room, self._used = zeros(max(self.CHUNK, size), dtype=torch.uint8), 0
+            self._room, self._used = zeros(max(self.chunk, size), dtype=torch.uint8), 0
         part = self._room[self._used : self._used + size]
         self._used += -(-size // 64) * 64
         return part.view(dtype).view(shape)

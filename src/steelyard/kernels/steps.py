@@ -85,6 +85,26 @@ class NativeLowRank(ctypes.Structure):
     ]
 
 
+BUFFERS = ("residual", "wide", "normed", "queries", "mixed", "gated", "drawn", "logits", "quantized", "scales", "sums")
+BATCH = ("token_ids", "positions", "slots", "spans", "tables", "draws", "adapters")
+"""Their fields that are addresses, in order."""
+
+
+class NativeBuffers(ctypes.Structure):
+    """As `Buffers` in plan.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in BUFFERS]
+
+
+class NativeBatch(ctypes.Structure):
+    """As `Batch` in plan.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("tokens", "span_count", "draw_count", "unused")),
+        *((name, ctypes.c_void_p) for name in BATCH),
+    ]
+
+
 @dataclass(slots=True)
 class Buffers:
     """What a plan works on."""

@@ -21,7 +21,7 @@ from torch import nn
 
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
-from steelyard.models import images, weights
+from steelyard.models import images, quantized, weights
 from steelyard.models.convnet import ConvNet, ConvNetConfig
 from steelyard.models.encoder import Encoder, EncoderClassifier, EncoderConfig
 from steelyard.models.fusion import FusionClassifier, FusionConfig
@@ -106,6 +106,11 @@ def reads_images(folder: Path) -> bool:
     return is_classifier(folder) and ARCHITECTURES[architecture(folder)] in (ConvNet, VisionTransformer)
 
 
+def reads_texts(folder: Path) -> bool:
+    """Whether a checkpoint is a classifier of whole texts."""
+    return is_classifier(folder) and ARCHITECTURES[architecture(folder)] in (RecurrentClassifier, EncoderClassifier)
+
+
 def reads_several(folder: Path) -> bool:
     """Whether a checkpoint is a classifier of texts, images and sounds together."""
     return is_classifier(folder) and ARCHITECTURES[architecture(folder)] is FusionClassifier
@@ -129,7 +134,12 @@ def load(folder: Path) -> Classifier:
     labels = _labels(raw, folder)
     network = _network(ARCHITECTURES[kind], raw, len(labels), folder)
     tensors = weights.read_tensors(folder)
-    if all(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):  # it runs as it was trained
+    if raw.get("quantization_config") is not None:
+        quantized.check(raw["quantization_config"], folder)
+    floats = [
+        tensor.dtype for name, tensor in tensors.items() if not name.endswith("_scale") and tensor.is_floating_point()
+    ]
+    if all(dtype == torch.bfloat16 for dtype in floats):  # it runs as it was trained
         network.to(torch.bfloat16)
     weights.fill(network, tensors, folder)
     inputs = inputs_of(network, folder)
@@ -193,10 +203,14 @@ def load_encoder(folder: Path) -> Encoder:
         raise CheckpointError(
             f"'{folder}': architecture '{kind}' is no encoder that is known here: {', '.join(ENCODERS)}"
         )
-    encoder = Encoder(EncoderConfig.parse(manifest.read_json(folder / "config.json")))
-    wanted = encoder.state_dict().keys()
+    raw = manifest.read_json(folder / "config.json")
+    encoder = Encoder(EncoderConfig.parse(raw))
+    if raw.get("quantization_config") is not None:
+        quantized.check(raw["quantization_config"], folder)
     tensors = {name.removeprefix("bert."): tensor for name, tensor in weights.read_tensors(folder).items()}
-    weights.fill(encoder, {name: tensor for name, tensor in tensors.items() if name in wanted}, folder)
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith(("embeddings.", "encoder."))}
+    kept.pop("embeddings.position_ids", None)
+    weights.fill(encoder, kept, folder)
     return encoder.eval().requires_grad_(False)
 
 
@@ -208,6 +222,7 @@ def on_encoder(
 ) -> Classifier:
     """A classifier or tagger on a trained encoder, its last layer new. Raises as `load_encoder` does."""
     encoder = load_encoder(folder)
+    quantized.demand_dense(encoder, folder)
     network = kind(msgspec.structs.replace(encoder.config, classes=len(labels)))
     network.encoder = encoder.requires_grad_(True)
     _begin(network.classifier, generator)
@@ -222,6 +237,7 @@ def on_trained(folder: Path, labels: Sequence[str], generator: torch.Generator) 
 def swap_head(folder: Path, labels: Sequence[str], generator: torch.Generator) -> Classifier:
     """A trained classifier with other classes: its last layer new unless the labels are its own. Raises as `load`."""
     opened = load(folder)
+    quantized.demand_dense(opened.network, folder)
     network = opened.network.requires_grad_(True)
     if opened.labels == tuple(labels):
         return opened

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from steelyard.errors import CheckpointError
-from steelyard.models import classifiers, weights
+from steelyard.models import classifiers, quantized, weights
 from steelyard.models.encoder import ACTIVATIONS, Encoder, EncoderConfig
 from steelyard.text.tokenizer import Tokenizer
 
@@ -113,7 +113,9 @@ def masked(encoder: Encoder, origin: Path, seed: int) -> MaskedModel:
 
 def sentence(folder: Path) -> SentenceModel:
     """An encoder to be trained for sentences. Raises as `classifiers.load_encoder` does."""
-    return SentenceModel(classifiers.load_encoder(folder).requires_grad_(True), Tokenizer.load(folder), folder)
+    encoder = classifiers.load_encoder(folder)
+    quantized.demand_dense(encoder, folder)
+    return SentenceModel(encoder.requires_grad_(True), Tokenizer.load(folder), folder)
 
 
 def save_masked(model: MaskedModel, folder: Path) -> None:

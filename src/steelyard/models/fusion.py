@@ -108,7 +108,7 @@ class _AudioTower(nn.Module):
         self.project = nn.Linear(config.d_model, width)
 
     def forward(self, features: torch.Tensor, frames: torch.Tensor) -> Seen:
-        states = self.project(self.encoder(features.to(self.project.weight.dtype), frames))
+        states = self.project(self.encoder(features.to(next(self.parameters()).dtype), frames))
         return states, torch.arange(states.shape[1]) < ((frames + 1) // 2)[:, None]
 
 

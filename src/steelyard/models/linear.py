@@ -8,11 +8,16 @@ integer, and groups are added in order, so every way to compute the products agr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
+from steelyard.kernels.library import load
 from steelyard.kernels.onednn import ExactProduct
-from steelyard.kernels.reference import grouped_product, quantize_groups, quantize_rows
+from steelyard.kernels.reference import LANES, grouped_product, quantize_groups, quantize_rows
+from steelyard.kernels.rounded_product import RoundedProduct
+from steelyard.kernels.steps import MOST_INPUTS
 
 HALVES = 8
 """int4 weights to an int32."""
@@ -94,21 +99,37 @@ class QuantizedLinear(QuantizedWeight):
         super().__init__(weight, weight_scale, dtype)
         self.bias: torch.Tensor | None
         self.register_buffer("bias", bias)
-        self._product: ExactProduct | None = None
+        self._product: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[T, M]` float -> `[T, N]` in `dtype`."""
-        if self.bits == 8 and self.weight_scale.shape[1] == 1:
-            quantized, token_scale = quantize_rows(x)
-            if self._product is None:
-                self._product = ExactProduct(self.weight, self.weight_scale)
-            outputs = self._product(quantized) * token_scale
-        else:
-            quantized, scales = quantize_groups(x, self.group)
-            outputs = grouped_product(quantized, scales, self.values(), self.weight_scale.float())
+        """`[..., M]` float -> `[..., N]` in `dtype`."""
+        if self._product is None:
+            self._product = self._made()
+        outputs = self._product(x.reshape(-1, x.shape[-1]))
         if self.bias is not None:
-            outputs += self.bias.float()
-        return outputs.to(self.dtype)
+            outputs = outputs + self.bias.float()
+        return outputs.to(self.dtype).view(*x.shape[:-1], -1)
+
+    def _made(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Rows `[T, M]` -> `[T, N]` float32: by the native kernels, or in PyTorch with the same bits."""
+        kernels = load()
+        whole = self.weight_scale.shape[1] == 1
+        if kernels is not None and (whole or self.group % LANES == 0) and self.in_features <= MOST_INPUTS:
+            return RoundedProduct(self.values(), self.weight_scale, self.bits, kernels)
+        if self.bits == 8 and whole:
+            exact = ExactProduct(self.weight, self.weight_scale)
+
+            def by_channel(x: torch.Tensor) -> torch.Tensor:
+                quantized, token_scale = quantize_rows(x)
+                return exact(quantized) * token_scale
+
+            return by_channel
+
+        def by_group(x: torch.Tensor) -> torch.Tensor:
+            quantized, scales = quantize_groups(x, self.group)
+            return grouped_product(quantized, scales, self.values(), self.weight_scale.float())
+
+        return by_group
 
 
 class QuantizedEmbedding(QuantizedWeight):
@@ -129,9 +150,10 @@ class QuantizedEmbedding(QuantizedWeight):
         self.register_buffer("column_scale", column_scale)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """`[T]` int64 -> `[T, D]` in `dtype`."""
+        """`[...]` int64 -> `[..., D]` in `dtype`."""
         found = self.weight[token_ids]
-        found = found if self.bits == 8 else unpacked_halves(found)
+        if self.bits == 4:
+            found = unpacked_halves(found.flatten(0, -2)).view(*token_ids.shape, -1)
         scales = self.weight_scale[token_ids].float()
         rows = (found.float().view(*scales.shape, -1) * scales[..., None]).flatten(-2)
         return (rows if self.column_scale is None else rows * self.column_scale).to(self.dtype)

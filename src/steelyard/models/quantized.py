@@ -18,10 +18,11 @@ from torch import nn
 
 from steelyard.errors import CheckpointError
 from steelyard.models import smoothing
-from steelyard.models.decoder import Decoder
-from steelyard.models.linear import HALVES, QuantizedEmbedding, QuantizedLinear
+from steelyard.models.linear import HALVES, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
 COLUMNS = "column_scale"
+STORED = {"Embedding", "Conv1d", "Conv2d", "LSTM"}
+"""Layers of integers whose activations are numbers: rows that are looked up, and what becomes numbers again."""
 PACKED, SHAPE = "weight_packed", "weight_shape"
 
 
@@ -48,9 +49,9 @@ def check(quantization: Mapping[str, Any], folder: Path) -> None:
                 f"'{folder}': only int8 and int4 weights, symmetric, per channel or group, in order, are read;"
                 f" it has {weights}"
             )
-        # An embedding looks rows up: it has no activations.
-        embedding = isinstance(group, dict) and group.get("targets") == ["Embedding"]
-        if embedding or (strategy == "group" and not activations):
+        targets = group.get("targets") if isinstance(group, dict) else None
+        stored = isinstance(targets, list) and set(map(str, targets)) <= STORED
+        if stored or (strategy == "group" and not activations):
             continue
         whole = _is_symmetric(activations) and activations.get("num_bits") == 8 and activations.get("dynamic")
         if not whole or activations.get("strategy") not in ("token", "group" if strategy == "group" else "token"):
@@ -60,16 +61,28 @@ def check(quantization: Mapping[str, Any], folder: Path) -> None:
             )
 
 
-def place(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def place(network: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Replace the layers whose stored weights are integers; take their tensors out of `tensors`.
+
+    Of a layer that is neither linear nor an embedding (a convolution, an LSTM) integers become numbers again, in
+    `tensors`.
+
+    Args:
+        network: changed.
+        tensors: of its checkpoint, by name; changed.
+        dtype: of the layers' outputs.
 
     Raises:
         CheckpointError: sizes or scales that do not fit.
     """
-    layers = dict(decoder.named_modules())
-    paths = {name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dtype == torch.int8}
-    paths |= {name.removesuffix(f".{PACKED}") for name in tensors if name.endswith(f".{PACKED}")}
-    # Sorted: a head that is stored beside an embedding tied to it comes first, and gives way.
+    layers = dict(network.named_modules())
+    paths = {name.removesuffix(f".{PACKED}") for name in tensors if name.endswith(f".{PACKED}")}
+    for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]:
+        path = name.removesuffix(".weight")
+        if path != name and isinstance(layers.get(path), nn.Linear | nn.Embedding):
+            paths.add(path)
+        else:
+            tensors[name] = _restored(name, tensors)
     for path in sorted(paths):
         layer = layers.get(path)
         if not isinstance(layer, nn.Linear | nn.Embedding):
@@ -79,16 +92,38 @@ def place(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dtype
         bias, expected = tensors.pop(f"{path}.bias", None), getattr(layer, "bias", None)
         if (None if bias is None else bias.shape) != (None if expected is None else expected.shape):
             raise CheckpointError(f"'{path}' has another bias than config.json says")
-        if path != "model.embed_tokens":
-            decoder.set_submodule(path, QuantizedLinear(weight, scale, bias, dtype))
+        if isinstance(layer, nn.Linear):
+            network.set_submodule(path, QuantizedLinear(weight, scale, bias, dtype))
             continue
         columns = tensors.pop(f"{path}.{COLUMNS}", None)
         if columns is not None:
             smoothing.check(columns, layer.weight.shape[1], f"'{path}.{COLUMNS}'")
         wide = None if columns is None else columns.float()
-        decoder.model.embed_tokens = QuantizedEmbedding(weight, scale, wide, dtype)  # type: ignore[assignment]
-        if decoder.config.tied:
-            decoder.lm_head = QuantizedLinear(weight, scale, None, dtype)  # type: ignore[assignment]
+        network.set_submodule(path, QuantizedEmbedding(weight, scale, wide, dtype))
+
+
+def plain(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a network without that of its layers of integers."""
+    layers = [f"{name}." for name, layer in network.named_modules() if isinstance(layer, QuantizedWeight)]
+    return {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(tuple(layers))}
+
+
+def demand_dense(network: nn.Module, folder: Path) -> None:
+    """Refuse to train on integers.
+
+    Raises:
+        CheckpointError: the network has layers of them.
+    """
+    if any(isinstance(layer, QuantizedWeight) for layer in network.modules()):
+        raise CheckpointError(f"'{folder}' is quantised: train on the model that it was made from")
+
+
+def _restored(name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A parameter `[N, ...]` that has a scale for each of its N."""
+    values, scale = tensors[name], tensors.pop(f"{name}_scale", None)
+    if scale is None or not scale.is_floating_point() or scale.shape != (values.shape[0], 1):
+        raise CheckpointError(f"'{name}' is int8 without a scale per output channel")
+    return values.float() * scale.float().view(-1, *(1 for _ in values.shape[1:]))
 
 
 def _weight(path: str, shape: torch.Size, tensors: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -139,7 +139,7 @@ class VisionTransformer(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Images `[B, C, S, S]` uint8 -> what was seen in them: `[B, D]`."""
-        states: torch.Tensor = self.vit(normalised(images, self.config, self.classifier.weight.dtype))
+        states: torch.Tensor = self.vit(normalised(images, self.config, next(self.parameters()).dtype))
         return states[:, 0]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from steelyard.models import config as decoder_config
 from steelyard.models import quantized, smoothing, sparse
 from steelyard.models.config import DecoderConfig
 from steelyard.models.decoder import Decoder
+from steelyard.models.linear import QuantizedEmbedding, QuantizedLinear
 
 WEIGHTS = "model.safetensors"
 # What a model derived from another keeps of it, besides the weights.
@@ -64,6 +65,9 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Decoder:
     if config.quantization is not None:
         quantized.check(config.quantization, folder)
         quantized.place(decoder, tensors, dtype)
+        table = decoder.model.embed_tokens
+        if config.tied and isinstance(table, QuantizedEmbedding):
+            decoder.lm_head = QuantizedLinear(table.weight, table.weight_scale, None, dtype)  # type: ignore[assignment]
     _assign(decoder, tensors, dtype, folder)
     if raw.get(smoothing.FIELD):
         decoder.smoothing = smoothing.load(folder, _smoothed_sizes(config))
@@ -112,12 +116,14 @@ def _assign(decoder: Decoder, tensors: dict[str, torch.Tensor], dtype: torch.dty
 
 
 def fill(network: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Put tensors into a network, by name, in the network's dtypes.
+    """Put tensors into a network, by name, in the network's dtypes; layers of integers as `quantized.place` does.
 
     Raises:
         CheckpointError: a name that is missing or unknown, or a shape that does not fit.
     """
-    wanted = network.state_dict()
+    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
+    quantized.place(network, tensors, dtype)
+    wanted = quantized.plain(network)
     for name in sorted(wanted.keys() ^ tensors.keys()):
         what = "lacks" if name in wanted else "has an unknown"
         raise CheckpointError(f"'{folder}' {what} '{name}': its weights do not fit its config.json")
@@ -125,7 +131,7 @@ def fill(network: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> 
         if tensors[name].shape != tensor.shape:
             shapes = f"{tuple(tensors[name].shape)}, config.json says {tuple(tensor.shape)}"
             raise CheckpointError(f"'{folder}': '{name}' is {shapes}")
-    network.load_state_dict({name: tensors[name].to(wanted[name].dtype) for name in wanted})
+    network.load_state_dict({name: tensors[name].to(wanted[name].dtype) for name in wanted}, strict=False)
 
 
 def save(decoder: Decoder, folder: Path, parent: Path, *, zeros: bool = True) -> None:

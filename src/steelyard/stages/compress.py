@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import msgspec
 
 from steelyard.atomic import folder_aside
 from steelyard.checkpoint import manifest
+from steelyard.compress.inputs import dense
 from steelyard.compress.prune import decoders as pruning
+from steelyard.compress.prune import structured
 from steelyard.compress.prune.decoders import PruneConfig
 from steelyard.compress.quantize import layout
 from steelyard.compress.quantize.decoders import QuantizeConfig, check
@@ -19,13 +22,15 @@ from steelyard.data import chat
 from steelyard.data.packing import Pack
 from steelyard.data.rows import TokenRow
 from steelyard.data.tokenize import tokenized
-from steelyard.errors import ConfigError, DataError
+from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.evaluate import certificate
+from steelyard.evaluate.answers import AnswersCertificate
 from steelyard.evaluate.certificate import MAX_TOKENS, Certificate, Thresholds
 from steelyard.evaluate.likelihood import packs
 from steelyard.models import lora, weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.opening import Opened, open_checkpoint
+from steelyard.stages import compress_networks
 
 CALIBRATION = 1 << 16
 """Tokens that are enough to judge weights by."""
@@ -43,8 +48,8 @@ def quantize(
     thresholds: Thresholds | None = None,
     accept: bool = False,
     report: Callable[[int, int], None] = lambda done, of: None,
-) -> Certificate:
-    """Write the quantised form of `source` (a model, or an adapter, which is merged first) to `output`.
+) -> Certificate | AnswersCertificate:
+    """Write the quantised form of `source` (a model of any kind, or an adapter, which is merged first) to `output`.
 
     Args:
         source: the checkpoint.
@@ -63,10 +68,16 @@ def quantize(
         CheckpointError: the source is missing, broken or compressed already.
         FidelityError: past a threshold; nothing is written.
     """
+    thresholds = thresholds or Thresholds()
     if data is None and config.method != "nearest":
         raise ConfigError(f"{config.method} judges by what layers read: give it rows (--data FILE)")
     if data is None and tokens is not None:
         raise ConfigError("tokens are those of rows: give it some (--data FILE)")
+    if compress_networks.is_network(source):
+        agreement = thresholds.agreement
+        return compress_networks.quantize(
+            source, output, config, data, least_agreement=agreement, accept=accept, report=report
+        )
     if data is not None and config.method == "nearest":
         raise ConfigError("nearest reads no data: leave out --data, or name another method")
     tokens = SMOOTHING if tokens is None else tokens
@@ -95,7 +106,7 @@ def prune(
     thresholds: Thresholds | None = None,
     accept: bool = False,
     report: Callable[[int, int], None] = lambda done, of: None,
-) -> Certificate:
+) -> Certificate | AnswersCertificate:
     """Write `source` with weights of its linear layers set to 0 to `output`; see `compress`.
 
     Args:
@@ -114,8 +125,14 @@ def prune(
         ConfigError, CheckpointError, FidelityError: as `compress` does.
     """
     pruning.check(config)
+    thresholds = thresholds or Thresholds()
     if data is None and config.method != "magnitude":
         raise ConfigError(f"{config.method} judges weights by what they read: give it rows (--data FILE)")
+    if compress_networks.is_network(source):
+        agreement = thresholds.agreement
+        return compress_networks.prune(
+            source, output, config, data, zeros=zeros, least_agreement=agreement, accept=accept, report=report
+        )
     if data is not None and config.method == "magnitude":
         raise ConfigError("magnitude reads no data: leave out --data, or name another method")
     if tokens < 1:
@@ -123,6 +140,10 @@ def prune(
     digests = {} if data is None else {f"calibration: {data.name}": manifest.sha256_file(data)}
 
     def make(opened: Opened, folder: Path) -> Decoder:
+        if config.structure is not None:
+            assert data is not None
+            _cut(opened, config, _calibration(opened, data, tokens), folder)
+            return opened.decoder
         pruned = copy.deepcopy(opened.decoder)
         batches = [] if data is None else _calibration(opened, data, tokens)
         pruning.prune(pruned, config, batches, report)
@@ -131,6 +152,20 @@ def prune(
 
     recipe = {**msgspec.to_builtins(config), **({} if data is None else {"tokens": tokens})}
     return _certified(source, output, make, recipe, digests, thresholds, accept, report)
+
+
+def _cut(opened: Opened, config: PruneConfig, batches: list[Pack], folder: Path) -> None:
+    """Write what is left of a decoder without the parts of it that matter least."""
+    if not dense(opened.decoder):
+        raise CheckpointError("the model is quantised already; prune its parent")
+    assert config.structure is not None
+    judge: structured.Importance = "gradient" if config.method == "gradient" else "activation"
+    found = structured.scores(opened.decoder, config.structure, judge, batches)
+    rate = pruning.STRUCTURED_RATE if config.rate is None else config.rate
+    smaller, fields = structured.cut(opened.decoder, config.structure, rate, found)
+    weights.save(smaller, folder, opened.base)
+    values = {**manifest.read_json(folder / "config.json"), **fields}
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _calibration(opened: Opened, data: Path, tokens: int) -> list[Pack]:
@@ -153,7 +188,7 @@ def _certified(
     make: Callable[[Opened, Path], Decoder],
     recipe: dict[str, Any],
     data: dict[str, str],
-    thresholds: Thresholds | None,
+    thresholds: Thresholds,
     accept: bool,
     report: Callable[[int, int], None],
 ) -> Certificate:
@@ -168,7 +203,7 @@ def _certified(
         measured = certificate.compare(before, weights.load(folder), opened.tokenizer, report)
         found = certificate.judge(
             measured,
-            thresholds or Thresholds(),
+            thresholds,
             accept,
             parent=parent.id,
             bytes_before=dense_bytes(before),

@@ -45,10 +45,11 @@ class DataConfig(FormatConfig, frozen=True, kw_only=True):
 
 
 class DistillConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A classifier of texts that learns from another model what that holds of them."""
+    """A classifier of texts, or a decoder, that learns from another model what that holds of them."""
 
     teacher: str | None = None
-    """A checkpoint, or a source, that labels texts: a classifier of any size, or a tuned model or adapter."""
+    """A checkpoint, or a source. Of a classifier: what labels texts, a classifier of any size, or a tuned model or
+    adapter. Of a decoder: a model with the same tokenizer."""
     texts: str | None = None
     """A file of more texts to learn from, by what the teacher holds of them; labels there are not looked at."""
     weight: float = 0.7
@@ -227,7 +228,7 @@ OF_DECODERS = ("recompute", "beta", "method", "lora")
 """Settings that decoders alone do something with."""
 FOREIGN: dict[str, tuple[str, ...]] = {
     "generation": (
-        *(*OF_LABELLED_TEXTS, "beta", "label_smoothing", "augment"),
+        *("distill.texts", "data.max_windows", "beta", "label_smoothing", "augment"),
         *(f"data.{name}" for name in ("image", "audio", "bad_files", "tokens", "tags")),
     ),
     "classification": (

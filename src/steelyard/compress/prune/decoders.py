@@ -11,21 +11,29 @@ import torch
 from steelyard.compress.inputs import Passing, Products, dense, linears, watching
 from steelyard.compress.prune import magnitude, masks, sparse_gpt, wanda
 from steelyard.compress.prune.masks import Pattern
+from steelyard.compress.prune.structured import Structure
 from steelyard.data.packing import Pack
 from steelyard.errors import CheckpointError, ConfigError
 from steelyard.models.decoder import Decoder
 
 RATE = 0.5
 """Where neither a rate nor a pattern is asked for."""
+STRUCTURED_RATE = 0.25
+
+
+Judge = Literal["magnitude", "wanda", "sparsegpt", "activation", "gradient"]
 
 
 class PruneConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What goes."""
 
-    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
-    """How weights are judged."""
+    method: Judge = "sparsegpt"
+    """How they are judged: weights by magnitude, wanda or sparsegpt, structures by activation or gradient."""
+    structure: Structure | None = None
+    """Instead of single weights these go whole; the model is a smaller one."""
     rate: float | None = None
-    """Share of the weights of linear layers that goes, a half by default; embedding and head stay."""
+    """Share of the weights of linear layers that goes, a half by default, of structures a quarter; embedding and head
+    stay."""
     pattern: str | None = None
     """Instead of a rate: so many of every few weights of a row stay, such as 2:4."""
     scope: Literal["layer", "model"] = "layer"
@@ -42,6 +50,10 @@ def check(config: PruneConfig) -> Pattern | None:
         raise ConfigError("rate and pattern exclude each other: leave one out")
     if config.rate is not None and not 0 < config.rate < 1:
         raise ConfigError(f"rate {config.rate}: a share of the weights is needed, above 0 and below 1")
+    if (config.structure is not None) != (config.method in ("activation", "gradient")):
+        raise ConfigError("structures are judged by activation or gradient, single weights by the other methods")
+    if config.structure is not None and config.pattern is not None:
+        raise ConfigError("structures have no pattern: say the rate")
     if config.scope == "model" and (config.method != "magnitude" or config.pattern is not None):
         raise ConfigError("scope 'model' is magnitude's alone, and has no pattern")
     return None if config.pattern is None else masks.pattern(config.pattern)
@@ -67,11 +79,12 @@ def prune(
         CheckpointError: the decoder is quantised.
     """
     few, rate = check(config), RATE if config.rate is None else config.rate
+    assert config.structure is None, "see `structured`"
     if not dense(decoder):
         raise CheckpointError("the model is quantised already; prune its parent")
     if config.method == "magnitude":
         layers = linears(decoder.model.layers)
-        going = _smallest({name: layer.weight for name, layer in layers.items()}, config.scope, rate, few)
+        going = smallest({name: layer.weight for name, layer in layers.items()}, config.scope, rate, few)
         for name, layer in layers.items():
             layer.weight.masked_fill_(going[name], 0)
         return
@@ -83,14 +96,15 @@ def prune(
         with watching(layers, lambda layer: Products(layer.in_features, config.method == "sparsegpt")) as seen:
             passing.through(block)
         for name, layer in layers.items():
-            layer.weight.copy_(_pruned(layer.weight, seen[name], rate, few))
+            layer.weight.copy_(pruned(layer.weight, seen[name], rate, few))
         passing.states = passing.through(block)
         report(number + 1, len(decoder.model.layers))
 
 
-def _smallest(
+def smallest(
     weights: Mapping[str, torch.Tensor], scope: str, rate: float, few: Pattern | None
 ) -> dict[str, torch.Tensor]:
+    """What goes by magnitude: bool, of the shape of each weight."""
     scores = {name: magnitude.scores(weight) for name, weight in weights.items()}
     if scope == "model":
         return masks.lowest_of_all(scores, rate)
@@ -99,7 +113,8 @@ def _smallest(
     return {name: masks.lowest_of_layer(layer, rate) for name, layer in scores.items()}
 
 
-def _pruned(weight: torch.Tensor, seen: Products, rate: float, few: Pattern | None) -> torch.Tensor:
+def pruned(weight: torch.Tensor, seen: Products, rate: float, few: Pattern | None) -> torch.Tensor:
+    """A weight `[N, M]` with a share of it 0, by what the layer has seen."""
     if seen.gram is not None:
         return sparse_gpt.prune(weight, seen.gram, rate, few)
     scores = wanda.scores(weight, seen.squares)

@@ -18,6 +18,8 @@ from steelyard.compress.inputs import Products
 from steelyard.compress.quantize import grid
 from steelyard.compress.quantize.smoothing import LEAST, powers
 
+FACTORS = grid.SHRINK[::4]
+"""Of scales, while strengths are tried."""
 STRENGTHS = tuple(step / 10 for step in range(11))
 
 
@@ -62,5 +64,6 @@ class Awq:
     def _error(self, weight: torch.Tensor, found: torch.Tensor, seen: Seen) -> float:
         assert seen.gram is not None
         multiplied = weight.detach().float() * found
-        change = (grid.rounded(multiplied, self.bits, self.group, factors=(1.0,)).restored() - multiplied) / found
+        importance = seen.squares / found.square()
+        change = (grid.rounded(multiplied, self.bits, self.group, importance, FACTORS).restored() - multiplied) / found
         return float(((change @ seen.gram) * change).sum())

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 import torch
+from torch import nn
 
 from steelyard.compress.inputs import Passing, Products, dense, linears, watching
 from steelyard.compress.quantize import awq, gptq, grid, smoothing
@@ -18,8 +19,11 @@ from steelyard.models.decoder import Decoder
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
-GROUP = 64
-"""Inputs that share a scale, where 4 bits are asked for and no group."""
+GROUPS = (64, 96, 128, 32, 48, 16)
+"""Inputs that share a scale, the best first where nothing else is asked for."""
+LEAST_OF_BYTES = 32
+"""Of 8 bits, where nothing else is asked for: in smaller groups scales take more than they give."""
+Group = int | Literal["auto"] | None
 Method = Literal["nearest", "smoothquant", "awq", "gptq", "awq-gptq"]
 LANES = 16
 """Groups are multiples of it."""
@@ -30,8 +34,9 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     bits: Literal[8, 4] = 8
     """Of the linear layers' weights; embedding and head have 8."""
-    group: int | None = None
-    """Inputs that share a scale, of weights and of activations; None: all, by output channel and by token."""
+    group: Group = None
+    """Inputs that share a scale, of weights and of activations; None: all, by output channel and by token; auto: the
+    first of `GROUPS` that divides the inputs of all layers, or all."""
     method: Method = "nearest"
     """All but nearest need calibration data."""
     strength: float = smoothing.STRENGTH
@@ -49,16 +54,18 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
         strength: float = smoothing.STRENGTH,
         portable: bool = False,
         rows: bool,
+        decoder: bool = True,
     ) -> QuantizeConfig:
         """What somebody asked for, with what fits where he said nothing.
 
         Args:
             bits: 8 or 4.
-            group: a number or "all"; None: all, or `GROUP` of 4 bits.
+            group: a number or "all"; None: auto, but all in a portable int8 model.
             method: None: by whether there are `rows`.
             strength: see above.
             portable: see above.
             rows: whether there are any to judge by.
+            decoder: whether the model is one.
 
         Raises:
             ConfigError: bits or group that there are not.
@@ -67,8 +74,13 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"{bits} bits: 8 and 4 are possible")
         if group is not None and group != "all" and not group.isdecimal():
             raise ConfigError(f"group '{group}': a number of inputs, or all")
-        size = (GROUP if bits == 4 else None) if group is None else None if group == "all" else int(group)
-        best: Method = "nearest" if not rows else "smoothquant" if bits == 8 else "gptq"
+        default: Literal["auto"] | None = None if portable and bits == 8 else "auto"
+        size = default if group is None else None if group == "all" else int(group)
+        best: Method = "nearest"
+        if rows and decoder:
+            best = "smoothquant" if bits == 8 else "awq"
+        elif rows and bits == 4:
+            best = "gptq"
         return cls(bits=bits, group=size, method=method or best, strength=strength, portable=portable)  # type: ignore[arg-type]
 
 
@@ -92,17 +104,32 @@ def check(config: QuantizeConfig, decoder: Decoder) -> None:
         raise CheckpointError("the model is quantised already; start from its parent")
     if not 0 <= config.strength <= 1:
         raise ConfigError(f"strength {config.strength}: 0 to 1 is possible")
-    if config.group is None:
-        return
-    if config.portable and config.bits == 8:
+    if config.group is not None and config.portable and config.bits == 8:
         raise ConfigError("a portable int8 model has a scale per channel: leave out the group")
-    if config.group < LANES or config.group % LANES:
-        raise ConfigError(f"group {config.group}: a multiple of {LANES} is needed")
-    for path, layer in linears(decoder).items():
-        if layer.in_features % config.group:
+    check_group(decoder, config.group)
+
+
+def settled(config: QuantizeConfig, network: nn.Module) -> QuantizeConfig:
+    """The configuration with a group that fits the network, where it was left open."""
+    if config.group != "auto":
+        return config
+    sizes = [layer.in_features for layer in linears(network).values()]
+    least = LANES if config.bits == 4 else LEAST_OF_BYTES
+    fit = (group for group in GROUPS if group >= least and all(size % group == 0 for size in sizes))
+    return msgspec.structs.replace(config, group=next(fit, None))
+
+
+def check_group(network: nn.Module, group: Group) -> None:
+    """Whether groups of so many inputs divide those of all linear layers. Raises ConfigError: one that they do not."""
+    if group is None or group == "auto":
+        return
+    if group < LANES or group % LANES:
+        raise ConfigError(f"group {group}: a multiple of {LANES} is needed")
+    for path, layer in linears(network).items():
+        if layer.in_features % group:
             fit = [size for size in range(LANES, layer.in_features + 1, LANES) if layer.in_features % size == 0]
             raise ConfigError(
-                f"group {config.group} does not divide the {layer.in_features} inputs of '{path}'; groups that do: "
+                f"group {group} does not divide the {layer.in_features} inputs of '{path}'; groups that do: "
                 + (", ".join(map(str, fit)) or "none")
             )
 
@@ -126,6 +153,8 @@ def quantize(
         ConfigError, CheckpointError: see `check`; or there are no data where the method needs them.
     """
     check(config, decoder)
+    config = settled(config, decoder)
+    assert config.group != "auto"
     if (config.method != "nearest") != bool(batches):
         wants = "reads no data" if batches else "judges by what layers read: calibration data are needed"
         raise ConfigError(f"{config.method} {wants}")
@@ -148,15 +177,15 @@ def quantize(
         with watching(layers, lambda layer: Products(layer.in_features, whole)) as seen:
             passing.through(block)
         for name, layer in layers.items():
-            found = integers[f"model.layers.{number}.{name}"] = _rounded(layer.weight, seen[name], config)
+            found = integers[f"model.layers.{number}.{name}"] = _rounded(layer.weight, seen[name], config, config.group)
             layer.weight.copy_(found.restored())
         passing.states = passing.through(block)
         report(number + 1, len(decoder.model.layers))
     return Quantized(integers, smoothed)
 
 
-def _rounded(weight: torch.Tensor, seen: Products, config: QuantizeConfig) -> Integers:
+def _rounded(weight: torch.Tensor, seen: Products, config: QuantizeConfig, group: int | None) -> Integers:
     if seen.gram is not None:
-        return gptq.rounded(weight, seen.gram, config.bits, config.group)
+        return gptq.rounded(weight, seen.gram, config.bits, group)
     importance = seen.squares if config.method == "awq" else None
-    return grid.rounded(weight, config.bits, config.group, importance)
+    return grid.rounded(weight, config.bits, group, importance)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from steelyard.checkpoint.manifest import read_json
-from steelyard.compress.quantize.decoders import EMBEDDING, HEAD, QuantizeConfig, check, quantize
+from steelyard.compress.quantize.decoders import EMBEDDING, HEAD, Group, QuantizeConfig, check, quantize, settled
 from steelyard.compress.quantize.grid import Integers
 from steelyard.data.packing import Pack
 from steelyard.models import quantized as layers
@@ -47,6 +47,7 @@ def write(
         ConfigError, CheckpointError: see `decoders.quantize`.
     """
     check(config, decoder)
+    config = settled(config, decoder)
     changed = copy.deepcopy(decoder)
     found = quantize(changed, config, batches, report)
     tensors: dict[str, torch.Tensor] = {}
@@ -84,18 +85,15 @@ def stored(found: Integers, bits: int) -> dict[str, torch.Tensor]:
 def quantization_config(config: QuantizeConfig) -> dict[str, Any]:
     """`quantization_config` of `config.json`."""
     whole = {"type": "int", "symmetric": True}
-    by_weight = {"strategy": "channel"} if config.group is None else {"strategy": "group", "group_size": config.group}
-    by_input = {**by_weight, "strategy": "token" if config.group is None else "group"}
-    activations = {**whole, "num_bits": 8, **by_input, "dynamic": True}
     linear: dict[str, Any] = {
         "targets": ["Linear"],
-        "weights": {**whole, "num_bits": config.bits, **by_weight},
-        "input_activations": None if config.portable and config.bits == 4 else activations,
+        "weights": {**whole, "num_bits": config.bits, **by_weight(config.group)},
+        "input_activations": None if config.portable and config.bits == 4 else activations(config.group),
     }
     groups = {"group_0": linear}
     form = FORMATS[config.bits]
     if not config.portable:
-        bytes_ = {**whole, "num_bits": 8, **by_weight}
+        bytes_ = {**whole, "num_bits": 8, **by_weight(config.group)}
         groups["group_1"] = {"targets": ["Embedding"], "weights": bytes_}
         if config.bits == 4:
             form = "mixed-precision"
@@ -104,7 +102,7 @@ def quantization_config(config: QuantizeConfig) -> dict[str, Any]:
             groups["group_2"] = {
                 "targets": [HEAD],
                 "weights": bytes_,
-                "input_activations": activations,
+                "input_activations": activations(config.group),
                 "format": FORMATS[8],
             }
     return {
@@ -116,3 +114,14 @@ def quantization_config(config: QuantizeConfig) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def by_weight(group: Group) -> dict[str, Any]:
+    """How weights share scales."""
+    return {"strategy": "channel"} if group is None else {"strategy": "group", "group_size": group}
+
+
+def activations(group: Group) -> dict[str, Any]:
+    """How activations are rounded."""
+    shared = {"strategy": "token"} if group is None else {"strategy": "group", "group_size": group}
+    return {"type": "int", "symmetric": True, "num_bits": 8, **shared, "dynamic": True}

@@ -11,7 +11,7 @@ from steelyard.data import pairs, tokenizer_training
 from steelyard.data.pairs import TextPair
 from steelyard.data.rows import Conversation
 from steelyard.errors import DataError
-from steelyard.models import classifiers, encoders
+from steelyard.models import classifiers, encoders, quantized
 from steelyard.models.encoder import Encoder, EncoderConfig
 from steelyard.runs import Run
 from steelyard.stages.tasks.prepared import DTYPES, Prepared, conversations, file_digests, parts
@@ -36,6 +36,8 @@ def prepare_masked(config: TrainConfig) -> Prepared:
     def build(run: Run) -> MaskedLanguage:
         origin = base or _tokenizer(config, (text.messages[0].content for text in learnt), run.folder / "tokenizer")
         encoder = classifiers.load_encoder(base) if base else _fresh(config, origin)
+        if base:
+            quantized.demand_dense(encoder, base)
         model = encoders.masked(encoder, origin, config.seed)
         most = min(config.data.max_length, encoder.config.max_position_embeddings)
         rows, validation = (

@@ -16,7 +16,7 @@ from steelyard.data import audio, augmentation, fused, image_augmentation, image
 from steelyard.data.fused import FusedRow
 from steelyard.data.tokenize import TOO_LONG
 from steelyard.errors import ConfigError, DataError
-from steelyard.models import classifiers
+from steelyard.models import classifiers, quantized
 from steelyard.models.classifiers import Classifier
 from steelyard.models.convnet import ConvNetConfig
 from steelyard.models.encoder import EncoderConfig
@@ -149,6 +149,7 @@ def _fresh(
     if "text" in network.modalities:
         if base is not None:
             encoder = classifiers.load_encoder(base)
+            quantized.demand_dense(encoder, base)
             origin, described = base, encoder.config
         else:
             origin = run / "tokenizer"

@@ -14,7 +14,8 @@ from steelyard.data.tokenize import tokenize, tokenized
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.evaluate.likelihood import negative_log_likelihood
-from steelyard.models import weights
+from steelyard.models import classifiers, weights
+from steelyard.models import config as decoder_config
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.runs import Run
@@ -26,6 +27,7 @@ from steelyard.train import lora
 from steelyard.train.config import TrainConfig
 from steelyard.train.language_model import Evaluator, LanguageModelling
 from steelyard.train.networks import DecoderNetwork
+from steelyard.train.student import Student
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -36,6 +38,7 @@ def prepare(config: TrainConfig) -> Prepared:
     config, learnt, validation = streamed(config)
     tokenizer, template = Tokenizer.load(base), ChatTemplate.load(base)
     how = (tokenizer, template, config.data.max_length, config.data.too_long)
+    teacher = None if config.distill.teacher is None else _teacher(resolve(config.distill.teacher), base)
     small = None if is_large(config.data.train) else TokenRows.of(tokenized(learnt, *how))
     held = tokenize(validation, *how)
 
@@ -49,11 +52,35 @@ def prepare(config: TrainConfig) -> Prepared:
         decoder.recompute_blocks = config.recompute == "blocks"
         adapter = lora.start(decoder, config.lora, config.seed) if config.method == "lora" else None
         evaluator = _evaluator(held, validation, config, tokenizer, template)
-        return LanguageModelling(decoder, adapter, rows, base.resolve(), evaluator)
+        given = decoder, adapter, rows, base.resolve(), evaluator
+        if teacher is None:
+            return LanguageModelling(*given)
+        asked, known = config.distill, weights.load(teacher, DTYPES[config.dtype])
+        return Student(*given, teacher=known, weight=asked.weight, temperature=asked.temperature, kind=asked.divergence)
 
     counts = {**({"rows": len(learnt)} if small is None else small.counts()), "validation_rows": len(held)}
+    digests = file_digests(config)
+    if teacher is not None:
+        digests["teacher"] = manifest.read(teacher).id
     parent = manifest.read(base).id
-    return Prepared(config=config, counts=counts, parent=parent, build=build, digests=file_digests(config))
+    return Prepared(config=config, counts=counts, parent=parent, build=build, digests=digests)
+
+
+def _teacher(folder: Path, base: Path) -> Path:
+    """A teacher that knows the student's tokens.
+
+    Raises:
+        ConfigError: it is no dense decoder, or knows others.
+    """
+    if manifest.kind_of(folder) != "model" or classifiers.is_classifier(folder):
+        raise ConfigError(f"distill.teacher '{folder}' is no model that goes on with a text (merge an adapter first)")
+    if decoder_config.load(folder).quantization is not None:
+        raise ConfigError(f"distill.teacher '{folder}' is quantised: name the model that it was made from")
+    if manifest.sha256_file(folder / "tokenizer.json") != manifest.sha256_file(base / "tokenizer.json"):
+        raise ConfigError(f"distill.teacher '{folder}' has another tokenizer than '{base}': both need the same")
+    if decoder_config.load(folder).vocabulary != decoder_config.load(base).vocabulary:
+        raise ConfigError(f"distill.teacher '{folder}' has another vocabulary than '{base}'")
+    return folder
 
 
 def _from_nothing(config: TrainConfig) -> Prepared:
@@ -65,6 +92,8 @@ def _from_nothing(config: TrainConfig) -> Prepared:
             raise DataError(reason, file=document.file, line=document.line)
     network = config.network
     assert isinstance(network, DecoderNetwork), "checked before"
+    if config.distill.teacher is not None:
+        raise ConfigError("a decoder from nothing has a tokenizer of its own, which no teacher knows: name a 'model'")
 
     def build(run: Run) -> LanguageModelling:
         folder = run.folder / "tokenizer"
