@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from steelyard.data.packing import Pack
@@ -43,9 +45,12 @@ class Products:
     Args:
         size: M.
         whole: whether sums of all products are kept, and not of squares alone.
+        even: every token counts for the same, its x made as long as the root of M: the first token of a row has a
+            thousand times what others have, and would decide alone.
     """
 
-    def __init__(self, size: int, whole: bool) -> None:
+    def __init__(self, size: int, whole: bool, *, even: bool = False) -> None:
+        self._even = even
         self.squares = torch.zeros(size)
         """`[M]`: sum of x^2."""
         self.gram = torch.zeros(size, size) if whole else None
@@ -54,6 +59,8 @@ class Products:
     def add(self, x: torch.Tensor) -> None:
         """See `Record`."""
         rows = x.detach().flatten(0, -2).float()
+        if self._even:
+            rows = F.normalize(rows, dim=-1) * math.sqrt(rows.shape[1])
         if self.gram is None:
             self.squares += rows.square().sum(0)
         else:

@@ -44,6 +44,10 @@ class RoundedProduct:
         steps = Quantize(form.inputs, Place.NORMED, form.group), product
         self._steps = (NativeStep * 2)(*(step.native() for step in steps))
 
+    def __deepcopy__(self, memo: object) -> RoundedProduct:
+        """Itself: nothing of it changes, and addresses cannot be copied."""
+        return self
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, M]` float -> `[T, N]` float32."""
         form, count = self.weight.form, len(x)

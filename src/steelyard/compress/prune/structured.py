@@ -94,17 +94,19 @@ def _score(
         last = tensors[-1]
         assert last.grad is not None
         added = last - tensors[0] if structure == "blocks" else last
-        change = (added.float() * last.grad.float()).sum(0)  # [D], [K * share * E] or [F]
+        change: torch.Tensor = (added.float() * last.grad.float()).sum(0)  # [D], [K * share * E] or [F]
         if structure == "blocks":
-            return change.sum()
-        if structure == "heads":
+            change = change.sum()
+        elif structure == "heads":
             change = change.view(decoder.config.kv_heads, -1).sum(1)
-        return torch.as_tensor(change)
+        return change
     if structure == "blocks":
-        return (1 - F.cosine_similarity(tensors[0].float(), tensors[1].float(), dim=-1)).sum()
+        turned: torch.Tensor = (1 - F.cosine_similarity(tensors[0].float(), tensors[1].float(), dim=-1)).sum()
+        return turned
     x = tensors[0].float()
     if structure == "neurons":
-        return x.abs().sum(0) * block.mlp.down_proj.weight.float().norm(dim=0)
+        lengths: torch.Tensor = block.mlp.down_proj.weight.float().norm(dim=0)
+        return x.abs().sum(0) * lengths
     weight = block.self_attn.o_proj.weight.float()
     groups = zip(x.chunk(decoder.config.kv_heads, 1), weight.chunk(decoder.config.kv_heads, 1), strict=True)
     return torch.stack([(part @ columns.T).norm(dim=1).sum() for part, columns in groups])

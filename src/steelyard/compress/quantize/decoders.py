@@ -174,7 +174,7 @@ def quantize(
     passing = Passing(decoder, batches if judged else ())
     for number, block in enumerate(decoder.model.layers):
         layers = linears(block)
-        with watching(layers, lambda layer: Products(layer.in_features, whole)) as seen:
+        with watching(layers, lambda layer: Products(layer.in_features, whole, even=whole)) as seen:
             passing.through(block)
         for name, layer in layers.items():
             found = integers[f"model.layers.{number}.{name}"] = _rounded(layer.weight, seen[name], config, config.group)

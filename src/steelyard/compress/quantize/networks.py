@@ -67,7 +67,7 @@ def quantize(
     if config.method == "gptq":
         if run is None:
             raise ConfigError("gptq judges by what layers read: calibration data are needed")
-        with watching(layers, lambda layer: Products(layer.in_features, whole=True)) as grams:
+        with watching(layers, lambda layer: Products(layer.in_features, whole=True, even=True)) as grams:
             run()
     tensors: dict[str, torch.Tensor] = {}
     modules = dict(network.named_modules())
