@@ -67,7 +67,7 @@ def quantize(
     ] = None,
     method: Annotated[
         Method | None,
-        typer.Option(help="How weights are rounded. Default: nearest; with rows, smoothquant, or awq with 4 bits."),
+        typer.Option(help="How weights are rounded. Default: nearest; with rows, smoothquant, or gptq with 4 bits."),
     ] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Leave embedding and head unquantised.")] = False,
     data: Annotated[Path | None, typer.Option(help="Rows to judge by, as train reads them.")] = None,

@@ -24,7 +24,7 @@ GROUPS = (64, 96, 128, 32, 48, 16)
 LEAST_OF_BYTES = 32
 """Of 8 bits, where nothing else is asked for: in smaller groups scales take more than they give."""
 Group = int | Literal["auto"] | None
-Method = Literal["nearest", "smoothquant", "awq", "gptq", "awq-gptq"]
+Method = Literal["nearest", "smoothquant", "awq", "gptq"]
 LANES = 16
 """Groups are multiples of it."""
 
@@ -77,10 +77,10 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
         default: Literal["auto"] | None = None if portable and bits == 8 else "auto"
         size = default if group is None else None if group == "all" else int(group)
         best: Method = "nearest"
-        if rows and decoder:
-            best = "smoothquant" if bits == 8 else "awq"
-        elif rows and bits == 4:
+        if rows and bits == 4:
             best = "gptq"
+        elif rows and decoder:
+            best = "smoothquant"
         return cls(bits=bits, group=size, method=method or best, strength=strength, portable=portable)  # type: ignore[arg-type]
 
 
@@ -162,7 +162,7 @@ def quantize(
     if config.method == "smoothquant":
         rule: smoothing.Rule = smoothing.Balance([batch.lengths for batch in batches], config.strength)
         smoothed = smoothing.smooth(decoder, batches, rule, head=not config.portable, report=report)
-    elif config.method in ("awq", "awq-gptq"):
+    elif config.method == "awq":
         rule = awq.Awq(config.bits, config.group)
         smoothed = smoothing.smooth(decoder, batches, rule, head=not config.portable, report=report)
     integers: dict[str, Integers] = {}
@@ -170,7 +170,7 @@ def quantize(
         integers[EMBEDDING] = grid.rounded(decoder.model.embed_tokens.weight, 8, config.group)
         if not decoder.config.tied:
             integers[HEAD] = grid.rounded(decoder.lm_head.weight, 8, config.group)
-    judged, whole = config.method in ("awq", "gptq", "awq-gptq"), config.method in ("gptq", "awq-gptq")
+    judged, whole = config.method in ("awq", "gptq"), config.method == "gptq"
     passing = Passing(decoder, batches if judged else ())
     for number, block in enumerate(decoder.model.layers):
         layers = linears(block)

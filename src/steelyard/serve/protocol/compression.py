@@ -24,7 +24,7 @@ class Quantize(Fields):
     scheme: Literal["int8", "int4"] = "int8"
     group: Annotated[int, Field(ge=16, le=65536)] | None = None
     """Inputs that share a scale; see `steelyard compress quantize`, as of all others."""
-    method: Literal["nearest", "smoothquant", "awq", "gptq", "awq-gptq"] | None = None
+    method: Literal["nearest", "smoothquant", "awq", "gptq"] | None = None
     """How weights are rounded; all but nearest need a calibration file."""
     portable: bool = False
     """Leave embedding and head as they are, for programs that expect it."""
