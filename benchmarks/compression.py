@@ -132,9 +132,10 @@ def shortfalls(found: Found) -> list[dict[str, Any]]:
     speed = {name: values.get("tokens_per_second_1", math.nan) for name, values in found.items()}
     best_int4 = min((name for name in bits if name.startswith("int4")), key=bits.__getitem__, default="")
     wanted: list[tuple[str, bool, float, float]] = []
-    if "bfloat16" in bits and "int8 g64" in bits:
+    best_int8 = min((name for name in bits if name.startswith("int8 g64")), key=bits.__getitem__, default="")
+    if "bfloat16" in bits and best_int8:
         limit = MOST_OF_INT8 * bits["bfloat16"]
-        wanted.append(("int8 g64: bits per byte", bits["int8 g64"] <= limit, bits["int8 g64"], limit))
+        wanted.append((f"{best_int8}: bits per byte", bits[best_int8] <= limit, bits[best_int8], limit))
     if best_int4 and "int8" in speed:
         wanted.append(
             (f"{best_int4}: tokens/s of one row", speed[best_int4] > speed["int8"], speed[best_int4], speed["int8"])
