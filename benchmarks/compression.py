@@ -207,11 +207,13 @@ def main() -> None:
     chosen = [name for name in encoders if name.startswith((*begins, "minilm float32"))]
     if options.quick:
         chosen = ["minilm float32", "minilm int8 g64"]
-    judged = {name: minilm.measure(name, FOLDER, repeats=1 if options.quick else 5) for name in chosen}
-    for name, values in judged.items():
+    judged: Found = {}
+    for name in chosen:
+        judged[name] = values = minilm.measure(name, FOLDER, repeats=1 if options.quick else 5)
         print(
             f"{name:22} {values['bytes'] / 1e6:7.1f} MB  WordSim {values['wordsim']:.4f}  "
-            f"SimLex {values['simlex']:.4f}  {values['passages_per_second']:.0f} passages/s"
+            f"SimLex {values['simlex']:.4f}  {values['passages_per_second']:.0f} passages/s",
+            flush=True,
         )
     if options.json:
         options.json.write_text(json.dumps({"found": found, "minilm": judged, "short": short}, indent=2) + "\n")

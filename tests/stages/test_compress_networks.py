@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
 
 from steelyard.checkpoint import manifest
+from steelyard.cli.compress import app
 from steelyard.compress.inputs import linears
 from steelyard.compress.prune.decoders import PruneConfig
 from steelyard.compress.quantize.decoders import QuantizeConfig
@@ -167,6 +169,22 @@ def test_what_does_not_go(made: Made, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=complaint):
             quantize(source, tmp_path / "small", config, data=data)
+    with pytest.raises(ConfigError, match="tokens are a decoder's"):
+        quantize(source, tmp_path / "small", QuantizeConfig(), data=data, tokens=100)
+    with pytest.raises(ConfigError, match="tokens are a decoder's"):
+        prune(source, tmp_path / "small", PruneConfig(), data=data, tokens=100)
+    assert not (tmp_path / "small").exists()
+
+
+def test_bounds_of_another_kind_are_refused(made: Made, tiny_model: Path, tmp_path: Path) -> None:
+    source, _ = made("classifier")
+    for model, option, complaint in (
+        (source, ("--max-kl", "0.1"), "here it is --min-agreement"),
+        (tiny_model, ("--min-agreement", "0.9"), "here it is --max-bits-per-byte"),
+    ):
+        found = CliRunner().invoke(app, ["quantize", str(model), "-o", str(tmp_path / "small"), *option])
+        assert isinstance(found.exception, ConfigError)
+        assert complaint in str(found.exception)
     assert not (tmp_path / "small").exists()
 
 

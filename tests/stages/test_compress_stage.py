@@ -110,6 +110,7 @@ def test_judged_by_rows(tiny_model: Path, tmp_path: Path, method: Any, bits: Any
         (QuantizeConfig(), False, {"tokens": 5}, "tokens are those of rows"),
         (QuantizeConfig(method="awq"), True, {"tokens": 0}, "0 tokens to judge by"),
         (QuantizeConfig(method="smoothquant", strength=1.1), True, {}, "strength 1.1"),
+        (QuantizeConfig(strength=0.9), False, {}, "strength is smoothquant's: nearest has none"),
         (QuantizeConfig(group=24), False, {}, "group 24: a multiple of 16"),
         (QuantizeConfig(group=80), False, {}, "group 80 does not divide the .* inputs of '.*'; groups that do: 16"),
         (QuantizeConfig(group=16, portable=True), False, {}, "leave out the group"),

@@ -15,6 +15,7 @@ from steelyard.compress.prune.decoders import Judge, PruneConfig
 from steelyard.compress.prune.structured import Structure
 from steelyard.compress.quantize import smoothing
 from steelyard.compress.quantize.decoders import GROUPS, Method, QuantizeConfig
+from steelyard.errors import ConfigError
 from steelyard.evaluate.answers import LEAST_AGREEMENT, AnswersCertificate
 from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import compress as stage
@@ -22,9 +23,16 @@ from steelyard.stages.compress_networks import is_network
 
 app = typer.Typer(no_args_is_help=True, help="Make a checkpoint smaller, and certify what it cost.")
 Accept = Annotated[bool, typer.Option("--accept", help="Keep it even past a threshold.")]
-MaxBits = Annotated[float, typer.Option(help="Largest relative rise of bits per byte.")]
+MaxBits = Annotated[
+    float | None,
+    typer.Option(help="Largest relative rise of bits per byte; 0.02 by default, 0.1 with weights of 4 bits."),
+]
 Agreement = Annotated[
-    float, typer.Option("--min-agreement", help="Classifiers, encoders: least agreement with the model before.")
+    float | None,
+    typer.Option(
+        "--min-agreement",
+        help=f"Classifiers, encoders: least agreement with the model before; {LEAST_AGREEMENT} by default.",
+    ),
 ]
 MaxKl = Annotated[float | None, typer.Option(help="Largest mean KL divergence in nats.")]
 HELP = console.examples(
@@ -35,7 +43,7 @@ HELP = console.examples(
     "compress quantize runs/sms/best --output models/sms-int8",
     "compress quantize MODEL --output OUT --group all",
     "compress quantize MODEL --output OUT --bits 4 --data rows.jsonl --max-bits-per-byte 0.1",
-    "compress quantize runs/lstm/best --output models/lstm-int8 --data test.jsonl --method nearest",
+    "compress quantize runs/lstm/best --output models/lstm-int8 --data test.jsonl",
     "compress quantize MODEL --output OUT --portable",
 )
 
@@ -78,18 +86,15 @@ def quantize(
         float, typer.Option(help="smoothquant: how much moves into the weights, 0 to 1.")
     ] = smoothing.STRENGTH,
     accept: Accept = False,
-    max_bits_per_byte: Annotated[
-        float | None, typer.Option(help="Largest relative rise of bits per byte; 0.02 by default, 0.1 with 4 bits.")
-    ] = None,
+    max_bits_per_byte: MaxBits = None,
     max_kl: MaxKl = None,
-    min_agreement: Agreement = LEAST_AGREEMENT,
+    min_agreement: Agreement = None,
     as_json: console.Json = False,
 ) -> None:
     """See HELP."""
     console.logs()
-    most = (0.1 if bits == 4 else 0.02) if max_bits_per_byte is None else max_bits_per_byte
-    thresholds = Thresholds(bits_per_byte=most, kl=max_kl, agreement=min_agreement)
     source = resolve(checkpoint)
+    thresholds = _thresholds(source, max_bits_per_byte, max_kl, min_agreement, 0.1 if bits == 4 else 0.02)
     config = QuantizeConfig.chosen(
         bits,
         group,
@@ -130,31 +135,50 @@ def prune(
     pattern: Annotated[str | None, typer.Option(help="Instead: how many of every few stay, such as 2:4.")] = None,
     scope: Annotated[Literal["layer", "model"], typer.Option(help="magnitude: of what the rate is a share.")] = "layer",
     data: Annotated[Path | None, typer.Option(help="Rows to judge by, as train reads them.")] = None,
-    tokens: Annotated[int, typer.Option(help="How many of their tokens are read, at most.")] = stage.CALIBRATION,
+    tokens: Annotated[
+        int | None, typer.Option(help=f"How many of their tokens are read, at most; {stage.CALIBRATION} by default.")
+    ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Store zeros, too: for other readers.")] = False,
     accept: Accept = False,
-    max_bits_per_byte: MaxBits = 0.02,
+    max_bits_per_byte: MaxBits = None,
     max_kl: MaxKl = None,
-    min_agreement: Agreement = LEAST_AGREEMENT,
+    min_agreement: Agreement = None,
     as_json: console.Json = False,
 ) -> None:
     """See PRUNE."""
     console.logs()
     judge: Judge = method or ("sparsegpt" if structure is None else "activation")
+    source = resolve(checkpoint)
+    thresholds = _thresholds(source, max_bits_per_byte, max_kl, min_agreement, 0.02)
     config = PruneConfig(method=judge, structure=structure, rate=rate, pattern=pattern, scope=scope)
     with console.counting("pruning and certifying") as report:
         found = stage.prune(
-            resolve(checkpoint),
+            source,
             output,
             config,
             data=data,
             tokens=tokens,
             zeros=dense,
-            thresholds=Thresholds(bits_per_byte=max_bits_per_byte, kl=max_kl, agreement=min_agreement),
+            thresholds=thresholds,
             accept=accept,
             report=report,
         )
     _tell(found, output, as_json)
+
+
+def _thresholds(
+    source: Path, bits_per_byte: float | None, kl: float | None, agreement: float | None, usual: float
+) -> Thresholds:
+    """The bounds that were asked for. Raises ConfigError: one that the model has not."""
+    network = is_network(source)
+    if network and (bits_per_byte, kl) != (None, None):
+        raise ConfigError("--max-bits-per-byte and --max-kl are bounds of language models: here it is --min-agreement")
+    if not network and agreement is not None:
+        raise ConfigError(
+            "--min-agreement is a bound of classifiers and encoders: here it is --max-bits-per-byte or --max-kl"
+        )
+    least = LEAST_AGREEMENT if agreement is None else agreement
+    return Thresholds(bits_per_byte=usual if bits_per_byte is None else bits_per_byte, kl=kl, agreement=least)
 
 
 def _tell(found: Certificate | AnswersCertificate, output: Path, as_json: bool) -> None:

@@ -74,6 +74,7 @@ def quantize(
     if data is None and tokens is not None:
         raise ConfigError("tokens are those of rows: give it some (--data FILE)")
     if compress_networks.is_network(source):
+        _refuse_tokens(tokens)
         agreement = thresholds.agreement
         return compress_networks.quantize(
             source, output, config, data, least_agreement=agreement, accept=accept, report=report
@@ -101,7 +102,7 @@ def prune(
     config: PruneConfig,
     *,
     data: Path | None = None,
-    tokens: int = CALIBRATION,
+    tokens: int | None = None,
     zeros: bool = False,
     thresholds: Thresholds | None = None,
     accept: bool = False,
@@ -114,7 +115,7 @@ def prune(
         output: where the pruned one will be.
         config: what goes.
         data: rows by which wanda and sparsegpt judge, as `train` reads them.
-        tokens: how many of their tokens are read, at most.
+        tokens: how many of their tokens are read, at most; `CALIBRATION` by default.
         zeros: store zeros like other weights, for other readers.
         thresholds: what may be lost.
         accept: hand it on past a threshold.
@@ -129,12 +130,14 @@ def prune(
     if data is None and config.method != "magnitude":
         raise ConfigError(f"{config.method} judges weights by what they read: give it rows (--data FILE)")
     if compress_networks.is_network(source):
+        _refuse_tokens(tokens)
         agreement = thresholds.agreement
         return compress_networks.prune(
             source, output, config, data, zeros=zeros, least_agreement=agreement, accept=accept, report=report
         )
     if data is not None and config.method == "magnitude":
         raise ConfigError("magnitude reads no data: leave out --data, or name another method")
+    tokens = CALIBRATION if tokens is None else tokens
     if tokens < 1:
         raise ConfigError(f"{tokens} tokens to judge by: give at least 1")
     digests = {} if data is None else {f"calibration: {data.name}": manifest.sha256_file(data)}
@@ -152,6 +155,11 @@ def prune(
 
     recipe = {**msgspec.to_builtins(config), **({} if data is None else {"tokens": tokens})}
     return _certified(source, output, make, recipe, digests, thresholds, accept, report)
+
+
+def _refuse_tokens(tokens: int | None) -> None:
+    if tokens is not None:
+        raise ConfigError("tokens are a decoder's: other networks read all rows, give fewer of them")
 
 
 def _cut(opened: Opened, config: PruneConfig, batches: list[Pack], folder: Path) -> None:

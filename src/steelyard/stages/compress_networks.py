@@ -141,7 +141,8 @@ def _certified(
         )
         report(3, 3)
         found.demand()
-        read = {} if data is None or not data.is_file() else {f"calibration: {data.name}": manifest.sha256_file(data)}
+        use = "compared on" if recipe["method"] in ("nearest", "magnitude") else "calibration"
+        read = {} if data is None or not data.is_file() else {f"{use}: {data.name}": manifest.sha256_file(data)}
         manifest.complete(
             folder,
             parent=parent.id,

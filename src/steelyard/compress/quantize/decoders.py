@@ -102,11 +102,18 @@ def check(config: QuantizeConfig, decoder: Decoder) -> None:
     """
     if not dense(decoder):
         raise CheckpointError("the model is quantised already; start from its parent")
-    if not 0 <= config.strength <= 1:
-        raise ConfigError(f"strength {config.strength}: 0 to 1 is possible")
+    check_strength(config)
     if config.group is not None and config.portable and config.bits == 8:
         raise ConfigError("a portable int8 model has a scale per channel: leave out the group")
     check_group(decoder, config.group)
+
+
+def check_strength(config: QuantizeConfig) -> None:
+    """Whether a strength means anything. Raises ConfigError: it does not, or is out of its range."""
+    if not 0 <= config.strength <= 1:
+        raise ConfigError(f"strength {config.strength}: 0 to 1 is possible")
+    if config.method != "smoothquant" and config.strength != smoothing.STRENGTH:
+        raise ConfigError(f"strength is smoothquant's: {config.method} has none")
 
 
 def settled(config: QuantizeConfig, network: nn.Module) -> QuantizeConfig:

@@ -16,7 +16,7 @@ from torch import nn
 from steelyard.checkpoint.manifest import read_json
 from steelyard.compress.inputs import Products, linears, watching
 from steelyard.compress.quantize import gptq, grid
-from steelyard.compress.quantize.decoders import QuantizeConfig, check_group
+from steelyard.compress.quantize.decoders import QuantizeConfig, check_group, check_strength
 from steelyard.compress.quantize.layout import FORMATS, activations, by_weight, stored
 from steelyard.errors import CheckpointError, ConfigError
 from steelyard.models import weights
@@ -39,6 +39,7 @@ def check(network: nn.Module, config: QuantizeConfig) -> None:
     """
     if any(isinstance(layer, QuantizedWeight) for layer in network.modules()):
         raise CheckpointError("the model is quantised already; start from its parent")
+    check_strength(config)
     if config.method not in ("nearest", "gptq"):
         raise ConfigError(f"{config.method} is for decoders: nearest and gptq are for any network")
     if config.portable:
