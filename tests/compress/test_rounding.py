@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 from families import make
 from steelyard.compress.quantize import awq, gptq, grid, layout
 from steelyard.compress.quantize.decoders import QuantizeConfig
+from steelyard.compress.quantize.grid import Integers
 from steelyard.data.packing import Pack, pack
 from steelyard.data.rows import TokenRow
 from steelyard.models import weights
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
-from steelyard.models.linear import packed_halves, unpacked_halves
+from steelyard.models.linear import QuantizedLinear, packed_halves, unpacked_halves
 
 
 def logits(decoder: Decoder, token_ids: torch.Tensor) -> torch.Tensor:
@@ -165,3 +166,27 @@ def test_transformers_opens_the_portable_form(tmp_path: Path, family: str) -> No
     for layer in small.modules():
         if hasattr(layer, "bits"):
             assert layer.bits == 4
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_some_layers_keep_eight_bits(tmp_path: Path, portable: bool) -> None:
+    make(tmp_path / "base", "smollm")
+    dense = weights.load(tmp_path / "base", torch.float32)
+    config = QuantizeConfig(
+        bits=4, group=16, int8_layers=("*.down_proj", "model.layers.0.self_attn.q_proj"), portable=portable
+    )
+    (tmp_path / "mixed").mkdir()
+    layout.write(dense, tmp_path / "mixed", tmp_path / "base", config)
+    small = weights.load(tmp_path / "mixed", torch.float32)
+    for path, layer in small.named_modules():
+        if isinstance(layer, QuantizedLinear) and path != "lm_head":
+            eight = path.endswith("down_proj") or path == "model.layers.0.self_attn.q_proj"
+            assert layer.bits == (8 if eight else 4), path
+            lost = Integers(layer.values(), layer.weight_scale).restored() - dense.get_submodule(path).weight
+            assert (float(lost.norm() / dense.get_submodule(path).weight.norm()) < 0.02) == eight, path
+    token_ids = torch.randint(97, (40,), generator=torch.Generator().manual_seed(3))
+    if portable:
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed", dtype=torch.float32).eval()
+        with torch.no_grad():
+            expected = theirs(token_ids[None]).logits[0].float()
+        assert float((logits(small, token_ids) - expected).norm() / expected.norm()) < 0.02

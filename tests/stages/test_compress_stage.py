@@ -44,7 +44,7 @@ def test_what_passes_is_written_with_certificate_and_lineage(tiny_model: Path, t
     assert written.certificate == msgspec.to_builtins(found)
     assert written.parent == found.parent == manifest.read(tiny_model).id
     assert written.id != written.parent
-    assert written.recipe["compress"] == msgspec.to_builtins(QuantizeConfig())
+    assert written.recipe["compress"] == json.loads(msgspec.json.encode(QuantizeConfig()))
     assert found.bytes_after < found.bytes_before
     assert open_checkpoint(output).template is not None
     assert [entry.name for entry in tmp_path.iterdir()] == ["small"]
@@ -93,7 +93,7 @@ def test_judged_by_rows(tiny_model: Path, tmp_path: Path, method: Any, bits: Any
     settings: dict[str, Any] = {"data": rows, "thresholds": LOOSE, "accept": True}
     quantize(tiny_model, output, config, report=lambda done, of: told.append((done, of)), **settings)
     written = manifest.verify(output)
-    assert written.recipe["compress"] == {**msgspec.to_builtins(config), "tokens": 16384}
+    assert written.recipe["compress"] == {**json.loads(msgspec.json.encode(config)), "tokens": 16384}
     assert written.data["calibration: rows.jsonl"] == manifest.sha256_file(rows)
     layers = len(open_checkpoint(output).decoder.model.layers)
     assert told[:layers] == [(number + 1, layers) for number in range(layers)]
@@ -114,6 +114,8 @@ def test_judged_by_rows(tiny_model: Path, tmp_path: Path, method: Any, bits: Any
         (QuantizeConfig(group=24), False, {}, "group 24: a multiple of 16"),
         (QuantizeConfig(group=80), False, {}, "group 80 does not divide the .* inputs of '.*'; groups that do: 16"),
         (QuantizeConfig(group=16, portable=True), False, {}, "leave out the group"),
+        (QuantizeConfig(int8_layers=("*.down_proj",)), False, {}, "set bits to 4"),
+        (QuantizeConfig(bits=4, group=16, int8_layers=("head",)), False, {}, "no linear layer is 'head'; one is 'model"),
     ],
 )
 def test_what_does_not_go_together(
@@ -137,7 +139,7 @@ def test_a_pruned_model(tiny_model: Path, tmp_path: Path, method: Any, pattern: 
     found = prune(tiny_model, output, config, data=given, thresholds=LOOSE, accept=True)
     written = manifest.verify(output)
     read = {"tokens": CALIBRATION} if given else {}
-    assert written.recipe["compress"] == {**msgspec.to_builtins(config), **read}
+    assert written.recipe["compress"] == {**json.loads(msgspec.json.encode(config)), **read}
     assert written.data.get("calibration: rows.jsonl") == (manifest.sha256_file(rows) if given else None)
     before, after = open_checkpoint(tiny_model).decoder, open_checkpoint(output).decoder
     for name, layer in linears(after.model.layers).items():

@@ -43,6 +43,7 @@ HELP = console.examples(
     "compress quantize runs/sms/best --output models/sms-int8",
     "compress quantize MODEL --output OUT --group all",
     "compress quantize MODEL --output OUT --bits 4 --data rows.jsonl --max-bits-per-byte 0.1",
+    "compress quantize MODEL --output OUT --bits 4 --data rows.jsonl --int8-layers '*.down_proj'",
     "compress quantize runs/lstm/best --output models/lstm-int8 --data test.jsonl",
     "compress quantize MODEL --output OUT --portable",
 )
@@ -78,6 +79,10 @@ def quantize(
         typer.Option(help="How weights are rounded. Default: nearest; with rows, smoothquant, or gptq with 4 bits."),
     ] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Leave embedding and head unquantised.")] = False,
+    int8_layers: Annotated[
+        list[str] | None,
+        typer.Option(help="With 4 bits: linear layers that keep 8, a path or a pattern such as '*.down_proj'."),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Rows to judge by, as train reads them.")] = None,
     tokens: Annotated[
         int | None, typer.Option(help=f"How many of their tokens are read, at most; {stage.SMOOTHING} by default.")
@@ -101,6 +106,7 @@ def quantize(
         method,
         strength=strength,
         portable=portable,
+        int8_layers=int8_layers or (),
         rows=data is not None,
         decoder=not is_network(source),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import msgspec
@@ -43,6 +44,12 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """smoothquant: how much of what activations have much of moves into the weights, 0 to 1."""
     portable: bool = False
     """Leave embedding and head as they are, and activations of int4: for other readers."""
+    int8_layers: tuple[str, ...] = ()
+    """Linear layers that have 8 bits where the others have 4: paths, or patterns of them such as `*.down_proj`."""
+
+    def bits_of(self, path: str) -> Literal[8, 4]:
+        """Of the weights of one linear layer."""
+        return 8 if self.bits == 8 or any(fnmatchcase(path, pattern) for pattern in self.int8_layers) else 4
 
     @classmethod
     def chosen(
@@ -53,6 +60,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
         *,
         strength: float = smoothing.STRENGTH,
         portable: bool = False,
+        int8_layers: Sequence[str] = (),
         rows: bool,
         decoder: bool = True,
     ) -> QuantizeConfig:
@@ -64,6 +72,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
             method: None: by whether there are `rows`.
             strength: see above.
             portable: see above.
+            int8_layers: see above.
             rows: whether there are any to judge by.
             decoder: whether the model is one.
 
@@ -81,7 +90,14 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
             best = "gptq"
         elif rows and decoder:
             best = "smoothquant"
-        return cls(bits=bits, group=size, method=method or best, strength=strength, portable=portable)  # type: ignore[arg-type]
+        return cls(
+            bits=bits,  # type: ignore[arg-type]
+            group=size,
+            method=method or best,
+            strength=strength,
+            portable=portable,
+            int8_layers=tuple(int8_layers),
+        )
 
 
 class Quantized(msgspec.Struct, frozen=True):
@@ -106,6 +122,16 @@ def check(config: QuantizeConfig, decoder: Decoder) -> None:
     if config.group is not None and config.portable and config.bits == 8:
         raise ConfigError("a portable int8 model has a scale per channel: leave out the group")
     check_group(decoder, config.group)
+    check_int8_layers(config, [path for path in linears(decoder) if path != HEAD])
+
+
+def check_int8_layers(config: QuantizeConfig, paths: Sequence[str]) -> None:
+    """Whether what is to have 8 bits is there, among layers of 4. Raises ConfigError: it is not."""
+    if config.int8_layers and config.bits == 8:
+        raise ConfigError("int8_layers are those that have 8 bits among layers of 4: set bits to 4")
+    for pattern in config.int8_layers:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ConfigError(f"int8_layers: no linear layer is '{pattern}'; one is '{paths[0] if paths else 'none'}'")
 
 
 def check_strength(config: QuantizeConfig) -> None:
@@ -184,15 +210,16 @@ def quantize(
         with watching(layers, lambda layer: Products(layer.in_features, whole, even=whole)) as seen:
             passing.through(block)
         for name, layer in layers.items():
-            found = integers[f"model.layers.{number}.{name}"] = _rounded(layer.weight, seen[name], config, config.group)
+            path = f"model.layers.{number}.{name}"
+            bits = config.bits_of(path)
+            found = integers[path] = _rounded(layer.weight, seen[name], config.method, bits, config.group)
             layer.weight.copy_(found.restored())
         passing.states = passing.through(block)
         report(number + 1, len(decoder.model.layers))
     return Quantized(integers, smoothed)
 
 
-def _rounded(weight: torch.Tensor, seen: Products, config: QuantizeConfig, group: int | None) -> Integers:
+def _rounded(weight: torch.Tensor, seen: Products, method: Method, bits: int, group: int | None) -> Integers:
     if seen.gram is not None:
-        return gptq.rounded(weight, seen.gram, config.bits, group)
-    importance = seen.squares if config.method == "awq" else None
-    return grid.rounded(weight, config.bits, group, importance)
+        return gptq.rounded(weight, seen.gram, bits, group)
+    return grid.rounded(weight, bits, group, seen.squares if method == "awq" else None)

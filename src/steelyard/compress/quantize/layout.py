@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from steelyard.checkpoint.manifest import read_json
+from steelyard.compress.inputs import linears
 from steelyard.compress.quantize.decoders import EMBEDDING, HEAD, Group, QuantizeConfig, check, quantize, settled
 from steelyard.compress.quantize.grid import Integers
 from steelyard.data.packing import Pack
@@ -54,7 +55,7 @@ def write(
     for name, parameter in changed.named_parameters():
         path = name.removesuffix(".weight")
         if path in found.integers:
-            bits = 8 if path in (EMBEDDING, HEAD) else config.bits
+            bits = 8 if path in (EMBEDDING, HEAD) else config.bits_of(path)
             tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in stored(found.integers[path], bits).items()}
         else:
             tensors[name] = parameter.detach().contiguous()
@@ -65,7 +66,8 @@ def write(
     save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "pt"})
     weights.copy_companions(parent, folder)
     values = read_json(parent / "config.json")
-    values["quantization_config"] = quantization_config(config)
+    paths = [path for path in linears(decoder) if path != HEAD]
+    values["quantization_config"] = quantization_config(config, paths)
     if found.smoothed is not None:
         values[smoothing.FIELD] = True
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -82,8 +84,13 @@ def stored(found: Integers, bits: int) -> dict[str, torch.Tensor]:
     }
 
 
-def quantization_config(config: QuantizeConfig) -> dict[str, Any]:
-    """`quantization_config` of `config.json`."""
+def quantization_config(config: QuantizeConfig, paths: Sequence[str] = ()) -> dict[str, Any]:
+    """`quantization_config` of `config.json`.
+
+    Args:
+        config: how.
+        paths: of the decoder's linear layers.
+    """
     whole = {"type": "int", "symmetric": True}
     linear: dict[str, Any] = {
         "targets": ["Linear"],
@@ -92,8 +99,13 @@ def quantization_config(config: QuantizeConfig) -> dict[str, Any]:
     }
     groups = {"group_0": linear}
     form = FORMATS[config.bits]
+    bytes_ = {**whole, "num_bits": 8, **by_weight(config.group)}
+    eight = [path for path in paths if config.bits_of(path) != config.bits]
+    if eight:
+        # Readers ask for a layer's name before they ask for its class.
+        form, linear["format"] = "mixed-precision", FORMATS[4]
+        groups["group_3"] = {**linear, "targets": eight, "weights": bytes_, "format": FORMATS[8]}
     if not config.portable:
-        bytes_ = {**whole, "num_bits": 8, **by_weight(config.group)}
         groups["group_1"] = {"targets": ["Embedding"], "weights": bytes_}
         if config.bits == 4:
             form = "mixed-precision"

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from steelyard.checkpoint.manifest import read_json
 from steelyard.compress.inputs import Products, linears, watching
 from steelyard.compress.quantize import gptq, grid
-from steelyard.compress.quantize.decoders import QuantizeConfig, check_group, check_strength
+from steelyard.compress.quantize.decoders import QuantizeConfig, check_group, check_int8_layers, check_strength
 from steelyard.compress.quantize.layout import FORMATS, activations, by_weight, stored
 from steelyard.errors import CheckpointError, ConfigError
 from steelyard.models import weights
@@ -45,6 +46,7 @@ def check(network: nn.Module, config: QuantizeConfig) -> None:
     if config.portable:
         raise ConfigError("portable is for decoders: no other program reads this network")
     check_group(network, config.group)
+    check_int8_layers(config, list(linears(network)))
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def quantize(
     modules = dict(network.named_modules())
     for name, tensor in network.state_dict().items():
         path, _, leaf = name.rpartition(".")
-        layer, bits = modules[path], 8 if path.endswith(HEAD) else config.bits
+        layer, bits = modules[path], 8 if path.endswith(HEAD) else config.bits_of(path)
         if isinstance(layer, nn.Linear) and leaf == "weight":
             gram = grams[path].gram if path in grams else None
             judged = gram is not None and bool(gram.any())
@@ -101,12 +103,17 @@ def write(tensors: dict[str, torch.Tensor], config: QuantizeConfig, folder: Path
     save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "pt"})
     weights.copy_companions(parent, folder)
     values = read_json(parent / "config.json")
-    values["quantization_config"] = quantization_config(config)
+    values["quantization_config"] = quantization_config(config, [name.removesuffix(".weight_scale") for name in tensors])
     (folder / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def quantization_config(config: QuantizeConfig) -> dict[str, Any]:
-    """`quantization_config` of `config.json`, in the words of compressed-tensors."""
+def quantization_config(config: QuantizeConfig, paths: Sequence[str] = ()) -> dict[str, Any]:
+    """`quantization_config` of `config.json`, in the words of compressed-tensors.
+
+    Args:
+        config: how.
+        paths: of the network's layers, others among them.
+    """
     whole = {"type": "int", "symmetric": True}
     eight = {**whole, "num_bits": 8}
     groups: dict[str, Any] = {
@@ -121,7 +128,8 @@ def quantization_config(config: QuantizeConfig) -> dict[str, Any]:
     }
     if config.bits == 4:
         head = {**groups["group_0"], "weights": {**eight, **by_weight(config.group)}, "format": FORMATS[8]}
-        groups["group_3"] = {**head, "targets": [HEAD]}
+        eight = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in config.int8_layers)]
+        groups["group_3"] = {**head, "targets": [HEAD, *eight]}
     return {
         "quant_method": "compressed-tensors",
         "format": FORMATS[config.bits],
