@@ -10,9 +10,11 @@ import pytest
 import torch
 from test_trainer import CONSTANT, base, decoder_of, token_rows, trainer
 
+from steelyard.compress.prune.decoders import PruneConfig, prune
 from steelyard.errors import ConfigError
 from steelyard.models import weights
 from steelyard.train.config import DataConfig, TrainConfig, check
+from steelyard.train.networks import EncoderNetwork
 from steelyard.train.optimizers import OPTIMIZERS, OptimizerConfig
 from steelyard.train.optimizers.groups import GroupConfig
 from steelyard.train.trainer import Trainer
@@ -181,3 +183,35 @@ def test_a_divergence_is_rolled_back_and_the_rest_is_the_same_after_a_kill(
     last = made(tmp_path / "cut")
     assert last.fit()
     assert all(torch.equal(straight.masters[name], master) for name, master in last.masters.items())
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "ema"])
+def test_what_was_pruned_stays_so(base: Path, tmp_path: Path, name: str) -> None:
+    """Zeros stay zeros whatever the optimizer, what is left learns, and is stored as it was."""
+    pruned = tmp_path / "pruned"
+    pruned.mkdir()
+    decoder = weights.load(base, torch.float32)
+    prune(decoder, PruneConfig(method="magnitude"))
+    weights.save(decoder, pruned, base, zeros=False)
+    fields: dict[str, Any] = {"batch_size": 0 if name == "gd" else 3, "epochs": 2, "keep_zeros": True}
+    if name == "ema":
+        fields["ema"] = 0.9
+    else:
+        fields["optimizer"] = OptimizerConfig(name=name, learning_rate=1e-2)
+    assert trainer(pruned, tmp_path / "run", token_rows(6), **fields).fit()
+    before, after = (weights.read_tensors(folder) for folder in (pruned, tmp_path / "run" / "last"))
+    linear = [key for key in before if key.endswith("_proj.weight")]
+    for key in linear:
+        zeros = before[key] == 0
+        assert float(zeros.float().mean()) == pytest.approx(0.5, abs=0.01)
+        assert not after[key][zeros].any(), key
+        assert float((after[key] == before[key])[~zeros].float().mean()) < 0.5, key
+    assert weights.is_sparse(tmp_path / "run" / "last")
+
+
+def test_zeros_are_kept_of_a_model_alone() -> None:
+    plain: dict[str, Any] = {"output": "run", "data": DataConfig(train="rows.jsonl"), "keep_zeros": True}
+    for fields in ({"model": "base"}, {"task": "masked", "network": EncoderNetwork()}):
+        with pytest.raises(ConfigError, match="keep_zeros is for all weights of a pruned model"):
+            check(TrainConfig(**plain, **fields))
+    check(TrainConfig(**plain, model="base", method="full"))

@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from steelyard.checkpoint import manifest
@@ -266,10 +265,10 @@ def save(classifier: Classifier, folder: Path) -> None:
         values["window"] = classifier.inputs.window
     names = {str(number): label for number, label in enumerate(classifier.labels)}
     text = json.dumps({"architectures": [kind], **values, "id2label": names}, indent=2, ensure_ascii=False)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "pt"})
-    if classifier.origin is not None:
-        weights.copy_companions(classifier.origin, folder)
+    origin = classifier.origin
+    weights.write(network.state_dict(), folder, zeros=origin is None or not weights.is_sparse(origin))
+    if origin is not None:
+        weights.copy_companions(origin, folder)
     (folder / "config.json").write_text(text + "\n")
 
 

@@ -10,8 +10,8 @@ import torch
 from steelyard.errors import CheckpointError
 
 BITS, VALUES, SHAPE = ".bitmask", ".nonzero", ".shape"
-ENOUGH = 0.2
-"""Share of zeros from which on a tensor is smaller so, in two bytes a weight."""
+ENOUGH = 0.4
+"""Bytes a weight that zeros have to take, so that a tensor is worth storing so."""
 
 
 def stored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -21,7 +21,8 @@ def stored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         there = tensor != 0
-        if tensor.dim() != 2 or not tensor.is_floating_point() or float(there.float().mean()) > 1 - ENOUGH:
+        weights = tensor.dim() == 2 and (tensor.is_floating_point() or tensor.dtype == torch.int8)
+        if not weights or float(1 - there.float().mean()) * tensor.element_size() < ENOUGH:
             found[name] = tensor
             continue
         found[name + BITS] = torch.from_numpy(np.packbits(there.numpy(), bitorder="little"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -134,18 +135,32 @@ def fill(network: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> 
     network.load_state_dict({name: tensors[name].to(wanted[name].dtype) for name in wanted}, strict=False)
 
 
-def save(decoder: Decoder, folder: Path, parent: Path, *, zeros: bool = True) -> None:
+def save(decoder: Decoder, folder: Path, parent: Path, *, zeros: bool | None = None) -> None:
     """Write a dense model's weights into `folder`, with the tokenizer and configuration of `parent`.
 
     Args:
         decoder: the model.
         folder: exists.
         parent: folder of a model of the same shape.
-        zeros: store zeros like any other weight; otherwise see `sparse.stored`.
+        zeros: store zeros like any other weight; otherwise see `sparse.stored`. None: as the parent's are.
     """
-    tensors = {name: tensor.detach().contiguous() for name, tensor in decoder.named_parameters()}
-    save_file(tensors if zeros else sparse.stored(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    write(dict(decoder.named_parameters()), folder, zeros=not is_sparse(parent) if zeros is None else zeros)
     copy_companions(parent, folder)
+
+
+def write(tensors: Mapping[str, torch.Tensor], folder: Path, *, zeros: bool) -> None:
+    """Write tensors as `folder`'s weights; see `save`."""
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(plain if zeros else sparse.stored(plain), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def is_sparse(folder: Path) -> bool:
+    """Whether a checkpoint's zeros are not stored."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        return False
+    with safetensors.safe_open(path, "pt") as file:
+        return any(name.endswith(sparse.BITS) for name in file.keys())  # noqa: SIM118
 
 
 def copy_companions(parent: Path, folder: Path) -> None:

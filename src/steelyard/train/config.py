@@ -112,6 +112,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """End the run after so many evaluations in a row that are no better than the best; 0 never does."""
     ema: float = 0.0
     """Decay of an exponential average of the weights, which is what is evaluated and kept; 0 keeps the last weights."""
+    keep_zeros: bool = False
+    """Weights that are 0 in the base stay 0: what is left of a pruned model is trained on."""
     threads: int | None = None
     """CPU threads; unset takes all cores. Another number can round differently."""
     lora: LoraConfig = LoraConfig()
@@ -139,6 +141,9 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"beta must be above 0, not {config.beta}")
     if config.network is not None:
         networks.check(config.network)
+    of_decoders = config.task in ("generation", "preference")
+    if config.keep_zeros and (config.model is None or (of_decoders and config.method == "lora")):
+        raise ConfigError('keep_zeros is for all weights of a pruned model: name a model, and set method to "full"')
     augmentation.check(config.augment)
     _check_teacher(config.distill)
     if not 0 <= config.label_smoothing < 1:

@@ -87,6 +87,10 @@ class Trainer:
         self.step, self.best, self.stopping = 0, math.inf, False
         self.parameters = {name: tensor.requires_grad_(True) for name, tensor in task.parameters.items()}
         self.masters = {name: tensor.detach().float().clone() for name, tensor in self.parameters.items()}
+        self._left = {
+            name: master != 0 for name, master in self.masters.items() if config.keep_zeros and master.dim() > 1
+        }
+        """What is learnt of a pruned network, where that is not all."""
         self.optimizer = optimizers.build(self.masters, config.optimizer)
         self.averages = Averages(self.masters, self.optimizer, config.ema)
         self._worse = 0
@@ -119,6 +123,7 @@ class Trainer:
                     continue
                 rate = self._set_learning_rate()
                 self.optimizer.step()
+                self._keep_zeros()
                 self.step += 1
                 self.averages.update(self.step)
                 self.publish()
@@ -156,6 +161,8 @@ class Trainer:
                     else:
                         accumulate_(master.grad, parameter.grad)
                     parameter.grad = None
+        for name, left in self._left.items():
+            self.masters[name].grad.mul_(left)  # type: ignore[union-attr]
         self._demand_finite("loss", total)
         return total
 
@@ -211,6 +218,12 @@ class Trainer:
                 for master in group["params"]:
                     master.grad = None
         return rate
+
+    @torch.no_grad()
+    def _keep_zeros(self) -> None:
+        """Without a gradient most optimizers leave a 0 alone; those that mix the weights of a matrix do not."""
+        for name, left in self._left.items():
+            self.masters[name].mul_(left)
 
     @torch.no_grad()
     def publish(self) -> None:

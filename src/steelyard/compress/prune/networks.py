@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from steelyard.compress.inputs import Products, linears, watching
 from steelyard.compress.prune.decoders import RATE, PruneConfig, check, pruned, smallest
 from steelyard.errors import CheckpointError, ConfigError
-from steelyard.models import sparse, weights
+from steelyard.models import weights
 from steelyard.models.linear import QuantizedWeight
 
 HEAD = "classifier"
@@ -56,6 +55,5 @@ def prune(network: nn.Module, config: PruneConfig, run: Callable[[], object] | N
 
 def write(network: nn.Module, folder: Path, parent: Path, *, zeros: bool) -> None:
     """Write a network into `folder`, with the other files of `parent`; see `weights.save`."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(tensors if zeros else sparse.stored(tensors), folder / weights.WEIGHTS, metadata={"format": "pt"})
+    weights.write(network.state_dict(), folder, zeros=zeros)
     weights.copy_companions(parent, folder)

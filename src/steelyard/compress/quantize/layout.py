@@ -19,7 +19,7 @@ from steelyard.compress.quantize.decoders import EMBEDDING, HEAD, Group, Quantiz
 from steelyard.compress.quantize.grid import Integers
 from steelyard.data.packing import Pack
 from steelyard.models import quantized as layers
-from steelyard.models import smoothing, weights
+from steelyard.models import smoothing, sparse, weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.linear import packed_halves
 
@@ -63,7 +63,7 @@ def write(
         smoothing.save(found.smoothed.scales, folder)
         if found.smoothed.columns is not None:
             tensors[f"{EMBEDDING}.{layers.COLUMNS}"] = found.smoothed.columns
-    save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors if config.portable else sparse.stored(tensors), folder / weights.WEIGHTS, metadata={"format": "pt"})
     weights.copy_companions(parent, folder)
     values = read_json(parent / "config.json")
     paths = [path for path in linears(decoder) if path != HEAD]

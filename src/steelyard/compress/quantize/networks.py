@@ -20,7 +20,7 @@ from steelyard.compress.quantize import gptq, grid
 from steelyard.compress.quantize.decoders import QuantizeConfig, check_group, check_int8_layers, check_strength
 from steelyard.compress.quantize.layout import FORMATS, activations, by_weight, stored
 from steelyard.errors import CheckpointError, ConfigError
-from steelyard.models import weights
+from steelyard.models import sparse, weights
 from steelyard.models.linear import QuantizedWeight
 
 FEWEST_ROWS = 64
@@ -100,7 +100,7 @@ def quantize(
 
 def write(tensors: dict[str, torch.Tensor], config: QuantizeConfig, folder: Path, parent: Path) -> None:
     """Write what `quantize` found into `folder`, with the other files of `parent`."""
-    save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "pt"})
+    save_file(sparse.stored(tensors), folder / weights.WEIGHTS, metadata={"format": "pt"})
     weights.copy_companions(parent, folder)
     values = read_json(parent / "config.json")
     values["quantization_config"] = quantization_config(config, [name.removesuffix(".weight_scale") for name in tensors])
