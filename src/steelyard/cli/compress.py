@@ -9,8 +9,10 @@ import msgspec
 import typer
 from rich.markup import escape
 
+from steelyard import config as configuration
 from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
+from steelyard.cli.train import stop_on_signal
 from steelyard.compress.prune.decoders import Judge, PruneConfig
 from steelyard.compress.prune.structured import Structure
 from steelyard.compress.quantize import smoothing
@@ -19,6 +21,7 @@ from steelyard.errors import ConfigError
 from steelyard.evaluate.answers import LEAST_AGREEMENT, AnswersCertificate
 from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import compress as stage
+from steelyard.stages import recipe as recipes
 from steelyard.stages.compress_networks import is_network
 
 app = typer.Typer(no_args_is_help=True, help="Make a checkpoint smaller, and certify what it cost.")
@@ -57,6 +60,14 @@ PRUNE = console.examples(
     "compress prune MODEL --output OUT --data rows.jsonl --pattern 2:4 --max-bits-per-byte 0.2",
     "compress prune MODEL --output OUT --method magnitude --rate 0.2 --scope model",
     "compress prune MODEL --output OUT --structure blocks --rate 0.25 --data rows.jsonl --accept",
+)
+
+RECIPE = console.examples(
+    "Follow a recipe (TOML): steps that prune, train and quantise, one after the other, the last compared with the "
+    "first. A train step goes on with what the step before left, taught by the recipe's model if it has a "
+    "[step.distill]. The same command goes on after an interruption; steps that were done are not done again.",
+    "compress recipe recipe.toml",
+    "compress recipe recipe.toml --set output=models/smaller --accept",
 )
 
 
@@ -172,6 +183,25 @@ def prune(
     _tell(found, output, as_json)
 
 
+@app.command(help=RECIPE)
+def recipe(
+    file: Annotated[Path, typer.Argument(help="The recipe (TOML).")],
+    settings: console.Settings = None,
+    accept: Accept = False,
+    as_json: console.Json = False,
+) -> None:
+    """See RECIPE."""
+    console.logs()
+    wanted = configuration.load(file, recipes.Recipe, settings or ())
+    done = recipes.follow(wanted, accept=accept, showing=console.counting, begun=stop_on_signal)
+    if done.certificate is None:
+        console.note("interrupted: the same command goes on from there")
+        if as_json:
+            console.result(msgspec.to_builtins(done), True)
+        raise typer.Exit(130)
+    _tell(done.certificate, Path(done.path), as_json, steps=done.steps)
+
+
 def _thresholds(
     source: Path, bits_per_byte: float | None, kl: float | None, agreement: float | None, usual: float
 ) -> Thresholds:
@@ -187,8 +217,8 @@ def _thresholds(
     return Thresholds(bits_per_byte=usual if bits_per_byte is None else bits_per_byte, kl=kl, agreement=least)
 
 
-def _tell(found: Certificate | AnswersCertificate, output: Path, as_json: bool) -> None:
+def _tell(found: Certificate | AnswersCertificate, output: Path, as_json: bool, **more: object) -> None:
     verdict = "passed" if found.passed else "accepted past its thresholds"
-    values = {"path": str(output), "certificate": msgspec.to_builtins(found)}
+    values = {"path": str(output), "certificate": msgspec.to_builtins(found), **more}
     told = f"{found.summary()}\ncertificate {verdict}; checkpoint [bold]{escape(str(output))}[/bold]"
     console.result(values, as_json, table=told)

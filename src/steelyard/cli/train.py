@@ -54,7 +54,7 @@ def command(
 
         def begun(trainer: training.Trainer, counts: dict[str, int]) -> None:
             progress.console.print(", ".join(f"{value} {key.replace('_', ' ')}" for key, value in counts.items()))
-            _stop_on_signal(trainer)
+            stop_on_signal(trainer)
 
         def report(at: training.Progress) -> None:
             left = f"{int(at.seconds_left) // 60}:{int(at.seconds_left) % 60:02d}"
@@ -78,7 +78,7 @@ def _find_rate(config: TrainConfig, as_json: bool) -> None:
     console.result(msgspec.to_builtins(found), as_json, table=told)
 
 
-def _stop_on_signal(trainer: training.Trainer) -> None:
+def stop_on_signal(trainer: training.Trainer) -> None:
     """The first SIGINT or SIGTERM ends the run after its step, with its state saved; the second at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -92,6 +92,11 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 
+def dense_bytes(decoder: Decoder) -> int:
+    """Bytes of a dense model's weights, shared ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in decoder.parameters())
+
+
 @torch.inference_mode()
 def compare(
     parent: Decoder,

@@ -214,7 +214,7 @@ def _certified(
             thresholds,
             accept,
             parent=parent.id,
-            bytes_before=dense_bytes(before),
+            bytes_before=certificate.dense_bytes(before),
             bytes_after=certificate.weight_bytes(folder),
         )
         certificate.demand(found)
@@ -222,8 +222,3 @@ def _certified(
         whole = {**parent.recipe, "compress": recipe}
         manifest.complete(folder, parent=parent.id, data={**parent.data, **data}, recipe=whole, certificate=values)
     return found
-
-
-def dense_bytes(decoder: Decoder) -> int:
-    """Bytes of a dense model's weights, shared ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in decoder.parameters())

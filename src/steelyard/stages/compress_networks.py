@@ -124,16 +124,16 @@ def _certified(
     report: Report,
 ) -> AnswersCertificate:
     manifest.check_output(output, source, source)
-    subject, parent = _subject(source, data), manifest.read(source)
-    before = subject.ask(subject.network)
+    asked, parent = subject(source, data), manifest.read(source)
+    before = asked.ask(asked.network)
     report(1, 3)
     with folder_aside(output) as folder:
-        make(subject, folder)
+        make(asked, folder)
         report(2, 3)
         found = answers.certify(
             before,
-            subject.ask(opened(folder)),
-            vectors=subject.vectors,
+            asked.ask(opened(folder)),
+            vectors=asked.vectors,
             least_agreement=least_agreement,
             accept=accept,
             parent=parent.id,
@@ -160,7 +160,8 @@ def opened(source: Path) -> nn.Module:
     return classifiers.load_encoder(source)
 
 
-def _subject(source: Path, data: Path | None) -> Subject:
+def subject(source: Path, data: Path | None) -> Subject:
+    """A network and its rows: those of `data`, or texts that ship with the package. Raises as `quantize` does."""
     if not classifiers.is_classifier(source):
         return _encoder(source, data)
     classifier = classifiers.load(source)

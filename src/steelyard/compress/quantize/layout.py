@@ -63,7 +63,9 @@ def write(
         smoothing.save(found.smoothed.scales, folder)
         if found.smoothed.columns is not None:
             tensors[f"{EMBEDDING}.{layers.COLUMNS}"] = found.smoothed.columns
-    save_file(tensors if config.portable else sparse.stored(tensors), folder / weights.WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        tensors if config.portable else sparse.stored(tensors), folder / weights.WEIGHTS, metadata={"format": "pt"}
+    )
     weights.copy_companions(parent, folder)
     values = read_json(parent / "config.json")
     paths = [path for path in linears(decoder) if path != HEAD]

@@ -103,7 +103,9 @@ def write(tensors: dict[str, torch.Tensor], config: QuantizeConfig, folder: Path
     save_file(sparse.stored(tensors), folder / weights.WEIGHTS, metadata={"format": "pt"})
     weights.copy_companions(parent, folder)
     values = read_json(parent / "config.json")
-    values["quantization_config"] = quantization_config(config, [name.removesuffix(".weight_scale") for name in tensors])
+    values["quantization_config"] = quantization_config(
+        config, [name.removesuffix(".weight_scale") for name in tensors]
+    )
     (folder / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -116,7 +118,7 @@ def quantization_config(config: QuantizeConfig, paths: Sequence[str] = ()) -> di
     """
     whole = {"type": "int", "symmetric": True}
     eight = {**whole, "num_bits": 8}
-    groups: dict[str, Any] = {
+    groups: dict[str, dict[str, Any]] = {
         "group_0": {
             "targets": ["Linear"],
             "weights": {**whole, "num_bits": config.bits, **by_weight(config.group)},
@@ -127,9 +129,13 @@ def quantization_config(config: QuantizeConfig, paths: Sequence[str] = ()) -> di
         "group_2": {"targets": ["Conv1d", "Conv2d", "LSTM"], "weights": {**eight, **by_weight(None)}},
     }
     if config.bits == 4:
-        head = {**groups["group_0"], "weights": {**eight, **by_weight(config.group)}, "format": FORMATS[8]}
-        eight = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in config.int8_layers)]
-        groups["group_3"] = {**head, "targets": [HEAD, *eight]}
+        head = {
+            **groups["group_0"],
+            "weights": {**eight, **by_weight(config.group)},
+            "format": FORMATS[8],
+        }
+        wider = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in config.int8_layers)]
+        groups["group_3"] = {**head, "targets": [HEAD, *wider]}
     return {
         "quant_method": "compressed-tensors",
         "format": FORMATS[config.bits],
