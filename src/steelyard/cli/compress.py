@@ -17,12 +17,14 @@ from steelyard.compress.prune.decoders import Judge, PruneConfig
 from steelyard.compress.prune.structured import Structure
 from steelyard.compress.quantize import smoothing
 from steelyard.compress.quantize.decoders import GROUPS, Method, QuantizeConfig
-from steelyard.errors import ConfigError
+from steelyard.compress.search import MEASURES, shown
+from steelyard.errors import ConfigError, FidelityError, edge
 from steelyard.evaluate.answers import LEAST_AGREEMENT, AnswersCertificate
 from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import compress as stage
 from steelyard.stages import recipe as recipes
 from steelyard.stages.compress_networks import is_network
+from steelyard.stages.compress_search import Search
 
 app = typer.Typer(no_args_is_help=True, help="Make a checkpoint smaller, and certify what it cost.")
 Accept = Annotated[bool, typer.Option("--accept", help="Keep it even past a threshold.")]
@@ -68,6 +70,15 @@ RECIPE = console.examples(
     "[step.distill]. The same command goes on after an interruption; steps that were done are not done again.",
     "compress recipe recipe.toml",
     "compress recipe recipe.toml --set output=models/smaller --accept",
+)
+SEARCH = console.examples(
+    "Find the form of a decoder that meets a target: the usual ones are measured, then those between, chosen by what "
+    "was measured (mixed precision by each layer's own sensitivity; fewer blocks, if nothing else is fast enough). "
+    "Ends with a table, a plot of what is lost by size and by speed, the checkpoint that was chosen, and its recipe. "
+    f"Measures: {', '.join(f'{name} ({what})' for name, what in MEASURES.items())}. The same command goes on.",
+    'compress search MODEL --output searched --data rows.jsonl --held other.jsonl --target "size<=100MB,max_loss=2%"',
+    'compress search MODEL -o searched --data a.jsonl --held b.jsonl --target "tokens_per_second>=2x,max_loss=1%"',
+    "compress search MODEL -o searched --data a.jsonl --held b.jsonl --explain",
 )
 
 
@@ -200,6 +211,42 @@ def recipe(
             console.result(msgspec.to_builtins(done), True)
         raise typer.Exit(130)
     _tell(done.certificate, Path(done.path), as_json, steps=done.steps)
+
+
+@app.command(help=SEARCH)
+def search(
+    checkpoint: Annotated[str, typer.Argument(help="A decoder or an adapter: a folder or a source.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of everything that is made.")],
+    data: Annotated[Path, typer.Option(help="Rows to judge by, as train reads them.")],
+    held: Annotated[Path, typer.Option(help="Other rows, to measure on; `steelyard data --holdout` cuts some off.")],
+    target: Annotated[str, typer.Option(help="What is to be met; without one the usual forms are compared.")] = "",
+    minutes: Annotated[float, typer.Option(help="After which nothing is begun that would end later.", min=0)] = 30.0,
+    train: Annotated[
+        Path | None, typer.Option(help="Settings of a run (TOML) that goes after blocks went, as in a recipe.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say which form is for what, with this model's numbers.")
+    ] = False,
+    as_json: console.Json = False,
+) -> None:
+    """See SEARCH."""
+    console.logs()
+    training = None if train is None else configuration.read(train)
+    found = Search(
+        resolve(checkpoint), output, target, data, held, minutes=minutes, training=training, showing=console.counting
+    ).run()
+    names = [name for name in MEASURES if name in found.points[0].measures]
+    if not as_json:
+        rows = [[p.name, *(shown(name, p.measures[name]) for name in names)] for p in found.points]
+        console.out.print(console.table(["form", *(name.replace("_", " ") for name in names)], rows))
+    told = [*(found.explained if explain else ()), f"report {found.report}"]
+    if found.chosen is not None:
+        told.insert(0, f"chosen: {found.chosen}, in {found.path}")
+    elif target:
+        told.insert(0, f"none meets {target}; {found.nearest} misses it least, by {found.missed:.1%} of a bound")
+    console.result(msgspec.to_builtins(found), as_json, table=escape("\n".join(told)))
+    if target and found.chosen is None:
+        raise typer.Exit(edge(FidelityError()).exit_code)
 
 
 def _thresholds(

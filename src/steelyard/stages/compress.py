@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from steelyard.atomic import folder_aside
 from steelyard.checkpoint import manifest
+from steelyard.compress import sensitivity
 from steelyard.compress.inputs import dense
 from steelyard.compress.prune import decoders as pruning
 from steelyard.compress.prune import structured
@@ -167,8 +169,12 @@ def _cut(opened: Opened, config: PruneConfig, batches: list[Pack], folder: Path)
     if not dense(opened.decoder):
         raise CheckpointError("the model is quantised already; prune its parent")
     assert config.structure is not None
-    judge: structured.Importance = "gradient" if config.method == "gradient" else "activation"
-    found = structured.scores(opened.decoder, config.structure, judge, batches)
+    if config.method == "divergence":
+        # All distributions are held in memory: those of one pack.
+        found = torch.tensor(sensitivity.of_blocks(copy.deepcopy(opened.decoder).float(), batches[:1]))
+    else:
+        judge: structured.Importance = "gradient" if config.method == "gradient" else "activation"
+        found = structured.scores(opened.decoder, config.structure, judge, batches)
     rate = pruning.STRUCTURED_RATE if config.rate is None else config.rate
     smaller, fields = structured.cut(opened.decoder, config.structure, rate, found)
     weights.save(smaller, folder, opened.base)
@@ -177,17 +183,34 @@ def _cut(opened: Opened, config: PruneConfig, batches: list[Pack], folder: Path)
 
 
 def _calibration(opened: Opened, data: Path, tokens: int) -> list[Pack]:
+    return list(packs(token_rows(opened, data, tokens)))
+
+
+def token_rows(opened: Opened, data: Path, tokens: int) -> list[TokenRow]:
+    """The first `tokens` tokens of a file's rows, or a few more; a long text in parts, a long conversation cut off.
+
+    Raises:
+        DataError: a row, by file and line; or none has tokens.
+    """
     rows: list[TokenRow] = []
     size = 0
     longest = min(MAX_TOKENS, opened.decoder.config.context)
-    for row in tokenized(chat.iterate(data), opened.tokenizer, opened.template, longest, "truncate"):
-        rows.append(row)
-        size += len(row.tokens)
+    for row in chat.iterate(data):
+        if row.messages[0].role == "text":
+            ids = opened.tokenizer.encode_plain(row.messages[0].content)
+            parts = [ids[begin : begin + longest] for begin in range(0, min(len(ids), tokens - size), longest)]
+            found = [
+                TokenRow(tokens=part, trained=[False] + [True] * (len(part) - 1)) for part in parts if len(part) > 1
+            ]
+        else:
+            found = list(tokenized([row], opened.tokenizer, opened.template, longest, "truncate"))
+        rows += found
+        size += sum(len(each.tokens) for each in found)
         if size >= tokens:
             break
     if not rows:
         raise DataError("none of its rows has tokens to judge by", file=data)
-    return list(packs(rows))
+    return rows
 
 
 def _certified(

@@ -209,7 +209,7 @@ def follow(
         path = history.path(number, step, _data(step, recipe))
         if path is None:
             with showing(f"step {number} of {len(wanted)}: {kind}") as report:
-                path = _do(step, at, made, recipe, report, begun)
+                path = do(step, at, made, recipe, report, begun)
             if path is None:
                 return Followed(path=str(output), finished=False, steps=history.paths, certificate=None)
             history.add(step, _data(step, recipe), path)
@@ -226,10 +226,15 @@ def follow(
     return Followed(path=str(output), finished=True, steps=history.paths, certificate=found)
 
 
-def _do(
-    step: Step, at: Path | None, made: Path, recipe: Recipe, report: Report, begun: Callable[[Trainer], None]
+def do(
+    step: Step,
+    at: Path | None,
+    made: Path,
+    recipe: Recipe,
+    report: Report,
+    begun: Callable[[Trainer], None] = lambda trainer: None,
 ) -> Path | None:
-    """A step's checkpoint; None if its run was interrupted."""
+    """A step's checkpoint, in the folder `made`; None if its run was interrupted. Raises as `follow` does."""
     if isinstance(step, Train):
         raw = _run_settings(step.settings, str(at), recipe.model, str(made))
 
