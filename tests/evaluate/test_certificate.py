@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from steelyard.data.rows import TokenRow
 from steelyard.errors import FidelityError
 from steelyard.evaluate import certificate
-from steelyard.evaluate.certificate import Certificate, Thresholds, compare, golden_texts, judge
+from steelyard.evaluate.certificate import Certificate, TaskDelta, Thresholds, compare, golden_texts, judge
+from steelyard.evaluate.likelihood import negative_log_likelihood
 from steelyard.models.opening import Opened, open_checkpoint
 
 
@@ -20,12 +22,13 @@ def opened(tiny_model: Path) -> Opened:
     return open_checkpoint(tiny_model, torch.float32)
 
 
-def judged(thresholds: Thresholds, accept: bool = False, **changed: float) -> Certificate:
+def judged(thresholds: Thresholds, accept: bool = False, **changed: Any) -> Certificate:
     measured: dict[str, Any] = dict.fromkeys(
         ("kl_mean", "kl_max", "max_logit_error", "bits_per_byte_before", "bits_per_byte_after", "top1_agreement"), 0.0
     )
     measured |= {"prompts": 32, "prompts_sha256": "", "tokens": 100, "bits_per_byte_change": 0.0, **changed}
-    return judge(measured, thresholds, accept, parent="sha256:0", bytes_before=10, bytes_after=5)
+    tasks = measured.pop("tasks", {})
+    return judge(measured, thresholds, accept, parent="sha256:0", tasks=tasks, bytes_before=10, bytes_after=5)
 
 
 def test_the_golden_texts_are_32_and_distinct() -> None:
@@ -41,6 +44,7 @@ def test_a_model_against_itself(opened: Opened) -> None:
         assert measured[name] == 0.0
     assert measured["bits_per_byte_before"] == measured["bits_per_byte_after"] > 0
     assert measured["top1_agreement"] == 1.0
+    assert measured["bits_per_byte_interval"] == (0.0, 0.0)
     assert done[-1] == (32, 32)
     found = judge(measured, Thresholds(bits_per_byte=0.0, kl=0.0), parent="x", bytes_before=1, bytes_after=1)
     assert found.passed
@@ -55,7 +59,14 @@ def test_a_model_that_moved_is_measured(opened: Opened, tiny_model: Path) -> Non
     measured = compare(opened.decoder, moved, opened.tokenizer)
     assert 0 < measured["kl_mean"] < measured["kl_max"]
     assert measured["max_logit_error"] > 0
-    assert measured["bits_per_byte_change"] != 0
+    low, high = measured["bits_per_byte_interval"]
+    assert low < measured["bits_per_byte_change"] < high
+    text = golden_texts()[0]
+    golden = measured["golden"][0]
+    assert golden.tokens == opened.tokenizer.encode_plain(text)[:32]
+    row = TokenRow(tokens=golden.tokens, trained=[False] + [True] * (len(golden.tokens) - 1))
+    nats, count = negative_log_likelihood(moved, None, [row])
+    assert (sum(golden.nats), len(golden.nats)) == (pytest.approx(nats, rel=1e-4), count)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +76,12 @@ def test_a_model_that_moved_is_measured(opened: Opened, tiny_model: Path) -> Non
         ({"bits_per_byte_change": math.nan}, Thresholds(bits_per_byte=math.inf)),
         ({"kl_mean": 0.2}, Thresholds(kl=0.1)),
         ({"kl_mean": math.nan}, Thresholds(kl=0.1)),
+        ({"tasks": {"a": TaskDelta(measure="accuracy", before=0.9, after=0.87)}}, Thresholds()),
+        ({"tasks": {"a": TaskDelta(measure="loss", before=1.0, after=1.03)}}, Thresholds()),
+        ({"tasks": {"a": TaskDelta(measure="loss", before=1.0, after=math.nan)}}, Thresholds(task=10.0)),
     ],
 )
-def test_past_a_threshold_it_is_refused_unless_accepted(changed: dict[str, float], thresholds: Thresholds) -> None:
+def test_past_a_threshold_it_is_refused_unless_accepted(changed: dict[str, Any], thresholds: Thresholds) -> None:
     found = judged(thresholds, **changed)
     assert not found.passed
     with pytest.raises(FidelityError, match=r"past its thresholds .*bits per byte.*nothing was written.*--accept"):

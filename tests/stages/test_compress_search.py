@@ -86,8 +86,8 @@ def test_between_four_bits_and_eight(tiny_model: Path, tmp_path: Path, files: tu
 
 def test_what_none_meets(tiny_model: Path, tmp_path: Path, files: tuple[Path, Path]) -> None:
     output = tmp_path / "searched"
+    named = ["-o", str(output), "--data", str(files[0]), "--held", str(files[1])]
     with pytest.raises(SystemExit) as ended:
-        named = ["-o", str(output), "--data", str(files[0]), "--held", str(files[1])]
         main(["compress", "search", str(tiny_model), *named, "--target", "size<=0.1x,loss<=0.1%", "--json"])
     assert ended.value.code == 9
     assert not (output / "best").exists()

@@ -16,10 +16,13 @@ from steelyard.compress.prune.decoders import PruneConfig
 from steelyard.compress.quantize import grid
 from steelyard.compress.quantize.decoders import QuantizeConfig
 from steelyard.compress.quantize.grid import Integers
+from steelyard.data.chat import FormatConfig
 from steelyard.errors import CheckpointError, ConfigError, FidelityError
-from steelyard.evaluate.certificate import Thresholds
+from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.models.opening import open_checkpoint
+from steelyard.stages.certify import sign_off
 from steelyard.stages.compress import CALIBRATION, prune, quantize
+from steelyard.stages.evaluate import Likelihood, evaluate
 
 LOOSE = Thresholds(bits_per_byte=0.5)
 
@@ -41,7 +44,7 @@ def test_what_passes_is_written_with_certificate_and_lineage(tiny_model: Path, t
     found = quantize(tiny_model, output, thresholds=LOOSE)
     written = manifest.verify(output)
     assert found.passed
-    assert written.certificate == msgspec.to_builtins(found)
+    assert written.certificate == json.loads(msgspec.json.encode(found))
     assert written.parent == found.parent == manifest.read(tiny_model).id
     assert written.id != written.parent
     assert written.recipe["compress"] == json.loads(msgspec.json.encode(QuantizeConfig()))
@@ -173,3 +176,47 @@ def test_what_is_quantised_is_not_pruned(tiny_model: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="quantised already"):
         prune(tmp_path / "small", tmp_path / "pruned", PruneConfig(method="magnitude"), accept=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["small"]
+
+
+def test_tasks_are_compared(tiny_model: Path, tmp_path: Path) -> None:
+    """A task may lose where general text does not: it is judged apart."""
+    labelled, plain = tmp_path / "labelled.jsonl", tmp_path / "plain.jsonl"
+    lines = [{"text": f"Number {number}.", "label": ("odd", "even")[number % 2]} for number in range(12)]
+    labelled.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain.write_text("".join(json.dumps({"text": f"The user asks {number} times."}) + "\n" for number in range(12)))
+    found = quantize(tiny_model, tmp_path / "small", tasks=[labelled, plain], thresholds=LOOSE, accept=True)
+    assert isinstance(found, Certificate)
+    assert {name: delta.measure for name, delta in found.tasks.items()} == {
+        "labelled.jsonl": "accuracy",
+        "plain.jsonl": "loss",
+    }
+    for checkpoint, side in ((tiny_model, "before"), (tmp_path / "small", "after")):
+        measured = evaluate(checkpoint, plain, FormatConfig())
+        assert isinstance(measured, Likelihood)
+        assert getattr(found.tasks["plain.jsonl"], side) == measured.loss
+    assert "plain.jsonl: loss" in found.summary()
+    strict = msgspec.structs.replace(LOOSE, task=-1.0)
+    with pytest.raises(FidelityError, match="of a task's accuracy"):
+        quantize(tiny_model, tmp_path / "other", tasks=[plain], thresholds=strict)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ConfigError, match=r"are called 'plain\.jsonl'"):
+        quantize(tiny_model, tmp_path / "other", tasks=[plain, plain], thresholds=LOOSE)
+
+
+def test_somebody_signs(tiny_model: Path, tmp_path: Path) -> None:
+    quantize(tiny_model, tmp_path / "small", thresholds=LOOSE, accept=True)
+    before = manifest.read(tmp_path / "small")
+    sign_off(tmp_path / "small", " Ada ", "read")
+    sign_off(tmp_path / "small", "Grace")
+    after = manifest.verify(tmp_path / "small")
+    assert after.id == before.id
+    assert after.certificate is not None
+    signed = msgspec.convert(after.certificate, Certificate).sign_offs
+    assert [(each.by, each.note) for each in signed] == [("Ada", "read"), ("Grace", "")]
+    with pytest.raises(ConfigError, match="say who"):
+        sign_off(tmp_path / "small", " ")
+    with pytest.raises(CheckpointError, match="no certificate"):
+        sign_off(tiny_model, "Ada")
+    (tmp_path / "small" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="altered"):
+        sign_off(tmp_path / "small", "Ada")

@@ -23,6 +23,7 @@ from steelyard.evaluate.answers import LEAST_AGREEMENT, AnswersCertificate
 from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import compress as stage
 from steelyard.stages import recipe as recipes
+from steelyard.stages.certify import sign_off
 from steelyard.stages.compress_networks import is_network
 from steelyard.stages.compress_search import Search
 
@@ -37,6 +38,16 @@ Agreement = Annotated[
     typer.Option(
         "--min-agreement",
         help=f"Classifiers, encoders: least agreement with the model before; {LEAST_AGREEMENT} by default.",
+    ),
+]
+Tasks = Annotated[
+    list[Path] | None,
+    typer.Option("--task", help="Decoders: rows of a task that both are compared on; with labels by accuracy."),
+]
+MaxTask = Annotated[
+    float | None,
+    typer.Option(
+        "--max-task-loss", help="Largest fall of accuracy there, or relative rise of the loss; 0.02 by default."
     ),
 ]
 MaxKl = Annotated[float | None, typer.Option(help="Largest mean KL divergence in nats.")]
@@ -70,6 +81,11 @@ RECIPE = console.examples(
     "[step.distill]. The same command goes on after an interruption; steps that were done are not done again.",
     "compress recipe recipe.toml",
     "compress recipe recipe.toml --set output=models/smaller --accept",
+)
+SIGN = console.examples(
+    "Record in a checkpoint's certificate that somebody has looked at it and stands for it: who, when, and why. Its "
+    "files are compared with the manifest first.",
+    'compress sign models/small --by "Ada Lovelace" --note "1,000 tickets read side by side"',
 )
 SEARCH = console.examples(
     "Find the form of a decoder that meets a target: the usual ones are measured, then those between, chosen by what "
@@ -112,16 +128,20 @@ def quantize(
     strength: Annotated[
         float, typer.Option(help="smoothquant: how much moves into the weights, 0 to 1.")
     ] = smoothing.STRENGTH,
+    task: Tasks = None,
     accept: Accept = False,
     max_bits_per_byte: MaxBits = None,
     max_kl: MaxKl = None,
+    max_task_loss: MaxTask = None,
     min_agreement: Agreement = None,
     as_json: console.Json = False,
 ) -> None:
     """See HELP."""
     console.logs()
     source = resolve(checkpoint)
-    thresholds = _thresholds(source, max_bits_per_byte, max_kl, min_agreement, 0.1 if bits == 4 else 0.02)
+    thresholds = _thresholds(
+        source, max_bits_per_byte, max_kl, min_agreement, max_task_loss, 0.1 if bits == 4 else 0.02
+    )
     config = QuantizeConfig.chosen(
         bits,
         group,
@@ -139,6 +159,7 @@ def quantize(
             config,
             data=data,
             tokens=tokens,
+            tasks=task or (),
             thresholds=thresholds,
             accept=accept,
             report=report,
@@ -167,9 +188,11 @@ def prune(
         int | None, typer.Option(help=f"How many of their tokens are read, at most; {stage.CALIBRATION} by default.")
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Store zeros, too: for other readers.")] = False,
+    task: Tasks = None,
     accept: Accept = False,
     max_bits_per_byte: MaxBits = None,
     max_kl: MaxKl = None,
+    max_task_loss: MaxTask = None,
     min_agreement: Agreement = None,
     as_json: console.Json = False,
 ) -> None:
@@ -177,7 +200,7 @@ def prune(
     console.logs()
     judge: Judge = method or ("sparsegpt" if structure is None else "activation")
     source = resolve(checkpoint)
-    thresholds = _thresholds(source, max_bits_per_byte, max_kl, min_agreement, 0.02)
+    thresholds = _thresholds(source, max_bits_per_byte, max_kl, min_agreement, max_task_loss, 0.02)
     config = PruneConfig(method=judge, structure=structure, rate=rate, pattern=pattern, scope=scope)
     with console.counting("pruning and certifying") as report:
         found = stage.prune(
@@ -186,6 +209,7 @@ def prune(
             config,
             data=data,
             tokens=tokens,
+            tasks=task or (),
             zeros=dense,
             thresholds=thresholds,
             accept=accept,
@@ -211,6 +235,18 @@ def recipe(
             console.result(msgspec.to_builtins(done), True)
         raise typer.Exit(130)
     _tell(done.certificate, Path(done.path), as_json, steps=done.steps)
+
+
+@app.command(help=SIGN)
+def sign(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint with a certificate.")],
+    by: Annotated[str, typer.Option(help="Who.")],
+    note: Annotated[str, typer.Option(help="Why.")] = "",
+    as_json: console.Json = False,
+) -> None:
+    """See SIGN."""
+    signed = sign_off(checkpoint, by, note)
+    console.result(msgspec.to_builtins(signed), as_json, table=f"signed by {escape(signed.by)} at {signed.at}")
 
 
 @app.command(help=SEARCH)
@@ -250,7 +286,12 @@ def search(
 
 
 def _thresholds(
-    source: Path, bits_per_byte: float | None, kl: float | None, agreement: float | None, usual: float
+    source: Path,
+    bits_per_byte: float | None,
+    kl: float | None,
+    agreement: float | None,
+    task: float | None,
+    usual: float,
 ) -> Thresholds:
     """The bounds that were asked for. Raises ConfigError: one that the model has not."""
     network = is_network(source)
@@ -261,7 +302,10 @@ def _thresholds(
             "--min-agreement is a bound of classifiers and encoders: here it is --max-bits-per-byte or --max-kl"
         )
     least = LEAST_AGREEMENT if agreement is None else agreement
-    return Thresholds(bits_per_byte=usual if bits_per_byte is None else bits_per_byte, kl=kl, agreement=least)
+    most = Thresholds().task if task is None else task
+    return Thresholds(
+        bits_per_byte=usual if bits_per_byte is None else bits_per_byte, kl=kl, agreement=least, task=most
+    )
 
 
 def _tell(found: Certificate | AnswersCertificate, output: Path, as_json: bool, **more: object) -> None:

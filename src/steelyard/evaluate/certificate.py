@@ -13,22 +13,26 @@ import math
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
 
 from steelyard import __version__
 from steelyard.checkpoint import manifest
+from steelyard.data.packing import bins, pack
 from steelyard.data.rows import TokenRow
 from steelyard.errors import CheckpointError, FidelityError
 from steelyard.evaluate.answers import LEAST_AGREEMENT
-from steelyard.evaluate.likelihood import packs
+from steelyard.evaluate.likelihood import PACK_TOKENS
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
 from steelyard.text.tokenizer import Tokenizer
 
 MAX_TOKENS = 512
+REMEMBERED, PROMPT = 4, 32
+"""Of how many golden texts the beginning is remembered, for whoever serves the model, and how many tokens of each."""
+DRAWS = 1000
 
 
 class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +44,38 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
     """Largest mean KL divergence in nats, if any."""
     agreement: float = LEAST_AGREEMENT
     """Of networks that are no language models: see `answers.AnswersCertificate`."""
+    task: float = 0.02
+    """Largest fall of accuracy on rows of a task; where they have no labels, largest relative rise of the loss."""
+
+
+class TaskDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a task's rows say of both."""
+
+    measure: Literal["accuracy", "loss"]
+    before: float
+    after: float
+
+    @property
+    def lost(self) -> float:
+        """Accuracy, absolute; loss, relative."""
+        return self.before - self.after if self.measure == "accuracy" else self.after / self.before - 1
+
+
+class SignOff(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody stands for a model as it is."""
+
+    by: str
+    at: str
+    """UTC."""
+    note: str = ""
+
+
+class GoldenPrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """The beginning of a golden text, and what the derived model holds of it."""
+
+    tokens: list[int]
+    nats: list[float]
+    """-log p of every token but the first."""
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,14 +95,21 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     bits_per_byte_after: float
     bits_per_byte_change: float
     """Relative."""
+    bits_per_byte_interval: tuple[float, float] | None = None
+    """Of the change, 95%, by drawing the texts anew."""
     top1_agreement: float
     """Share of tokens at which both find the same token likeliest."""
     bytes_before: int
     bytes_after: int
+    tasks: dict[str, TaskDelta] = {}
+    """By the file of their rows."""
+    golden: list[GoldenPrompt] = []
+    """What an engine that loads the model has to find, too."""
     thresholds: Thresholds
     passed: bool
     accepted: bool = False
     """Handed on past a threshold, because it was asked for."""
+    sign_offs: list[SignOff] = []
     code: str = f"steelyard {__version__}"
 
     def summary(self) -> str:
@@ -75,7 +118,11 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
             f"KL {self.kl_mean:.4f} nats, max logit error {self.max_logit_error:.2f}, the same likeliest token at "
             f"{self.top1_agreement:.1%} of places, bits per byte "
             f"{self.bits_per_byte_before:.4f} -> {self.bits_per_byte_after:.4f} ({self.bits_per_byte_change:+.2%}), "
-            f"bytes {self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB "
+            + "".join(
+                f"{name}: {delta.measure} {delta.before:.4f} -> {delta.after:.4f}, "
+                for name, delta in self.tasks.items()
+            )
+            + f"bytes {self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB "
             f"({self.bytes_after / self.bytes_before:.2f}x)"
         )
 
@@ -128,9 +175,12 @@ def compare(
     if not rows:
         raise CheckpointError("the tokenizer makes no tokens of the golden texts: nothing can be certified")
     size = sum(len(tokenizer.decode(row.tokens).encode()) for row in rows)
-    kl_sum = kl_max = logit_error = before = after = same = 0.0
-    count = done = 0
-    for batch in packs(rows):
+    kl_sum = kl_max = logit_error = same = 0.0
+    done = 0
+    nats = {place: torch.empty(0) for place in range(len(rows))}
+    """Of each text, `[2, T]`: -log p of its tokens by the parent and the derived model."""
+    for places in bins([len(row.tokens) for row in rows], PACK_TOKENS):
+        batch = pack([rows[place] for place in places])
         logits = []
         for decoder in (parent, derived):
             states = decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths))
@@ -140,13 +190,14 @@ def compare(
         kl_sum, kl_max = kl_sum + float(kl.sum()), _largest(kl, kl_max)
         centred = [x - x.mean(-1, keepdim=True) for x in logits]
         logit_error = _largest((centred[0] - centred[1]).abs(), logit_error)
-        before -= float(p.gather(1, batch.targets[:, None]).sum())
-        after -= float(q.gather(1, batch.targets[:, None]).sum())
+        both = -torch.stack([x.gather(1, batch.targets[:, None])[:, 0] for x in (p, q)])
+        nats |= zip(places, torch.split(both, [length - 1 for length in batch.lengths], dim=1), strict=True)
         same += float((p.argmax(-1) == q.argmax(-1)).sum())
-        count += len(batch.targets)
         done += len(batch.lengths)
         report(done, len(rows))
-    bits = 1 / math.log(2) / size
+    sums = torch.stack([each.double().sum(1) for each in nats.values()])  # [texts, 2]
+    before, after = sums.sum(0).tolist()
+    count, bits = sum(each.shape[1] for each in nats.values()), 1 / math.log(2) / size
     return {
         "prompts": len(texts),
         "prompts_sha256": _digest(texts),
@@ -157,8 +208,24 @@ def compare(
         "bits_per_byte_before": before * bits,
         "bits_per_byte_after": after * bits,
         "bits_per_byte_change": after / before - 1,
+        "bits_per_byte_interval": _interval(sums),
         "top1_agreement": same / count,
+        "golden": [
+            GoldenPrompt(
+                tokens=rows[place].tokens[:PROMPT], nats=[round(x, 4) for x in nats[place][1, : PROMPT - 1].tolist()]
+            )
+            for place in range(min(REMEMBERED, len(rows)))
+        ],
     }
+
+
+def _interval(sums: torch.Tensor) -> tuple[float, float]:
+    """Of the relative change, from sums `[texts, 2]` before and after."""
+    places = torch.randint(len(sums), (DRAWS, len(sums)), generator=torch.Generator().manual_seed(0))
+    drawn = sums[places].sum(1)  # [draws, 2]
+    change = drawn[:, 1] / drawn[:, 0] - 1
+    low, high = change.quantile(torch.tensor([0.025, 0.975], dtype=change.dtype)).tolist()
+    return low, high
 
 
 def _largest(values: torch.Tensor, before: float) -> float:
@@ -178,6 +245,7 @@ def judge(measured: dict[str, Any], thresholds: Thresholds, accept: bool = False
     passed = bool(measured["bits_per_byte_change"] <= thresholds.bits_per_byte)
     if thresholds.kl is not None:
         passed = passed and bool(measured["kl_mean"] <= thresholds.kl)
+    passed = passed and all(delta.lost <= thresholds.task for delta in fields.get("tasks", {}).values())
     accepted = accept and not passed
     return Certificate(**measured, thresholds=thresholds, passed=passed, accepted=accepted, **fields)
 
@@ -191,6 +259,8 @@ def demand(certificate: Certificate) -> None:
     if certificate.passed or certificate.accepted:
         return
     limits = f"{certificate.thresholds.bits_per_byte:+.3%} bits per byte"
+    if certificate.tasks:
+        limits += f", {certificate.thresholds.task} of a task's accuracy, or of its loss"
     if certificate.thresholds.kl is not None:
         limits += f", KL {certificate.thresholds.kl}"
     raise FidelityError(

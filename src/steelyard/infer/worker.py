@@ -26,6 +26,7 @@ from typing import get_args
 
 from steelyard.checkpoint import manifest
 from steelyard.errors import ArtifactError, CheckpointError, RequestError, SteelyardError
+from steelyard.infer import fidelity
 from steelyard.infer.adapters import Prepared
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.request import (
@@ -148,8 +149,9 @@ def _put(engine: Engine, asked: LoadAdapter, read: Future[Prepared]) -> AdapterC
 def start(
     checkpoint: Path, adapters: dict[str, Path], draft: Path | None = None, config: EngineConfig | None = None
 ) -> Engine:
-    """Load the engine and draw a canary token from it and from each adapter."""
+    """Load the engine, see that it computes what was certified, and draw a canary token from it and each adapter."""
     engine = Engine.load(checkpoint, adapters, config, draft=draft)
+    fidelity.recheck(engine, checkpoint)
     for name in (None, *adapters):
         request = Request(id="canary", prompt=[0], sampling=Sampling(max_tokens=1, temperature=0), adapter=name)
         for _ in engine.run([request]):

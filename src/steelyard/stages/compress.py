@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from steelyard.models import lora, weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.opening import Opened, open_checkpoint
 from steelyard.stages import compress_networks
+from steelyard.stages.certify import task_deltas
 
 CALIBRATION = 1 << 16
 """Tokens that are enough to judge weights by."""
@@ -47,6 +48,7 @@ def quantize(
     *,
     data: Path | None = None,
     tokens: int | None = None,
+    tasks: Sequence[Path] = (),
     thresholds: Thresholds | None = None,
     accept: bool = False,
     report: Callable[[int, int], None] = lambda done, of: None,
@@ -59,6 +61,7 @@ def quantize(
         config: how.
         data: rows to judge by, as `train` reads them; all methods but nearest need them.
         tokens: how many of their tokens are read, at most; `SMOOTHING` by default.
+        tasks: rows of tasks that decoders are judged on besides; see `certify.task_deltas`.
         thresholds: what may be lost.
         accept: hand it on past a threshold.
         report: told how many blocks and golden texts are done, of how many.
@@ -76,7 +79,7 @@ def quantize(
     if data is None and tokens is not None:
         raise ConfigError("tokens are those of rows: give it some (--data FILE)")
     if compress_networks.is_network(source):
-        _refuse_tokens(tokens)
+        _refuse_of_decoders(tokens, tasks)
         agreement = thresholds.agreement
         return compress_networks.quantize(
             source, output, config, data, least_agreement=agreement, accept=accept, report=report
@@ -95,7 +98,7 @@ def quantize(
         return opened.decoder
 
     recipe = {**msgspec.to_builtins(config), **({} if data is None else {"tokens": tokens})}
-    return _certified(source, output, make, recipe, digests, thresholds, accept, report)
+    return _certified(source, output, make, recipe, digests, tasks, thresholds, accept, report)
 
 
 def prune(
@@ -105,6 +108,7 @@ def prune(
     *,
     data: Path | None = None,
     tokens: int | None = None,
+    tasks: Sequence[Path] = (),
     zeros: bool = False,
     thresholds: Thresholds | None = None,
     accept: bool = False,
@@ -119,6 +123,7 @@ def prune(
         data: rows by which wanda and sparsegpt judge, as `train` reads them.
         tokens: how many of their tokens are read, at most; `CALIBRATION` by default.
         zeros: store zeros like other weights, for other readers.
+        tasks: rows of tasks that decoders are judged on besides; see `certify.task_deltas`.
         thresholds: what may be lost.
         accept: hand it on past a threshold.
         report: told how many blocks and golden texts are done, of how many.
@@ -132,7 +137,7 @@ def prune(
     if data is None and config.method != "magnitude":
         raise ConfigError(f"{config.method} judges weights by what they read: give it rows (--data FILE)")
     if compress_networks.is_network(source):
-        _refuse_tokens(tokens)
+        _refuse_of_decoders(tokens, tasks)
         agreement = thresholds.agreement
         return compress_networks.prune(
             source, output, config, data, zeros=zeros, least_agreement=agreement, accept=accept, report=report
@@ -156,10 +161,12 @@ def prune(
         return opened.decoder
 
     recipe = {**msgspec.to_builtins(config), **({} if data is None else {"tokens": tokens})}
-    return _certified(source, output, make, recipe, digests, thresholds, accept, report)
+    return _certified(source, output, make, recipe, digests, tasks, thresholds, accept, report)
 
 
-def _refuse_tokens(tokens: int | None) -> None:
+def _refuse_of_decoders(tokens: int | None, tasks: Sequence[Path]) -> None:
+    if tasks:
+        raise ConfigError("rows of tasks are a decoder's: other networks are compared on --data")
     if tokens is not None:
         raise ConfigError("tokens are a decoder's: other networks read all rows, give fewer of them")
 
@@ -219,6 +226,7 @@ def _certified(
     make: Callable[[Opened, Path], Decoder],
     recipe: dict[str, Any],
     data: dict[str, str],
+    tasks: Sequence[Path],
     thresholds: Thresholds,
     accept: bool,
     report: Callable[[int, int], None],
@@ -237,6 +245,7 @@ def _certified(
             thresholds,
             accept,
             parent=parent.id,
+            tasks=task_deltas(source, folder, tasks),
             bytes_before=certificate.dense_bytes(before),
             bytes_after=certificate.weight_bytes(folder),
         )

@@ -111,6 +111,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     max_bits_per_byte: float = 0.1
     """Of language models, between the first and the last: largest relative rise."""
     max_kl: float | None = None
+    tasks: tuple[str, ...] = ()
+    """Files of rows that decoders are judged on besides, from the first to the last."""
+    max_task_loss: float = 0.02
+    """Largest fall of accuracy there; where rows have no labels, largest relative rise of the loss."""
     min_agreement: float = 0.9
     """Of other networks."""
     step: tuple[dict[str, Any], ...]
@@ -218,10 +222,14 @@ def follow(
     assert first is not None, "there is a step"
     with showing("comparing the last with the first") as report:
         thresholds = Thresholds(
-            bits_per_byte=recipe.max_bits_per_byte, kl=recipe.max_kl, agreement=recipe.min_agreement
+            bits_per_byte=recipe.max_bits_per_byte,
+            kl=recipe.max_kl,
+            agreement=recipe.min_agreement,
+            task=recipe.max_task_loss,
         )
         data = None if recipe.data is None or not is_network(first) else Path(recipe.data)
-        found = certify.between(first, at, data=data, thresholds=thresholds, accept=accept, report=report)
+        tasks = [Path(path) for path in recipe.tasks]
+        found = certify.between(first, at, data=data, tasks=tasks, thresholds=thresholds, accept=accept, report=report)
     _hand_on(at, output, found)
     return Followed(path=str(output), finished=True, steps=history.paths, certificate=found)
 
