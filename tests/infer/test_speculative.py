@@ -18,7 +18,7 @@ from test_reproducible import BLOCK_BYTES, small
 
 from steelyard.compress.quantize import layout
 from steelyard.errors import CheckpointError
-from steelyard.infer.decoding.draft_model import DraftModel
+from steelyard.infer.decoding.draft_model import TOKENS, DraftModel
 from steelyard.infer.decoding.speculative import FIRST_REST, LONGEST, Confidence, plan_lengths
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.request import FinishReason, Output, Request, Sampling, TokenLogprob
@@ -99,7 +99,9 @@ def requests(count: int = 24) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def drafts(small: Small, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The first of the tiny model's two layers, as it is and in int8; and the int8 model itself."""
+    """The first of the tiny model's two layers, as it is and in int8, both also with half of the tokens; and the int8
+    model itself.
+    """
     folder = tmp_path_factory.mktemp("drafts")
     dense, packed = folder / "dense", folder / "int8"
     shutil.copytree(tiny_model, dense)
@@ -110,7 +112,12 @@ def drafts(small: Small, tiny_model: Path, tmp_path_factory: pytest.TempPathFact
     (dense / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     packed.mkdir()
     layout.write(weights.load(dense, torch.float32), packed, dense)
-    return {"dense": dense, "int8": packed, "itself": small[0]}
+    found = {"dense": dense, "int8": packed, "itself": small[0]}
+    for name in ("dense", "int8"):
+        half = found[f"{name}-half"] = folder / f"{name}-half"
+        shutil.copytree(found[name], half)
+        (half / TOKENS).write_text(json.dumps({"tokens": list(range(0, config["vocab_size"], 2))}))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +133,7 @@ def plain(small: Small) -> dict[str, list[Answer]]:
 
 
 @pytest.mark.parametrize("crowd", CROWDS)
-@pytest.mark.parametrize("draft", [None, "dense", "int8"])
+@pytest.mark.parametrize("draft", [None, "dense", "int8", "dense-half", "int8-half"])
 def test_the_same_answers(
     small: Small, drafts: dict[str, Path], plain: dict[str, list[Answer]], crowd: str, draft: str | None
 ) -> None:
@@ -240,6 +247,11 @@ def test_drafts_that_do_not_fit_are_refused(
         Engine.load(small[0], draft=larger)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         Engine.load(small[0], draft=tmp_path / "none")
+    for tokens in ([], [3, 2], [2, 2], [-1], [100_000], ["a"], 5):
+        (other / TOKENS).write_text(json.dumps({"tokens": tokens}))
+        shutil.copy(drafts["dense"] / "tokenizer.json", other / "tokenizer.json")
+        with pytest.raises(CheckpointError, match=r"draft_tokens\.json"):
+            Engine.load(small[0], draft=other)
     with pytest.raises(CheckpointError, match="a draft needs a model in int8 or bfloat16"):
         Engine.load(tiny_model, draft=drafts["dense"], dtype=torch.float32)
 

@@ -26,6 +26,8 @@ from steelyard.stages import recipe as recipes
 from steelyard.stages.certify import sign_off
 from steelyard.stages.compress_networks import is_network
 from steelyard.stages.compress_search import Search
+from steelyard.stages.draft import DraftConfig
+from steelyard.stages.draft import draft as make_draft
 
 app = typer.Typer(no_args_is_help=True, help="Make a checkpoint smaller, and certify what it cost.")
 Accept = Annotated[bool, typer.Option("--accept", help="Keep it even past a threshold.")]
@@ -81,6 +83,13 @@ RECIPE = console.examples(
     "[step.distill]. The same command goes on after an interruption; steps that were done are not done again.",
     "compress recipe recipe.toml",
     "compress recipe recipe.toml --set output=models/smaller --accept",
+)
+DRAFT = console.examples(
+    "Make a draft of a decoder: some of its blocks, taught by its own answers to the prompts of a domain, in 8 bits, "
+    "with a head for the domain's tokens. `serve --draft` guesses by it; the answers stay what they are, and come "
+    "sooner where the domain is asked about.",
+    "compress draft MODEL --data chats.jsonl --output models/draft",
+    "serve models/int8 --draft models/draft",
 )
 SIGN = console.examples(
     "Record in a checkpoint's certificate that somebody has looked at it and stands for it: who, when, and why. Its "
@@ -235,6 +244,36 @@ def recipe(
             console.result(msgspec.to_builtins(done), True)
         raise typer.Exit(130)
     _tell(done.certificate, Path(done.path), as_json, steps=done.steps)
+
+
+@app.command(help=DRAFT)
+def draft(
+    checkpoint: Annotated[str, typer.Argument(help="A dense decoder: a folder or a source.")],
+    data: Annotated[
+        Path, typer.Option(help="Rows of the domain, as train reads them: chats, or texts that are gone on from.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the draft goes.")],
+    blocks: Annotated[int, typer.Option(help="How many of the model's stay.")] = DraftConfig().blocks,
+    head: Annotated[int, typer.Option(help="Tokens that its head has; 0: all.")] = DraftConfig().head,
+    prompts: Annotated[int, typer.Option(help="Rows that are asked, at most.")] = DraftConfig().prompts,
+    answer: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = DraftConfig().answer,
+    epochs: Annotated[int, typer.Option(help="Passes over the answers.")] = DraftConfig().epochs,
+    as_json: console.Json = False,
+) -> None:
+    """See DRAFT."""
+    console.logs()
+    config = DraftConfig(blocks=blocks, head=head, prompts=prompts, answer=answer, epochs=epochs)
+    done = make_draft(resolve(checkpoint), data, output, config, showing=console.counting, begun=stop_on_signal)
+    if not done.finished:
+        console.note("interrupted: the same command goes on from there")
+    if done.finished or as_json:
+        told = (
+            f"draft [bold]{escape(done.path)}[/bold], {done.bytes / 1e6:.1f} MB; its likeliest token is the model's at "
+            f"{done.agreement:.1%} of places in {done.answers} answers that it has learnt from"
+        )
+        console.result(msgspec.to_builtins(done), as_json, table=told)
+    if not done.finished:
+        raise typer.Exit(130)
 
 
 @app.command(help=SIGN)

@@ -16,7 +16,7 @@ from steelyard.errors import CheckpointError, RequestError
 from steelyard.infer.adapters import Adapters
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling, scoring
-from steelyard.infer.decoding.draft_model import DraftModel, load_draft
+from steelyard.infer.decoding.draft_model import Draft, DraftModel, load_draft
 from steelyard.infer.decoding.prompt_lookup import PromptLookup
 from steelyard.infer.decoding.speculative import Speculation
 from steelyard.infer.packed import PackedWeights, packed_file
@@ -90,7 +90,7 @@ class Engine:
         tokenizer: Tokenizer,
         adapters: Mapping[str, Adapter | Path] | None = None,
         config: EngineConfig | None = None,
-        draft: Decoder | None = None,
+        draft: Draft | None = None,
         packed: PackedWeights | None = None,
     ) -> None:
         config = config or EngineConfig()
@@ -372,7 +372,7 @@ class Engine:
         )
         return [output]
 
-    def _speculation(self, config: EngineConfig, draft: Decoder | None) -> Speculation | None:
+    def _speculation(self, config: EngineConfig, draft: Draft | None) -> Speculation | None:
         planned = has_plan(self.decoder, self.library)
         if draft is not None and not planned:
             raise CheckpointError(

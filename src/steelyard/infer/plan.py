@@ -309,7 +309,7 @@ class Plan:
             Place.WIDE: (tokens, wide),
             Place.RESIDUAL: (tokens, width),
             Place.GATED: (tokens, inner),
-            Place.LOGITS: (self.most_draws, config.vocabulary),
+            Place.LOGITS: (self.most_draws, self.decoder.lm_head.out_features),
             Place.NORMED: (tokens, width),
             Place.MIXED: (tokens, mixed),
             Place.DRAWN: (self.most_draws, width),

@@ -134,7 +134,7 @@ def prune(
     """
     pruning.check(config)
     thresholds = thresholds or Thresholds()
-    if data is None and config.method != "magnitude":
+    if data is None and config.method not in ("magnitude", "even"):
         raise ConfigError(f"{config.method} judges weights by what they read: give it rows (--data FILE)")
     if compress_networks.is_network(source):
         _refuse_of_decoders(tokens, tasks)
@@ -142,8 +142,8 @@ def prune(
         return compress_networks.prune(
             source, output, config, data, zeros=zeros, least_agreement=agreement, accept=accept, report=report
         )
-    if data is not None and config.method == "magnitude":
-        raise ConfigError("magnitude reads no data: leave out --data, or name another method")
+    if data is not None and config.method in ("magnitude", "even"):
+        raise ConfigError(f"{config.method} reads no data: leave out --data, or name another method")
     tokens = CALIBRATION if tokens is None else tokens
     if tokens < 1:
         raise ConfigError(f"{tokens} tokens to judge by: give at least 1")
@@ -151,8 +151,7 @@ def prune(
 
     def make(opened: Opened, folder: Path) -> Decoder:
         if config.structure is not None:
-            assert data is not None
-            _cut(opened, config, _calibration(opened, data, tokens), folder)
+            _cut(opened, config, [] if data is None else _calibration(opened, data, tokens), folder)
             return opened.decoder
         pruned = copy.deepcopy(opened.decoder)
         batches = [] if data is None else _calibration(opened, data, tokens)
@@ -176,13 +175,16 @@ def _cut(opened: Opened, config: PruneConfig, batches: list[Pack], folder: Path)
     if not dense(opened.decoder):
         raise CheckpointError("the model is quantised already; prune its parent")
     assert config.structure is not None
-    if config.method == "divergence":
+    rate = pruning.STRUCTURED_RATE if config.rate is None else config.rate
+    if config.method == "even":
+        layers = opened.decoder.config.layers
+        found = structured.even(layers, round(layers * (1 - rate)))
+    elif config.method == "divergence":
         # All distributions are held in memory: those of one pack.
         found = torch.tensor(sensitivity.of_blocks(copy.deepcopy(opened.decoder).float(), batches[:1]))
     else:
         judge: structured.Importance = "gradient" if config.method == "gradient" else "activation"
         found = structured.scores(opened.decoder, config.structure, judge, batches)
-    rate = pruning.STRUCTURED_RATE if config.rate is None else config.rate
     smaller, fields = structured.cut(opened.decoder, config.structure, rate, found)
     weights.save(smaller, folder, opened.base)
     values = {**manifest.read_json(folder / "config.json"), **fields}

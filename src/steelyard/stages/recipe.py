@@ -266,7 +266,7 @@ def do(
 
 def _wanted(method: str, data: Path | None, at: Path) -> Path | None:
     """Rows, where the step does something with them."""
-    return None if method in ("nearest", "magnitude") and not is_network(at) else data
+    return None if method in ("nearest", "magnitude", "even") and not is_network(at) else data
 
 
 def _data(step: Step, recipe: Recipe) -> str | None:

@@ -21,7 +21,7 @@ RATE = 0.5
 STRUCTURED_RATE = 0.25
 
 
-Judge = Literal["magnitude", "wanda", "sparsegpt", "activation", "gradient", "divergence"]
+Judge = Literal["magnitude", "wanda", "sparsegpt", "activation", "gradient", "divergence", "even"]
 
 
 class PruneConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +29,7 @@ class PruneConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     method: Judge = "sparsegpt"
     """How they are judged: weights by magnitude, wanda or sparsegpt, structures by activation or gradient,
-    blocks also by divergence: what is lost without each, measured."""
+    blocks also by divergence (what is lost without each, measured) or even: the first, the last, and some between."""
     structure: Structure | None = None
     """Instead of single weights these go whole; the model is a smaller one."""
     rate: float | None = None
@@ -51,12 +51,12 @@ def check(config: PruneConfig) -> Pattern | None:
         raise ConfigError("rate and pattern exclude each other: leave one out")
     if config.rate is not None and not 0 < config.rate < 1:
         raise ConfigError(f"rate {config.rate}: a share of the weights is needed, above 0 and below 1")
-    if (config.structure is not None) != (config.method in ("activation", "gradient", "divergence")):
+    if (config.structure is not None) != (config.method in ("activation", "gradient", "divergence", "even")):
         raise ConfigError(
-            "structures are judged by activation or gradient (blocks also by divergence), weights by the other methods"
+            "structures are judged by activation or gradient (blocks also by divergence or even), weights by the others"
         )
-    if config.method == "divergence" and config.structure != "blocks":
-        raise ConfigError(f"divergence judges blocks: {config.structure} are judged by activation or gradient")
+    if config.method in ("divergence", "even") and config.structure != "blocks":
+        raise ConfigError(f"{config.method} is for blocks: {config.structure} are judged by activation or gradient")
     if config.structure is not None and config.pattern is not None:
         raise ConfigError("structures have no pattern: say the rate")
     if config.scope == "model" and (config.method != "magnitude" or config.pattern is not None):

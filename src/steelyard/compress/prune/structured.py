@@ -112,6 +112,12 @@ def _score(
     return torch.stack([(part @ columns.T).norm(dim=1).sum() for part, columns in groups])
 
 
+def even(layers: int, left: int) -> torch.Tensor:
+    """Scores `[layers]` by which the first block, the last and some between them stay, `left` altogether."""
+    kept = torch.linspace(0, layers - 1, left).round().long()
+    return torch.zeros(layers).index_fill_(0, kept, 1.0)
+
+
 def cut(decoder: Decoder, structure: Structure, rate: float, found: torch.Tensor) -> tuple[Decoder, dict[str, Any]]:
     """A decoder without those that matter least.
 

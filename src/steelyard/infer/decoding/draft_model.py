@@ -1,7 +1,8 @@
 """Guesses by a smaller model of the same vocabulary, which follows the sequences in a cache of its own.
 
 It draws from the same (seed, choice, position) as the model itself: where their distributions agree, so do the draws.
-It wears no adapters. What it says is only ever a guess, so its own precision and batches do not matter.
+It wears no adapters. What it says is only ever a guess, so its own precision and batches do not matter; nor does it
+have to know every token: where its checkpoint names the likely ones, its head has rows for these alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import nn
 
+from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling
@@ -23,18 +26,32 @@ from steelyard.infer.sequence import Sequence
 from steelyard.kernels.library import Library
 from steelyard.models import weights
 from steelyard.models.decoder import Decoder
+from steelyard.models.linear import QuantizedLinear
 from steelyard.text.tokenizer import Tokenizer
 
 CATCH_UP = 128
 """Most tokens that it reads before a guess, over all sequences: long prompts are read over several steps."""
 BLOCK_SIZE = 32
+NEVER = -1e9
+"""The logit of a token that the head has no row for; finite, as all have to be."""
+TOKENS = "draft_tokens.json"
+"""In a draft's checkpoint: `{"tokens": [...]}`, those that its head keeps."""
 
 
-def load_draft(folder: Path, decoder: Decoder, tokenizer: Tokenizer, dtype: torch.dtype) -> Decoder:
-    """The decoder of a draft checkpoint for `decoder`.
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A draft as it is loaded."""
+
+    decoder: Decoder
+    tokens: torch.Tensor | None = None
+    """`[K]` int64: which tokens the rows of its head are; None: all, in order."""
+
+
+def load_draft(folder: Path, decoder: Decoder, tokenizer: Tokenizer, dtype: torch.dtype) -> Draft:
+    """The draft checkpoint for `decoder`.
 
     Raises:
-        CheckpointError: it is missing, or its vocabulary is another one.
+        CheckpointError: it is missing, its vocabulary is another one, or it names tokens that there are not.
     """
     draft = weights.load(folder, dtype)
     sizes = draft.config.vocabulary, decoder.config.vocabulary
@@ -43,7 +60,30 @@ def load_draft(folder: Path, decoder: Decoder, tokenizer: Tokenizer, dtype: torc
             f"the draft '{folder}' has another vocabulary than the model ({sizes[0]} and {sizes[1]} tokens): a draft is"
             " a smaller model of the same family, with the same tokenizer.json"
         )
-    return draft
+    if not (folder / TOKENS).is_file():
+        return Draft(draft)
+    try:
+        kept = msgspec.convert(manifest.read_json(folder / TOKENS).get("tokens"), list[int])
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"'{folder / TOKENS}' has no list of tokens: {error}") from None
+    if not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= sizes[0]:
+        raise CheckpointError(f"'{folder / TOKENS}': tokens are numbers below {sizes[0]}, each once, in order")
+    tokens = torch.tensor(kept)
+    _trim(draft, tokens)
+    return Draft(draft, tokens)
+
+
+def _trim(draft: Decoder, tokens: torch.Tensor) -> None:
+    """Leave the head the rows of some tokens `[K]`."""
+    head: nn.Module = draft.lm_head
+    if isinstance(head, QuantizedLinear):
+        draft.set_submodule(
+            "lm_head", QuantizedLinear(head.weight[tokens], head.weight_scale[tokens], None, head.dtype)
+        )
+    elif isinstance(head, nn.Linear):
+        draft.lm_head = nn.Linear(head.in_features, len(tokens), bias=False, device="meta")
+        draft.lm_head.weight = nn.Parameter(head.weight[tokens], requires_grad=False)
+    draft.config = msgspec.structs.replace(draft.config, tied=False)
 
 
 @dataclass(slots=True)
@@ -81,7 +121,7 @@ class DraftModel:
 
     def __init__(
         self,
-        draft: Decoder,
+        draft: Draft,
         target: Decoder,
         tokenizer: Tokenizer,
         *,
@@ -89,12 +129,14 @@ class DraftModel:
         most_running: int,
         library: Library | None,
     ) -> None:
-        sizes = CacheSizes.fit(draft, kv_bytes, BLOCK_SIZE, most_running, library)
+        sizes = CacheSizes.fit(draft.decoder, kv_bytes, BLOCK_SIZE, most_running, library)
         self.context, self.library, self.tokenizer = sizes.context, library, tokenizer
         self.pool = BlockPool(sizes.blocks, sizes.block_size, reuse=False)
         tokens = max(CATCH_UP, most_running)
-        self.runner = open_runner(draft, sizes, tokens=tokens, rows=most_running, library=library)
-        self.share = _bytes(draft) / _bytes(target)
+        self.runner = open_runner(draft.decoder, sizes, tokens=tokens, rows=most_running, library=library)
+        self.share = _read(draft.decoder) / _read(target)
+        self._tokens = draft.tokens
+        self._logits = torch.full((0 if draft.tokens is None else most_running, target.config.vocabulary), NEVER)
         self._followers: dict[Sequence, Follower] = {}
 
     def row_cost(self, rows: int) -> float:
@@ -106,7 +148,7 @@ class DraftModel:
         batch, owners = self._catch_up(lengths)
         guesses: dict[Sequence, list[int]] = {}
         while batch:
-            logits = self.runner.run(batch)
+            logits = self._of_all(self.runner.run(batch))
             for work in batch:
                 work.sequence.computed += work.count
             drawing = [work.sequence for work in batch if work.wanted]
@@ -121,6 +163,13 @@ class DraftModel:
                 if len(mine) < lengths[owners[copy]] and self._grow(copy):
                     batch.append(Scheduled(copy, 1, 1))
         return guesses
+
+    def _of_all(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[N, K]` -> `[N, V]`, valid until the next call."""
+        if self._tokens is None:
+            return logits
+        self._logits[: len(logits)].index_copy_(1, self._tokens, logits)
+        return self._logits[: len(logits)]
 
     def forget(self, sequence: Sequence) -> None:
         """See `Proposer`."""
@@ -168,5 +217,7 @@ def _row(sequence: Sequence, copy: Sequence) -> sampling.Row:
     return sampling.Row(copy.request.sampling, copy.seed, copy.choice, len(copy.tokens), counts)
 
 
-def _bytes(decoder: Decoder) -> int:
-    return sum(tensor.nbytes for tensor in decoder.state_dict().values())
+def _read(decoder: Decoder) -> int:
+    """Bytes that a step of one row reads: all linear layers, the head among them."""
+    layers = (layer for layer in decoder.modules() if isinstance(layer, nn.Linear | QuantizedLinear))
+    return sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
