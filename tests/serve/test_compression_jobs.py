@@ -105,6 +105,53 @@ def test_four_bits_judged_by_a_file(service: Service) -> None:
     client.models.delete(job["compressed_model"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "called"),
+    [
+        ("prune", {"method": "magnitude", "rate": 0.2}, "pruned"),
+        ("prune", {"structure": "blocks", "rate": 0.5}, "pruned"),
+        ("distill", {"rate": 0.5, "max_bits_per_byte": 50.0}, "distilled"),
+    ],
+)
+def test_other_methods(service: Service, kind: str, settings: dict[str, Any], called: str) -> None:
+    client = service.sdk()
+    asked = {"max_bits_per_byte": 50.0, **settings}
+    if kind == "distill":
+        asked["training_file"] = upload(client, rows(8))
+    elif settings.get("method") != "magnitude":
+        asked["calibration_file"] = upload(client, rows(8))
+    job = done(service, compress(service, suffix="few", method={"type": kind, kind: asked})["id"])
+    assert job["status"] == "succeeded", job
+    assert job["method"]["type"] == kind
+    assert job["compressed_model"].startswith(f"{called}:small:default:few:")
+    engine = service.models[job["compressed_model"]].engine
+    layers = manifest.read_json(engine.checkpoint / "config.json")["num_hidden_layers"]
+    assert layers == (2 if "blocks" in settings.values() or kind == "distill" else 3)
+    answer = client.chat.completions.create(model=job["compressed_model"], messages=HELLO, max_tokens=3, seed=1)
+    assert answer.usage is not None
+    client.models.delete(job["compressed_model"])
+
+
+def test_what_meets_a_target(service: Service) -> None:
+    client = service.sdk()
+    file = upload(client, rows(16))
+    target = {"size": "<=0.9x", "max_loss": "100%"}
+    with service.http() as http:
+        asked = http.post(JOBS, json={"model": "small", "target": target, "calibration_file": file}).json()
+    job = done(service, asked["id"])
+    assert job["status"] == "succeeded", job
+    assert (job["target"], job["method"]) == (target, None)
+    assert job["compressed_model"].startswith("searched:small:")
+    answer = client.chat.completions.create(model=job["compressed_model"], messages=HELLO, max_tokens=3, seed=1)
+    assert answer.usage is not None
+    client.models.delete(job["compressed_model"])
+    with service.http() as http:
+        asked = http.post(JOBS, json={"model": "small", "target": {"size": "<=1%"}, "calibration_file": file}).json()
+    failed = done(service, asked["id"])
+    assert failed["status"] == "failed"
+    assert "misses it least" in failed["error"]["message"]
+
+
 def done(service: Service, job: str, *statuses: str) -> Any:
     with service.http() as http:
 
@@ -240,13 +287,25 @@ def _settled(service: Service, job: str) -> bool:
     ("wrong", "param"),
     [
         ({"model": "other"}, "model"),
-        ({"method": {"type": "prune"}}, "method.type"),
+        ({"method": {"type": "prune"}}, "method.prune.calibration_file"),
+        ({"method": {"type": "prune", "prune": {"rate": 1.5}}}, "method.prune.rate"),
+        ({"method": {"type": "prune", "prune": {"rate": 0.5, "pattern": "2:4"}}}, "method.prune.pattern"),
+        ({"method": {"type": "prune", "prune": {"method": "even"}}}, "method.prune.method"),
+        ({"method": {"type": "prune", "prune": {"structure": "heads", "method": "magnitude"}}}, "method.prune.method"),
+        ({"method": {"type": "prune", "quantize": {}}}, "method.quantize"),
+        ({"method": {"type": "shrink"}}, "method.type"),
         ({"method": {"type": "quantize", "quantize": {"scheme": "int2"}}}, "method.quantize.scheme"),
         ({"method": {"type": "quantize", "quantize": {"group": 8}}}, "method.quantize.group"),
         ({"method": {"type": "quantize", "quantize": {"method": "gptq"}}}, "method.quantize.calibration_file"),
         ({"method": {"type": "quantize", "quantize": {"group": 16, "portable": True}}}, "method.quantize.group"),
-        ({"method": {"type": "distill"}}, "method.type"),
-        ({"target": {"bytes": "1/2"}}, "target"),
+        ({"method": {"type": "distill"}}, "method.distill.training_file"),
+        ({"method": {"type": "distill", "distill": {"training_file": "file-none"}}}, "method.distill.training_file"),
+        ({"target": {"bytes": "1/2"}, "calibration_file": "file-none"}, "target"),
+        ({"target": {}, "calibration_file": "file-none"}, "target"),
+        ({"target": {"size": "<=0.5x"}}, "calibration_file"),
+        ({"target": {"size": "<=0.5x"}, "calibration_file": "file-none"}, "calibration_file"),
+        ({"target": {"size": "<=0.5x"}, "method": {"type": "quantize"}}, "target"),
+        ({"calibration_file": "file-none"}, "calibration_file"),
         ({"nonsense": 1}, "nonsense"),
     ],
 )

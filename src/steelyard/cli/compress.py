@@ -18,7 +18,7 @@ from steelyard.compress.prune.structured import Structure
 from steelyard.compress.quantize import smoothing
 from steelyard.compress.quantize.decoders import GROUPS, Method, QuantizeConfig
 from steelyard.compress.search import MEASURES, shown
-from steelyard.errors import ConfigError, FidelityError, edge
+from steelyard.errors import ConfigError, FidelityError
 from steelyard.evaluate.answers import LEAST_AGREEMENT, AnswersCertificate
 from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import compress as stage
@@ -317,11 +317,12 @@ def search(
     told = [*(found.explained if explain else ()), f"report {found.report}"]
     if found.chosen is not None:
         told.insert(0, f"chosen: {found.chosen}, in {found.path}")
-    elif target:
-        told.insert(0, f"none meets {target}; {found.nearest} misses it least, by {found.missed:.1%} of a bound")
     console.result(msgspec.to_builtins(found), as_json, table=escape("\n".join(told)))
     if target and found.chosen is None:
-        raise typer.Exit(edge(FidelityError()).exit_code)
+        raise FidelityError(
+            f"none of {len(found.points) - 1} forms meets {target}; {found.nearest} misses it least, by "
+            f"{found.missed:.1%} of a bound: ask for less, or give it --minutes, or a run to learn by (--train)"
+        )
 
 
 def _thresholds(

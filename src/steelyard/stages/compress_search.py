@@ -174,7 +174,7 @@ class Search:
             for number, step in enumerate(recipes.steps(asked), 1):
                 made = place.with_name(f"{place.name}-{number}")
                 shutil.rmtree(made, ignore_errors=True)
-                done = recipes.do(step, at, made, asked, report)
+                done = recipes.do(step, at, made, asked, report, teacher=self.source)
                 assert done is not None, "nobody interrupts it"
                 at = done
             measures, interval = self.measuring.of(at)

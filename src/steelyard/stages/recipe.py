@@ -30,6 +30,7 @@ from steelyard.evaluate.certificate import Certificate, Thresholds
 from steelyard.stages import certify, compress
 from steelyard.stages import train as training
 from steelyard.stages.compress_networks import is_network
+from steelyard.stages.merge import merge
 from steelyard.train.config import TrainConfig
 from steelyard.train.config import check as check_run
 from steelyard.train.trainer import Progress, Trainer
@@ -205,15 +206,17 @@ def follow(
     output = Path(recipe.output)
     manifest.check_output(output, *(() if source is None else (source,)))
     folder = output.with_name(f"{output.name}-steps")
-    at, first = source, source
     history = _History(folder, "" if source is None else manifest.read(source).id)
+    if source is not None and manifest.kind_of(source) == "adapter":
+        source = _merged(source, folder / "00-merge")
+    at, first = source, source
     for number, step in enumerate(wanted, 1):
         kind = type(step).__name__.lower()
         made = folder / f"{number:02}-{kind}"
         path = history.path(number, step, _data(step, recipe))
         if path is None:
             with showing(f"step {number} of {len(wanted)}: {kind}") as report:
-                path = do(step, at, made, recipe, report, begun)
+                path = do(step, at, made, recipe, report, begun, teacher=source)
             if path is None:
                 return Followed(path=str(output), finished=False, steps=history.paths, certificate=None)
             history.add(step, _data(step, recipe), path)
@@ -234,6 +237,13 @@ def follow(
     return Followed(path=str(output), finished=True, steps=history.paths, certificate=found)
 
 
+def _merged(adapter: Path, folder: Path) -> Path:
+    """An adapter as a whole model, which can teach; made unless it is there."""
+    if not (folder / manifest.MANIFEST).is_file():
+        merge(adapter, folder)
+    return folder
+
+
 def do(
     step: Step,
     at: Path | None,
@@ -241,10 +251,11 @@ def do(
     recipe: Recipe,
     report: Report,
     begun: Callable[[Trainer], None] = lambda trainer: None,
+    teacher: Path | None = None,
 ) -> Path | None:
     """A step's checkpoint, in the folder `made`; None if its run was interrupted. Raises as `follow` does."""
     if isinstance(step, Train):
-        raw = _run_settings(step.settings, str(at), recipe.model, str(made))
+        raw = _run_settings(step.settings, str(at), None if teacher is None else str(teacher), str(made))
 
         def told(progress: Progress) -> None:
             report(progress.step, progress.steps)

@@ -22,7 +22,6 @@ from steelyard.serve import files
 from steelyard.serve.auth import Caller
 from steelyard.serve.connection import DONE, EventStream, event
 from steelyard.serve.jobs import records, training
-from steelyard.serve.jobs.compression import CALIBRATION
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.compression import CompressionJob, CompressionRequest
 from steelyard.serve.protocol.errors import json_response
@@ -96,13 +95,12 @@ async def compress(service: Service, request: Request) -> Response:
     body = parse(CompressionRequest, await request.body())
     caller: Caller = request.state.caller
     served = await service.found(body.model, caller.project)
-    file = body.quantize.calibration_file
-    settings = {"quantize": body.quantize.model_dump()}
-    asked = {**_asked(body, caller, served), "training_file": file, "settings": settings, "seed": 0}
+    file, field = body.file
+    asked = {**_asked(body, caller, served), "training_file": file, "settings": body.settings, "seed": 0}
 
     def make(connection: Connection) -> Row:
         if file is not None:
-            _check_file(connection, caller.project, file, CALIBRATION)
+            _check_file(connection, caller.project, file, field)
         return records.create(connection, "compression", asked, service.now())
 
     made = await service.database.write(make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,15 @@ from steelyard.serve.files import Files
 from steelyard.serve.files import get as get_file
 from steelyard.serve.jobs import training
 from steelyard.serve.jobs.kind import Checked, Made, Progress
+from steelyard.serve.protocol.compression import FILE_OF
 from steelyard.serve.tuned import TunedModels, model_name
 from steelyard.text.chat_template import ChatTemplate
 
 PROCESS_BYTES = 400_000_000
 """Of a run without model."""
 ROWS = "calibration.jsonl"
-CALIBRATION = "method.quantize.calibration_file"
+JUDGED, HELD = "judged.jsonl", "held.jsonl"
+"""A search's rows: every fourth is measured on."""
 CERTIFIED_TOKENS = 4096
 """Of a forward pass of the certificate, which keeps four float32 logits of each."""
 
@@ -53,39 +56,51 @@ class Compression:
         if job["training_file"] is not None:
             self._check_rows(job, base)
         weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-        memory = PROCESS_BYTES + 3 * weights + CERTIFIED_TOKENS * 16 * training.size(config, "vocab_size")
+        # A search has the model in float32 and an engine of it besides; a run its masters and both moments.
+        copies = 3 if kind_of(job)[0] in ("quantize", "prune") else 10
+        memory = PROCESS_BYTES + copies * weights + CERTIFIED_TOKENS * 16 * training.size(config, "vocab_size")
         return Checked("The model can be compressed, moving job to queued state", memory)
 
     def _check_rows(self, job: Row, base: Path) -> None:
         """Whether its rows are chats, which the model reads."""
+        param = field_of(job)
         if ChatTemplate.load(base) is None:
-            raise RequestError("this model has no chat template, which rows of chats need", param=CALIBRATION)
+            raise RequestError("this model has no chat template, which rows of chats need", param=param)
         try:
             find = partial(get_file, project=job["project_id"], file_id=job["training_file"])
             row = self.files.database.read_now(find)
         except NotFoundError as error:
-            raise RequestError(str(error), param=CALIBRATION) from None
+            raise RequestError(str(error), param=param) from None
         with self.files.clear(job["project_id"], row["artifact"], ROWS) as path:
             try:
                 chat.read(path, FormatConfig(format="chat"))
             except DataError as error:
                 named = DataError(error.reason, file=row["filename"], line=error.line, field=error.field)
-                raise RequestError(str(named), param=CALIBRATION, code="invalid_calibration_file") from None
+                raise RequestError(str(named), param=param, code="invalid_calibration_file") from None
 
     def prepare(self, job: Row, folder: Path, threads: int) -> list[str]:
-        """Nothing of an earlier try is used."""
+        """Nothing of an earlier try is used, but what a search or a recipe has done."""
         shutil.rmtree(folder / "made", ignore_errors=True)
-        asked: Row = job["settings"]["quantize"]
-        source = self.tuned.checkpoint(job["project_id"], job["model"])
-        command = ["compress", "quantize", str(source), "--output", "made", "--json"]
-        command += ["--bits", asked.get("scheme", "int8").removeprefix("int")]
-        for field in ("group", "method", "max_bits_per_byte", "max_kl"):
-            if asked.get(field) is not None:
-                command += [f"--{field.replace('_', '-')}", str(asked[field])]
-        if asked["portable"]:
-            command.append("--portable")
+        kind, asked = kind_of(job)
+        source = str(self.tuned.checkpoint(job["project_id"], job["model"]))
         if job["training_file"] is not None:
             self.files.write_clear_file(job["project_id"], job["training_file"], folder / ROWS)
+        if kind == "distill":
+            (folder / "recipe.toml").write_text(_recipe(source, asked))
+            return ["compress", "recipe", "recipe.toml", "--json"]
+        if kind == "target":
+            _divide(folder)
+            rows = ["--data", JUDGED, "--held", HELD]
+            return ["compress", "search", source, "--output", "searched", *rows, "--target", asked["goals"], "--json"]
+        command = ["compress", kind, source, "--output", "made", "--json"]
+        if kind == "quantize":
+            command += ["--bits", asked.get("scheme", "int8").removeprefix("int")]
+        for field in ("group", "method", "structure", "rate", "pattern", "max_bits_per_byte", "max_kl"):
+            if asked.get(field) is not None:
+                command += [f"--{field.replace('_', '-')}", str(asked[field])]
+        if asked.get("portable"):
+            command.append("--portable")
+        if job["training_file"] is not None:
             command += ["--data", ROWS]
         return command
 
@@ -95,11 +110,47 @@ class Compression:
 
     def publish(self, job: Row, folder: Path, now: int) -> Made:
         """The smaller model."""
-        scheme = job["settings"]["quantize"].get("scheme", "int8")
-        name = model_name(scheme, job, self.tuned.project_name(job["project_id"]))
-        keep = self.tuned.keep(
-            job["project_id"], job["model"], name, folder / "made", now, job_id=job["id"], form="model"
+        kind, asked = kind_of(job)
+        made = folder / ("searched/best" if kind == "target" else "made")
+        called = {"prune": "pruned", "distill": "distilled", "target": "searched"}.get(kind) or asked.get(
+            "scheme", "int8"
         )
-        found = manifest.read(folder / "made").certificate or {}
+        name = model_name(called, job, self.tuned.project_name(job["project_id"]))
+        keep = self.tuned.keep(job["project_id"], job["model"], name, made, now, job_id=job["id"], form="model")
+        found = manifest.read(made).certificate or {}
         cost = f"{found['bytes_before'] / 1e6:.1f} to {found['bytes_after'] / 1e6:.1f} MB" if found else "smaller"
         return Made([keep], f"New compressed model created: {name}, {cost}")
+
+
+def kind_of(job: Row) -> tuple[str, Row]:
+    """What a job is asked for (a method, or `target`), and its settings."""
+    ((kind, asked),) = job["settings"].items()
+    return kind, asked
+
+
+def field_of(job: Row) -> str:
+    """By which field of the request it names its file."""
+    kind, _ = kind_of(job)
+    return "calibration_file" if kind == "target" else f"method.{kind}.{FILE_OF[kind]}"
+
+
+def _recipe(source: str, asked: Row) -> str:
+    """Fewer blocks, taught by the model, quantised; JSON's strings and numbers are TOML's, too."""
+    settings = {"model": source, "output": "made", "data": ROWS, "max_bits_per_byte": asked["max_bits_per_byte"]}
+    if asked["max_kl"] is not None:
+        settings["max_kl"] = asked["max_kl"]
+    steps: list[Row] = [
+        {"kind": "prune", "structure": "blocks", "method": "divergence", "rate": asked["rate"]},
+        {"kind": "train", "method": "full", "epochs": asked["n_epochs"], "data.train": ROWS}
+        | {"distill.weight": asked["weight"], "optimizer.learning_rate": asked["learning_rate"]},
+    ]
+    if asked["scheme"] is not None:
+        steps.append({"kind": "quantize", "bits": int(asked["scheme"].removeprefix("int"))})
+    tables = [settings, *steps]
+    return "\n[[step]]\n".join("".join(f"{key} = {json.dumps(value)}\n" for key, value in t.items()) for t in tables)
+
+
+def _divide(folder: Path) -> None:
+    lines = (folder / ROWS).read_text().splitlines(keepends=True)
+    (folder / HELD).write_text("".join(lines[::4]))
+    (folder / JUDGED).write_text("".join(line for number, line in enumerate(lines) if number % 4))
