@@ -13,6 +13,8 @@ import msgspec
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from test_transcriber import write_clips
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
@@ -24,19 +26,51 @@ from steelyard.compress.quantize.decoders import QuantizeConfig
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import CheckpointError, ConfigError, DataError, FidelityError
 from steelyard.evaluate.answers import AnswersCertificate, certify
-from steelyard.models import classifiers
+from steelyard.models import classifiers, seq2seq, speech
 from steelyard.models.classifiers import Classifier
 from steelyard.models.convnet import ConvNet, ConvNetConfig
 from steelyard.models.linear import QuantizedLinear
 from steelyard.models.recurrent import RecurrentClassifier, RecurrentConfig
+from steelyard.models.seq2seq import Whisper, WhisperConfig
+from steelyard.models.speech import Recogniser, SpeechCTC
 from steelyard.models.vision import VisionConfig, VisionTransformer
 from steelyard.stages.compress import prune, quantize
+from steelyard.stages.compress_networks import opened
 from steelyard.stages.predict import predict
 from steelyard.train.config import DataConfig, TrainConfig
 
 LABELS = ("cat", "dog", "cow")
-KINDS = ["lstm", "classifier", "tagger", "conv", "vit", "encoder"]
+KINDS = ["lstm", "classifier", "tagger", "conv", "vit", "encoder", "recogniser", "whisper"]
+SPOKEN = ("recogniser", "whisper")
 Made = Callable[[str], tuple[Path, Path]]
+
+
+SPEAKING: dict[str, Any] = {"encoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+SPEAKING |= {"decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "d_model": 32}
+
+
+def write_recogniser(folder: Path, tokenizer: Path) -> None:
+    network = SpeechCTC(WhisperConfig(vocab_size=4, **SPEAKING), 3)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
+    folder.mkdir()
+    speech.save(Recogniser(network, ("a", "b", "c")), folder)
+
+
+def write_whisper(folder: Path, tokenizer: Path) -> None:
+    """Its answers are short: one token of its few is the end."""
+    config = WhisperConfig(vocab_size=100, max_target_positions=24, **SPEAKING)
+    network = Whisper(config)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
+    shutil.copytree(tokenizer, folder)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()}, folder / "model.safetensors"
+    )
+    described = {"architectures": [seq2seq.ARCHITECTURE], **msgspec.to_builtins(config)}
+    (folder / "config.json").write_text(json.dumps(described))
+    said = {"eos_token_id": 0, "decoder_start_token_id": 1, "no_timestamps_token_id": 99}
+    (folder / "generation_config.json").write_text(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +102,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_folder: Path) 
     def network(kind: str) -> tuple[Path, Path]:
         place = folder / kind
         data = {"tagger": "tagged.jsonl", "conv": "images", "vit": "images"}.get(kind, "texts.jsonl")
+        data = "clips/list.jsonl" if kind in SPOKEN else data
         if place.is_dir():
+            return place, folder / data
+        torch.manual_seed(0)  # the same network whichever is made first
+        if kind in SPOKEN:
+            write_clips(folder / "clips", 12, 0)
+            (write_recogniser if kind == "recogniser" else write_whisper)(place, tiny_tokenizer_folder)
             return place, folder / data
         made: torch.nn.Module
         if kind in ("classifier", "tagger"):
@@ -118,18 +158,16 @@ def test_quantised(made: Made, tmp_path: Path, kind: str, config: QuantizeConfig
     assert isinstance(found, AnswersCertificate)
     assert told == [(1, 3), (2, 3), (3, 3)]
     assert found.agreement > (0.9 if config.bits == 8 or config.int8_layers else 0.5), found
-    assert found.bytes_after < (0.75 if kind in ("conv", "lstm", "vit") else 0.55) * found.bytes_before
+    assert found.bytes_after < (0.75 if kind in ("conv", "lstm", "vit", *SPOKEN) else 0.55) * found.bytes_before
     written = manifest.verify(tmp_path / "small")
     assert written.parent == manifest.read(source).id
     assert written.recipe["compress"]["bits"] == config.bits
     assert written.certificate == msgspec.to_builtins(found)
     if kind != "encoder":
         count = predict(tmp_path / "small", data, tmp_path / "out.jsonl", FormatConfig())
-        assert count == (30 if kind in ("conv", "vit") else 60)
-    opened = classifiers.load_encoder if kind == "encoder" else classifiers.load
-    network: Any = opened(tmp_path / "small")
-    layers = [layer for layer in getattr(network, "network", network).modules() if isinstance(layer, QuantizedLinear)]
-    assert len(layers) == len(linears(getattr(opened(source), "network", opened(source))))  # type: ignore[arg-type]
+        assert count == {"conv": 30, "vit": 30, "recogniser": 12, "whisper": 12}.get(kind, 60)
+    layers = [layer for layer in opened(tmp_path / "small").modules() if isinstance(layer, QuantizedLinear)]
+    assert len(layers) == len(linears(opened(source)))
     with pytest.raises(CheckpointError, match="quantised already"):
         quantize(tmp_path / "small", tmp_path / "smaller", config, data=data, accept=True)
 
@@ -147,9 +185,7 @@ def test_pruned(made: Made, tmp_path: Path, kind: str, method: Any) -> None:
         return
     found = prune(source, tmp_path / "small", config, data=given, accept=True)
     assert isinstance(found, AnswersCertificate)
-    opened: Any = classifiers.load_encoder if kind == "encoder" else classifiers.load
-    network = opened(tmp_path / "small")
-    for name, layer in linears(getattr(network, "network", network)).items():
+    for name, layer in linears(opened(tmp_path / "small")).items():
         if not name.endswith("classifier"):
             assert ((layer.weight.view(-1, 4) == 0).sum(1) >= 2).all(), name
 
@@ -160,8 +196,8 @@ def test_without_rows(made: Made, tmp_path: Path) -> None:
         found = quantize(made(kind)[0], tmp_path / kind, accept=True)
         assert isinstance(found, AnswersCertificate)
         assert found.rows == 32
-    for kind in ("tagger", "conv", "vit"):
-        with pytest.raises(DataError, match="reads no plain texts: give it rows"):
+    for kind in ("tagger", "conv", "vit", *SPOKEN):
+        with pytest.raises(DataError, match=r"reads no plain texts: give it rows|reads recordings: give it some"):
             quantize(made(kind)[0], tmp_path / kind)
 
 

@@ -86,6 +86,29 @@ def transcribe(
     return [text.strip() for text in texts]
 
 
+@torch.inference_mode()
+def token_scores(transcriber: Transcriber, sound: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities `[L + 1, V]` of each token of a transcript and of its end, given those before it.
+
+    Args:
+        transcriber: whose.
+        sound: `[S]` float32 of 16 kHz, 30 s at the most.
+        tokens: of the transcript.
+    """
+    network = transcriber.network
+    features = _features(sound, transcriber)[None]
+    memory = network.listen(features.to(network.model.encoder.conv1.weight.dtype))
+    given = torch.tensor([[*transcriber.start, *tokens]])
+    logits: torch.Tensor = network(given, memory)[0, len(transcriber.start) - 1 :]
+    return logits.log_softmax(-1)
+
+
+@torch.inference_mode()
+def transcript_tokens(transcriber: Transcriber, sound: torch.Tensor) -> list[int]:
+    """What is said in a piece of at most 30 s, as tokens."""
+    return _greedy(transcriber, _features(sound, transcriber)[None])[0]
+
+
 def _pieces(sound: torch.Tensor) -> list[torch.Tensor]:
     step = SECONDS * RATE
     return [sound[first : first + step] for first in range(0, max(1, len(sound)), step)]

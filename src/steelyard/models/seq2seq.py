@@ -22,6 +22,7 @@ from steelyard.errors import CheckpointError
 from steelyard.kernels.training import attention
 from steelyard.models import weights
 from steelyard.models.dropout import Dropout
+from steelyard.models.linear import QuantizedEmbedding, QuantizedLinear
 
 ARCHITECTURE = "WhisperForConditionalGeneration"
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -194,6 +195,7 @@ class Whisper(nn.Module):
         super().__init__()
         self.config = config
         self.model = _Model(config)
+        self._integers: nn.Module | None = None
 
     def listen(self, features: torch.Tensor) -> Memory:
         """Features `[B, M, F]` -> what the decoder attends to."""
@@ -210,7 +212,17 @@ class Whisper(nn.Module):
         for number, layer in enumerate(decoder.layers):
             x, memory.said[number] = layer(x, memory.heard[number], memory.said[number])
         memory.length += token_ids.shape[1]
-        return F.linear(decoder.layer_norm(x), decoder.embed_tokens.weight).float()
+        return self._head(decoder.layer_norm(x)).float()
+
+    def _head(self, x: torch.Tensor) -> torch.Tensor:
+        """The embeddings once more, whatever they are made of."""
+        table: nn.Module = self.model.decoder.embed_tokens
+        if not isinstance(table, QuantizedEmbedding):
+            return F.linear(x, table.weight)  # type: ignore[arg-type]
+        if self._integers is None:
+            self._integers = QuantizedLinear(table.weight, table.weight_scale, None, x.dtype)
+        outputs: torch.Tensor = self._integers(x)
+        return outputs
 
 
 def sines(places: int, width: int) -> torch.Tensor:
@@ -229,8 +241,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Whisper:
     raw = manifest.read_json(folder / "config.json")
     if ARCHITECTURE not in (raw.get("architectures") or ()):
         raise CheckpointError(f"'{folder}' is no Whisper: its architecture is {raw.get('architectures')}")
-    network = Whisper(WhisperConfig.parse(raw))
+    network = Whisper(WhisperConfig.parse(raw)).to(dtype)
     tensors = weights.read_tensors(folder)
     tensors.pop("proj_out.weight", None)  # the embeddings once more
     weights.fill(network, tensors, folder)
-    return network.to(dtype).eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)

@@ -89,7 +89,7 @@ def logits_of(
     """Logits of each row `[P, K]` float32; rows of like length run together."""
     order = sorted(range(len(features)), key=lambda row: -features[row].shape[-1])
     found: list[torch.Tensor] = [torch.empty(0)] * len(order)
-    dtype = recogniser.network.classifier.weight.dtype
+    dtype = recogniser.network.encoder.conv1.weight.dtype  # the last layer may be of integers
     done = 0
     while done < len(order):
         count = max(1, 2 * PLACES // features[order[done]].shape[-1])

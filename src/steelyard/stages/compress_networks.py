@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +21,27 @@ from steelyard.compress.prune import networks as pruning
 from steelyard.compress.prune.decoders import PruneConfig
 from steelyard.compress.quantize import networks as quantizing
 from steelyard.compress.quantize.decoders import QuantizeConfig, settled
-from steelyard.data import chat, fused, images, tagged
+from steelyard.data import audio, chat, fused, images, tagged
 from steelyard.data.chat import FormatConfig
 from steelyard.data.images import ImageTensors
 from steelyard.errors import DataError
 from steelyard.evaluate import answers
 from steelyard.evaluate.answers import LEAST_AGREEMENT, AnswersCertificate
 from steelyard.evaluate.certificate import golden_texts, weight_bytes
-from steelyard.models import classifiers
+from steelyard.infer import transcription
+from steelyard.infer.transcription import Transcriber
+from steelyard.models import classifiers, seq2seq, speech
 from steelyard.models.classifiers import Classifier
 from steelyard.models.encoder import Encoder
+from steelyard.models.seq2seq import Whisper
+from steelyard.models.speech import Recogniser, SpeechCTC
 from steelyard.stages.tasks.fusion import labelled as labelled_rows
 from steelyard.stages.tasks.tagger import sentences
+from steelyard.stages.tasks.transcriber import transcribes
 from steelyard.text.tokenizer import Tokenizer
 
+RECORDINGS, LONGEST, MOST_TOKENS = 128, 30, 64
+"""How many are listened to, how many seconds of each, and how many tokens of a transcript."""
 Report = Callable[[int, int], None]
 
 
@@ -48,10 +56,11 @@ class Subject:
 
 
 def is_network(source: Path) -> bool:
-    """Whether a checkpoint is a classifier of any kind, a tagger or an encoder."""
-    return classifiers.is_classifier(source) or (
-        manifest.kind_of(source) == "model" and classifiers.architecture(source) in classifiers.ENCODERS
-    )
+    """Whether a checkpoint is a classifier of any kind, a tagger, an encoder, or writes down what is said."""
+    if manifest.kind_of(source) != "model":
+        return False
+    known = classifiers.is_classifier(source) or transcribes(source)
+    return known or classifiers.architecture(source) in classifiers.ENCODERS
 
 
 def quantize(
@@ -157,11 +166,15 @@ def opened(source: Path) -> nn.Module:
     """The network of a checkpoint. Raises CheckpointError: see `classifiers`."""
     if classifiers.is_classifier(source):
         return classifiers.load(source).network
-    return classifiers.load_encoder(source)
+    if transcription.is_transcriber(source):
+        return seq2seq.load(source)
+    return speech.load(source).network if speech.is_recogniser(source) else classifiers.load_encoder(source)
 
 
 def subject(source: Path, data: Path | None) -> Subject:
     """A network and its rows: those of `data`, or texts that ship with the package. Raises as `quantize` does."""
+    if transcribes(source):
+        return (_whisper if transcription.is_transcriber(source) else _recogniser)(source, _sounds(data))
     if not classifiers.is_classifier(source):
         return _encoder(source, data)
     classifier = classifiers.load(source)
@@ -201,6 +214,40 @@ def _encoder(source: Path, data: Path | None) -> Subject:
         return torch.cat([network.embed(torch.tensor([row]), torch.tensor([len(row)])) for row in rows])
 
     return Subject(encoder, ask, vectors=True)
+
+
+def _sounds(data: Path | None) -> list[torch.Tensor]:
+    """Recordings, whatever is said in them; of long ones the beginning."""
+    if data is None:
+        raise DataError("this network reads recordings: give it some to compare both forms by (--data FILE)")
+    rows = [row for _, row in audio.listed(data, FormatConfig())]
+    return [audio.read(row)[: LONGEST * audio.RATE] for row in rows[:RECORDINGS]]
+
+
+def _recogniser(source: Path, sounds: list[torch.Tensor]) -> Subject:
+    recogniser = speech.load(source)
+    features = [piece for sound in sounds for piece in recogniser.pieces(sound)]
+
+    def ask(network: nn.Module) -> torch.Tensor:
+        assert isinstance(network, SpeechCTC)
+        found = speech.logits_of(Recogniser(network, recogniser.vocabulary), features)
+        return torch.cat(found).log_softmax(-1)
+
+    return Subject(recogniser.network, ask, vectors=False)
+
+
+def _whisper(source: Path, sounds: list[torch.Tensor]) -> Subject:
+    """Asked for every token of its own transcripts, given those before it."""
+    transcriber = Transcriber.load(source)
+    said = [transcription.transcript_tokens(transcriber, sound)[:MOST_TOKENS] for sound in sounds]
+
+    def ask(network: nn.Module) -> torch.Tensor:
+        assert isinstance(network, Whisper)
+        asked = dataclasses.replace(transcriber, network=network)
+        scores = [transcription.token_scores(asked, sound, tokens) for sound, tokens in zip(sounds, said, strict=True)]
+        return torch.cat(scores)
+
+    return Subject(transcriber.network, ask, vectors=False)
 
 
 def _texts(data: Path | None) -> list[str]:

@@ -27,6 +27,8 @@ FEWEST_ROWS = 64
 """Of an embedding: shorter ones are left alone."""
 LEAST = 1024
 """Numbers of a parameter of another layer: fewer are left alone."""
+PLACES = "embed_positions"
+"""Embeddings that are taken whole, and not by rows: they stay as they are."""
 HEAD = "classifier"
 """The last layer, which has 8 bits."""
 
@@ -86,7 +88,7 @@ def quantize(
                 else grid.rounded(tensor, bits, config.group)
             )
             tensors |= {f"{path}.{part}": value for part, value in stored(found, bits).items()}
-        elif isinstance(layer, nn.Embedding) and len(tensor) >= FEWEST_ROWS:
+        elif isinstance(layer, nn.Embedding) and len(tensor) >= FEWEST_ROWS and not path.endswith(PLACES):
             fits = config.group is not None and tensor.shape[1] % config.group == 0
             found = grid.rounded(tensor, 8, config.group if fits else None)
             tensors |= {f"{path}.{part}": value for part, value in stored(found, 8).items()}
