@@ -5,8 +5,9 @@
 
 Bits per byte of held-out Brown as in peers/quality.py, by the plan that an engine runs; rows to judge by are cut from
 the other half of Brown. Speed: tokens a second of that plan, one row with 192 tokens of context, 16 rows, and a prompt
-of 256 tokens, the best of some runs. MiniLM beside it: see `compressed_minilm.py`. What is made is kept under
-`bench/compression`; peers (`peers/setup.py`) give quality and bytes alone.
+of 256 tokens, the best of some runs. MiniLM beside it (see `compressed_minilm.py`), and with `--own FOLDER` the decoder
+that `tasks.py --only scratch --folder FOLDER` trains from nothing (`compressed_own.py`). What is made is kept under
+`bench/compression`, and served once; peers (`peers/setup.py`) give quality and bytes alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 import compressed_minilm as minilm
+import compressed_own as own
 import workload
 from peers import quality
 from peers.contenders import FOLDER as PEERS
@@ -39,7 +41,10 @@ from steelyard.data.rows import TokenRow
 from steelyard.demo.lifecycle import MODEL
 from steelyard.evaluate.certificate import weight_bytes
 from steelyard.evaluate.likelihood import packs
+from steelyard.infer import fidelity
+from steelyard.infer.engine import Engine
 from steelyard.infer.plan import Plan
+from steelyard.infer.request import Request, Sampling
 from steelyard.kernels import library
 from steelyard.kernels.reference import BLOCK
 from steelyard.kernels.steps import Batch
@@ -126,6 +131,14 @@ def speeds(decoder: Decoder, repeats: int) -> dict[str, float]:
     return found
 
 
+def served(folder: Path) -> float:
+    """1 if an engine opens it, finds what was certified, and draws a token."""
+    engine = Engine.load(folder)
+    fidelity.recheck(engine, folder)
+    request = Request(id="one", prompt=[1, 2, 3], sampling=Sampling(max_tokens=1, temperature=0))
+    return float(sum(len(output.tokens) for output in engine.run([request])))
+
+
 def shortfalls(found: Found) -> list[dict[str, Any]]:
     """What is not as it has to be, of what was measured."""
     bits = {name: values["bits_per_byte"] for name, values in found.items()}
@@ -145,7 +158,7 @@ def shortfalls(found: Found) -> list[dict[str, Any]]:
             wanted.append((f"{best_int4} against {peer}", bits[best_int4] < bits[peer], bits[best_int4], bits[peer]))
             ours, theirs = found[best_int4]["bytes"], found[peer]["bytes"]
             wanted.append((f"{best_int4}: bytes against {peer}", ours <= theirs, ours, theirs))
-    for kind in ("50%", "2:4"):
+    for kind in ("50%", "2:4", "own 50%", "own 2:4"):
         for better, worse in (("sparsegpt", "wanda"), ("wanda", "magnitude")):
             pair = bits.get(f"{kind} {better}"), bits.get(f"{kind} {worse}")
             if pair[0] is not None and pair[1] is not None:
@@ -181,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names that begin so, between commas")
     parser.add_argument("--peers", default="", help="llama-q4_0, llama-q8_0, openvino-int8, openvino-int4")
+    parser.add_argument("--own", type=Path, metavar="FOLDER", help="of tasks.py, with its folder `scratch`")
     parser.add_argument("--quick", action="store_true", help="three methods, fewer repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -195,12 +209,18 @@ def main() -> None:
         folder = make(name, base, batches)
         sizes = {"bits_per_byte": text.bits(quality.ours(folder, text.windows)), "bytes": float(weight_bytes(folder))}
         found[name] = {**sizes, **speeds(weights.load(folder), 4 if options.quick else 40)}
+        found[name]["served"] = served(folder)
         print(name, found[name], flush=True)
     for name in filter(None, options.peers.split(",")):
         size = sum(file.stat().st_size for file in quality.model_files(name))
         found[name] = {"bits_per_byte": text.bits(quality.peer(name, text.windows)), "bytes": float(size)}
     show(found, FOLDER / "report.html")
-    short = shortfalls(found)
+    trained: Found = {}
+    for name in own.METHODS if options.own else ():
+        if name == "own bfloat16" or name.removeprefix("own ").startswith(begins):
+            trained[name] = own.measure(name, FOLDER, options.own / "scratch", 20 if options.quick else 400)
+            print(f"{name:32} {trained[name]['bytes'] / 1e6:7.1f} MB  {trained[name]['bits_per_byte']:.4f}", flush=True)
+    short = shortfalls({**trained, **found})
     for fault in short:
         print("SHORT", fault)
     encoders = {} if options.only and not any(name.startswith(begins) for name in minilm.METHODS) else minilm.METHODS
@@ -216,7 +236,9 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        options.json.write_text(json.dumps({"found": found, "minilm": judged, "short": short}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"found": found, "own": trained, "minilm": judged, "short": short}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from steelyard import memory
 from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
+from steelyard.compress.quantize.aware import Rounding
 from steelyard.data import augmentation
+from steelyard.errors import ConfigError
 from steelyard.models.classifiers import reads_images
 from steelyard.runs import Run, clear
 from steelyard.stages.tasks import (
@@ -112,7 +114,8 @@ def train(
         wanted = demand.measure(task, config)
         run.log(f"memory: about {wanted.bytes / 1e9:.2f} GB besides the network's {_size(task.parameters) / 1e9:.2f}")
         demand.demand_room(wanted, memory.available(), config)
-        trainer = Trainer(task, config, run, Lineage(parent=prepared.parent, data=prepared.digests))
+        lineage = Lineage(parent=prepared.parent, data=prepared.digests)
+        trainer = Trainer(task, config, run, lineage, _rounding(config, task.parameters))
         run.log(f"data: {prepared.counts}")
         begun(trainer, prepared.counts)
         finished = trainer.fit(report)
@@ -135,6 +138,19 @@ def train(
         metrics=found.metrics if found else {},
         report=str(page),
     )
+
+
+def _rounding(config: TrainConfig, parameters: dict[str, torch.Tensor]) -> Rounding | None:
+    """What rounds the weights for the forward pass. Raises ConfigError: groups that do not divide them."""
+    asked = config.rounding
+    if not asked.bits:
+        return None
+    for name, parameter in parameters.items():
+        if name.endswith("_proj.weight") and parameter.shape[1] % (asked.group or 1):
+            raise ConfigError(
+                f"rounding.group {asked.group} does not divide the {parameter.shape[1]} inputs of '{name}'"
+            )
+    return Rounding(parameters, asked.bits, asked.group)
 
 
 def _size(parameters: dict[str, torch.Tensor]) -> int:

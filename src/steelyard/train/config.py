@@ -62,6 +62,15 @@ class DistillConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
 
+class RoundingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All weights of a decoder that will be rounded afterwards: it learns with what rounding leaves of them."""
+
+    bits: Literal[0, 4, 8] = 0
+    """Of the linear layers' weights; 0: nothing is rounded."""
+    group: int | None = None
+    """Inputs that share a scale, as `compress quantize` will have them; unset: all."""
+
+
 TaskName = Literal["generation", "classification", "tagging", "masked", "contrastive", "transcription", "preference"]
 
 
@@ -118,6 +127,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """CPU threads; unset takes all cores. Another number can round differently."""
     lora: LoraConfig = LoraConfig()
     distill: DistillConfig = DistillConfig()
+    rounding: RoundingConfig = RoundingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     augment: Augmentation = Augmentation()
@@ -141,6 +151,10 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"beta must be above 0, not {config.beta}")
     if config.network is not None:
         networks.check(config.network)
+    if config.rounding.bits and (config.model is None or config.method != "full" or config.task != "generation"):
+        raise ConfigError('rounding is for all weights of a decoder: name a model, and set method to "full"')
+    if config.rounding.group is not None and not (config.rounding.bits and config.rounding.group >= 1):
+        raise ConfigError("rounding.group is a number of inputs, and means nothing without rounding.bits")
     of_decoders = config.task in ("generation", "preference")
     if config.keep_zeros and (config.model is None or (of_decoders and config.method == "lora")):
         raise ConfigError('keep_zeros is for all weights of a pruned model: name a model, and set method to "full"')

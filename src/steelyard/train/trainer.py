@@ -29,6 +29,7 @@ from steelyard.train.averages import Averages
 from steelyard.train.config import TrainConfig
 from steelyard.train.task import Task
 
+Rounding = Callable[[str, torch.Tensor], torch.Tensor]
 BEST_BY = "validation_loss"
 ALARM = 2.0
 """A loss above so many times its mean, and so many nats more, is far above it."""
@@ -78,9 +79,13 @@ class Trainer:
         config: how.
         run: the run's folder.
         lineage: for the manifests.
+        rounding: what becomes of a master on its way into the forward pass, by its name.
     """
 
-    def __init__(self, task: Task, config: TrainConfig, run: Run, lineage: Lineage) -> None:
+    def __init__(
+        self, task: Task, config: TrainConfig, run: Run, lineage: Lineage, rounding: Rounding | None = None
+    ) -> None:
+        self._rounding = rounding
         self.task, self.config, self.run, self.lineage = task, config, run, lineage
         self.loader = Loader(task.rows, config.batch_size, config.seed)
         self.steps = config.epochs * self.loader.batches_per_epoch
@@ -229,7 +234,7 @@ class Trainer:
     def publish(self) -> None:
         """Round the masters into the weights that the forward pass uses."""
         for name, master in self.masters.items():
-            self.parameters[name].copy_(master)
+            self.parameters[name].copy_(master if self._rounding is None else self._rounding(name, master))
             master.grad = None
 
     def _due(self, every: int) -> bool:
@@ -334,6 +339,8 @@ class Trainer:
         if found is not None:
             self._restore(*found)
             self.run.log(f"resumed at step {self.step} of {self.steps}")
+        elif self._rounding is not None:
+            self.publish()
         self.run.rewind(self.step)
         self.first = self.step
         self.task.train(True)
