@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from steelyard.compress.prune.decoders import PruneConfig
+from steelyard.data.rows import TokenRow
+from steelyard.data.token_rows import TokenRows
 from steelyard.errors import ConfigError
 from steelyard.models import weights
 from steelyard.models.attention import PackedAttention
@@ -20,7 +22,7 @@ from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import student
 from steelyard.train.config import DataConfig, DistillConfig, TrainConfig
 from steelyard.train.optimizers import OptimizerConfig
-from steelyard.train.student import held_to
+from steelyard.train.student import Student, held_to
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -75,6 +77,24 @@ def far(teacher: Path, pupil: Path) -> float:
             states = decoder(token_ids, torch.arange(length), PackedAttention([length]))
             found.append(decoder.logits(states).log_softmax(-1))
     return float(kl(*found).mean())
+
+
+def test_the_states_are_held_to_the_teachers(tiny_model: Path, tmp_path: Path) -> None:
+    """The loss is greater by 1 - cos of both states at every trained token."""
+    cut = tmp_path / "cut"
+    prune(tiny_model, cut, PruneConfig(method="even", structure="blocks", rate=0.5), accept=True)
+    teacher, pupil = (weights.load(folder, torch.float32) for folder in (tiny_model, cut))
+    tokens = TokenRows.of([TokenRow(tokens=[3, 4, 5, 6, 7], trained=[False, True, True, False, True])])
+    losses = []
+    for hidden in (0.0, 2.0):
+        how = {"weight": 0.5, "temperature": 1.0, "hidden": hidden}
+        task = Student(pupil, None, tokens, cut, teacher=teacher, kind="forward", **how)
+        losses.append(float(task.loss([0])))
+    with torch.no_grad():
+        ids = torch.tensor([3, 4, 5, 6, 7])
+        states = [model(ids, torch.arange(5), PackedAttention([5]))[[0, 1, 3]].double() for model in (pupil, teacher)]
+    expected = 2 * float((1 - F.cosine_similarity(*states, dim=-1)).sum())
+    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -56,6 +56,8 @@ class DistillConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the loss that is the teacher's, of rows with a label; the rest is the label's."""
     temperature: float = 2.0
     """By which the logits of both are divided."""
+    hidden: float = 0.0
+    """Decoders as wide as their teacher: how much the states before the head are held to the teacher's as well."""
     divergence: Divergence = "forward"
     """What the student is held to: forward: all that the teacher holds possible; reverse: what it holds likely;
     jensen-shannon: between them.
@@ -211,6 +213,8 @@ def _check_teacher(config: DistillConfig) -> None:
         raise ConfigError("distill needs a teacher: set distill.teacher")
     if not 0 < config.weight <= 1:
         raise ConfigError(f"distill.weight must be above 0 and at most 1, not {config.weight}")
+    if not 0 <= config.hidden < math.inf:
+        raise ConfigError(f"distill.hidden must be at least 0, not {config.hidden}")
     if not 0 < config.temperature <= 100:
         raise ConfigError(f"distill.temperature must be above 0 and at most 100, not {config.temperature}")
 
@@ -251,7 +255,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
         *(f"data.{name}" for name in ("image", "audio", "bad_files", "tokens", "tags")),
     ),
     "classification": (
-        *OF_DECODERS,
+        *(*OF_DECODERS, "distill.hidden"),
         *(f"data.{name}" for name in ("template", "system", "tokens", "tags")),
     ),
     "tagging": (

@@ -1,7 +1,8 @@
 """A decoder that learns from a larger one with the same vocabulary what that holds of every next token.
 
-loss = (1 - w) CE(token) + w T^2 D(p, q), as in `distillation.py`, over the tokens that are trained. Logits of both are
-made some rows at a time, and with them the gradients, so that neither the one's nor the other's are ever all in memory.
+loss = (1 - w) CE(token) + w T^2 D(p, q), as in `distillation.py`, over the tokens that are trained; if that is asked for,
+h (1 - cos(s, t)) of the states before both heads as well. Logits of both are made some rows at a time, and with them the
+gradients, so that neither the one's nor the other's are ever all in memory.
 """
 
 # N trained tokens  D, E widths of student and teacher  V vocabulary
@@ -34,6 +35,7 @@ class Student(LanguageModelling):
         weight: w, above 0, at most 1.
         temperature: T.
         kind: see `distillation.divergence`.
+        hidden: h, at least 0; both are equally wide where it is more.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Student(LanguageModelling):
         weight: float,
         temperature: float,
         kind: Divergence,
+        hidden: float = 0.0,
     ) -> None:
         super().__init__(*language_modelling)
-        self.teacher, self._how = teacher, (weight, temperature, kind)
+        self.teacher, self._how, self._hidden = teacher, (weight, temperature, kind), hidden
 
     def loss(self, rows: Sequence[int]) -> torch.Tensor:
         """See the module; nats, summed."""
@@ -56,7 +59,10 @@ class Student(LanguageModelling):
         with recomputing():
             states = self.decoder(*given, PackedAttention(batch.lengths), self.adapter).index_select(0, batch.places)
         head = self.decoder.lm_head.weight
-        return held_to(states, head, theirs, self.teacher.lm_head.weight, batch.targets, *self._how)
+        loss = held_to(states, head, theirs, self.teacher.lm_head.weight, batch.targets, *self._how)
+        if self._hidden:
+            loss = loss + self._hidden * (1 - F.cosine_similarity(states.float(), theirs.float(), dim=-1)).sum()
+        return loss
 
 
 def held_to(

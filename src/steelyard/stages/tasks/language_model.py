@@ -56,7 +56,10 @@ def prepare(config: TrainConfig) -> Prepared:
         if teacher is None:
             return LanguageModelling(*given)
         asked, known = config.distill, weights.load(teacher, DTYPES[config.dtype])
-        return Student(*given, teacher=known, weight=asked.weight, temperature=asked.temperature, kind=asked.divergence)
+        if asked.hidden and known.config.width != decoder.config.width:
+            raise ConfigError("distill.hidden is for a student as wide as its teacher: leave it out")
+        taught = {"weight": asked.weight, "temperature": asked.temperature, "hidden": asked.hidden}
+        return Student(*given, teacher=known, kind=asked.divergence, **taught)
 
     counts = {**({"rows": len(learnt)} if small is None else small.counts()), "validation_rows": len(held)}
     digests = file_digests(config)
