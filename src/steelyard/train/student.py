@@ -1,7 +1,7 @@
 """A decoder that learns from a larger one with the same vocabulary what that holds of every next token.
 
-loss = (1 - w) CE(token) + w T^2 D(p, q), as in `distillation.py`, over the tokens that are trained; if that is asked for,
-h (1 - cos(s, t)) of the states before both heads as well. Logits of both are made some rows at a time, and with them the
+loss = (1 - w) CE(token) + w T^2 D(p, q), as in `distillation.py`, over the tokens that are trained; on demand also
+h (1 - cos(s, t)) of the states before both heads. Logits of both are made some rows at a time, and with them the
 gradients, so that neither the one's nor the other's are ever all in memory.
 """
 
