@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from command import Command
 
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.gguf import GGUF
+from steelyard.models import classifiers
+from steelyard.models.classifiers import Classifier
+from steelyard.models.convnet import ConvNet, ConvNetConfig
+from steelyard.models.inputs import ImageInputs
 
 
 def test_gguf(command: Command, tiny_model: Path) -> None:
@@ -30,6 +35,37 @@ def test_gguf(command: Command, tiny_model: Path) -> None:
     assert [entry.name for entry in Path("made").iterdir()] == ["x.gguf"]
 
 
+def classifier(folder: Path) -> None:
+    network = ConvNet(ConvNetConfig(image_size=8, num_channels=1, widths=(8,), blocks=1, classes=2))
+    folder.mkdir()
+    classifiers.save(Classifier(network, ImageInputs(1, 8), ("cat", "dog")), folder)
+
+
+def test_onnx(command: Command) -> None:
+    classifier(Path("pets"))
+    done = command("export", "onnx", "pets", "--output", "made/x.onnx", "--json")
+    assert done.object == {
+        "path": "made/x.onnx",
+        "checkpoint": manifest.read(Path("pets")).id,
+        "inputs": {"images": ["batch", 1, 8, 8]},
+        "output": "logits",
+        "labels": ["cat", "dog"],
+        "bytes": Path("made/x.onnx").stat().st_size,
+        "restored": False,
+    }
+    done = command("export", "onnx", "pets", "-o", "made/x.onnx")
+    assert done.code == 0
+    assert "images ['batch', 1, 8, 8] -> logits" in done.out
+    assert not done.err.strip()
+    assert [entry.name for entry in Path("made").iterdir()] == ["x.onnx"]
+
+
+def test_onnx_without_its_libraries(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier(Path("pets"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "pip install 'steelyard[onnx]'" in command("export", "onnx", "pets", "-o", "x.onnx").complaint(2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [
@@ -46,14 +82,23 @@ def test_gguf(command: Command, tiny_model: Path) -> None:
         (["gguf", "mute", "-o", "x.gguf"], 6, "'mute' has no tokenizer.json"),
         (["gguf", "cut", "-o", "x.gguf"], 5, "model.safetensors' is cut short"),
         (["gguf", "empty", "-o", "x.gguf"], 6, "'empty' has no model.safetensors"),
+        (
+            ["onnx", "MODEL", "-o", "x.onnx"],
+            2,
+            "LlamaForCausalLM): language models are written by `steelyard export gguf`",
+        ),
+        (["onnx", "classifier", "-o", "x.gguf"], 2, "is to be a .onnx file"),
+        (["onnx", "classifier", "-o", "folder.onnx"], 2, "cannot use 'folder.onnx': Is a directory"),
+        (["onnx", "classifier", "-o", "file/x.onnx"], 2, "cannot use 'file/x.onnx': File exists"),
+        (["onnx", "none", "-o", "x.onnx"], 6, "no checkpoint at 'none'"),
         (["pickle", "MODEL"], 2, "No such command 'pickle'; see `steelyard export --help`"),
     ],
 )
 def test_refused(command: Command, tiny_model: Path, arguments: list[str], code: int, complaint: str) -> None:
     Path("file").write_text("precious")
     Path("folder.gguf").mkdir()
-    Path("classifier").mkdir()
-    Path("classifier/config.json").write_text('{"architectures": ["SteelyardConvNet"]}')
+    Path("folder.onnx").mkdir()
+    classifier(Path("classifier"))
     for name in ("words", "mute", "cut", "empty"):
         shutil.copytree(tiny_model, name)
     tokenizer = Path("words/tokenizer.json")
@@ -68,4 +113,5 @@ def test_refused(command: Command, tiny_model: Path, arguments: list[str], code:
     assert complaint in done.complaint(code)
     assert Path("file").read_text() == "precious"
     assert not Path("x.gguf").exists()
+    assert not Path("x.onnx").exists()
     assert (tiny_model / "model.safetensors").read_bytes() == weights

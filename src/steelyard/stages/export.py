@@ -65,7 +65,7 @@ def gguf(source: Path, output: Path, kind: Kind = "q8_0", report: Report = lambd
     if manifest.kind_of(source) == "model" and classifiers.architecture(source) not in ("", *weights.ARCHITECTURES):
         raise ConfigError(
             f"'{source}' is a {classifiers.architecture(source)}: GGUF is for language models "
-            f"({', '.join(weights.ARCHITECTURES)})"
+            f"({', '.join(weights.ARCHITECTURES)}); encoders and classifiers are written by `steelyard export onnx`"
         )
     opened = open_checkpoint(source, _dtype(manifest.base_of(source)))
     if opened.adapter is not None:
