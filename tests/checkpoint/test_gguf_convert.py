@@ -27,7 +27,7 @@ from gguf_writer import (
     tiny_model,
 )
 
-from steelyard.checkpoint import bfloat16, gguf_convert, safetensors
+from steelyard.checkpoint import bfloat16, gguf_convert, gguf_places, safetensors
 from steelyard.errors import ArtifactError
 
 
@@ -86,7 +86,7 @@ def test_unpermute_restores_transformers_rotary_convention() -> None:
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)[:, None]
     expected = (turned[:, None] * turned.conj()[None]).real.sum(-1)
     # transformers: (i, i + half) turn by angle i.
-    rows = gguf_convert.unpermute(stored, HEADS)
+    rows = gguf_places.unpermute(stored, HEADS)
     np.testing.assert_array_equal(rows, weights)
     query = torch.from_numpy(hidden @ rows.T).view(1, 5, HEADS, HEAD).transpose(1, 2)
     full = torch.from_numpy(np.concatenate((angles, angles), axis=1)).float()[None]

@@ -7,6 +7,7 @@ What the model classes here could not honour (experts, partial rotary, sliding w
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -145,18 +146,30 @@ class _Reader:
 
     def llama3_scaling(self, factors: NDArray[np.float32], head: int, theta: float) -> dict[str, Any]:
         """The parameters behind Llama 3's frequency factors, which GGUF stores instead of them."""
-        low, high, original = 1.0, 4.0, 8192
         factor = round(float(factors.max()), 4)
-        wavelengths = 2 * math.pi * theta ** (np.arange(0, head, 2) / head)
-        smooth = (original / wavelengths - low) / (high - low)
-        between = 1 / ((1 - smooth) / factor + smooth) if factor > 0 else np.ones(head // 2)
-        expected = np.where(wavelengths < original / high, 1, np.where(wavelengths > original / low, factor, between))
-        if not np.allclose(factors, expected, rtol=1e-4):
-            self.refuse("has rotary factors in 'rope_freqs.weight' that are not Llama 3's, which is not supported")
-        return {
+        scaling = {
             "rope_type": "llama3",
             "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
         }
+        if factor <= 0 or not np.allclose(factors, llama3_factors(head, theta, scaling), rtol=1e-4):
+            self.refuse("has rotary factors in 'rope_freqs.weight' that are not Llama 3's, which is not supported")
+        return scaling
+
+
+def llama3_factors(head: int, theta: float, scaling: Mapping[str, Any]) -> NDArray[np.float64]:
+    """What each frequency of the rotary embedding is divided by: `[head / 2]`, of 1 to `factor`.
+
+    Args:
+        head: width of a head.
+        theta: the base.
+        scaling: Llama 3's parameters under their Hugging Face names.
+    """
+    factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = float(scaling["original_max_position_embeddings"])
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head, 2) / head)
+    smooth = (original / wavelengths - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wavelengths < original / high, 1, np.where(wavelengths > original / low, factor, between))

@@ -8,19 +8,19 @@ refused, since a near miss gives other tokens without any error.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from steelyard.checkpoint.gguf import GGUF
+from steelyard.checkpoint.gguf import GGUF, Value
 from steelyard.errors import ArtifactError
 
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_PIECE_CHARACTERS = 512
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -67,12 +67,17 @@ def write_tokenizer(gguf: GGUF, folder: Path, vocabulary: int, positions: int) -
     Raises:
         ArtifactError: metadata missing or malformed, or a kind of tokenizer that is not rebuilt.
     """
-    _Builder(gguf, vocabulary).write(folder, positions)
+    _Builder(gguf.metadata, vocabulary, f"'{gguf.path}'").write(folder, positions)
+
+
+def rebuilt(metadata: Mapping[str, Value], vocabulary: int, called: str) -> Tokenizer:
+    """The tokenizer in metadata. Raises ArtifactError, which begins with `called`: as `write_tokenizer` does."""
+    return _Builder(metadata, vocabulary, called).tokenizer()[0]
 
 
 class _Builder:
-    def __init__(self, gguf: GGUF, vocabulary: int) -> None:
-        self.gguf = gguf
+    def __init__(self, metadata: Mapping[str, Value], vocabulary: int, called: str) -> None:
+        self.metadata, self.called = metadata, called
         self.tokens: list[str] = self.strings("tokens")
         if len(self.tokens) > vocabulary:
             self.refuse(f"has {len(self.tokens)} tokens for an embedding of {vocabulary}")
@@ -84,10 +89,10 @@ class _Builder:
         self.pre = self.key("pre")
 
     def refuse(self, what: str) -> NoReturn:
-        raise ArtifactError(f"'{self.gguf.path}' {what}")
+        raise ArtifactError(f"{self.called} {what}")
 
     def key(self, name: str) -> Any:
-        return self.gguf.metadata.get(f"tokenizer.ggml.{name}")
+        return self.metadata.get(f"tokenizer.ggml.{name}")
 
     def strings(self, name: str) -> list[str]:
         value = self.key(name)
@@ -114,7 +119,8 @@ class _Builder:
             self.refuse(f"has a 'tokenizer.ggml.{name}_token_id' that is no token")
         return value
 
-    def write(self, folder: Path, positions: int) -> None:
+    def tokenizer(self) -> tuple[Tokenizer, bool, bool]:
+        """And whether it begins and ends every text with a token."""
         if self.model == "gpt2":
             tokenizer, add_bos = self.byte_level(), self.flag("add_bos_token", self.pre == "llama-bpe")
         elif self.model == "llama":
@@ -130,6 +136,10 @@ class _Builder:
             ]
         )
         self.post_process(tokenizer, add_bos, add_eos)
+        return tokenizer, add_bos, add_eos
+
+    def write(self, folder: Path, positions: int) -> None:
+        tokenizer, add_bos, add_eos = self.tokenizer()
         tokenizer.save(str(folder / "tokenizer.json"))
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         numbers = {name: self.special(key) for name, key in names.items()}
@@ -146,7 +156,7 @@ class _Builder:
         self.write_template(folder)
 
     def write_template(self, folder: Path) -> None:
-        template = self.gguf.metadata.get("tokenizer.chat_template")
+        template = self.metadata.get("tokenizer.chat_template")
         if template is None:
             return
         if not isinstance(template, str) or len(template.encode()) > MAX_TEMPLATE_BYTES:
@@ -175,7 +185,7 @@ class _Builder:
 
     def byte_level(self) -> Tokenizer:
         pre = self.pre
-        if pre is None and str(self.gguf.metadata.get("general.architecture")).startswith("qwen"):
+        if pre is None and str(self.metadata.get("general.architecture")).startswith("qwen"):
             pre = "qwen2"
         if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
             known = ", ".join(PRE_TOKENIZERS)

@@ -25,6 +25,7 @@ LIFECYCLE = (
     "search",
     "merge",
     "compress",
+    "export",
     "evaluate",
     "predict",
     "generate",

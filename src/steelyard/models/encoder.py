@@ -162,7 +162,8 @@ class Encoder(nn.Module):
 
         `extra` `[B, L, D]` is added to the embeddings before they are normalised.
         """
-        seen = None if bool((lengths == token_ids.shape[1]).all()) else lengths
+        is_traced = torch.compiler.is_exporting()  # then what is true of these rows is to hold for all
+        seen = None if not is_traced and bool((lengths == token_ids.shape[1]).all()) else lengths
         x: torch.Tensor = self.dropout(self.embeddings(token_ids, extra))
         for layer in self.encoder.layer:
             x = layer(x, seen)

@@ -78,9 +78,15 @@ class QuantizedWeight(nn.Module):
         """Inputs that share a scale."""
         return self.in_features // self.weight_scale.shape[1]
 
-    def values(self) -> torch.Tensor:
-        """`[N, M]` int8."""
-        return self.weight if self.bits == 8 else unpacked_halves(self.weight)
+    def values(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """`[N, M]` int8; of `rows` `[R]` int64 only: `[R, M]`."""
+        weight = self.weight if rows is None else self.weight[rows]
+        return weight if self.bits == 8 else unpacked_halves(weight)
+
+    def numbers(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """`[N, M]` float32: what the integers stand for; of `rows` `[R]` int64 only: `[R, M]`."""
+        scales = (self.weight_scale if rows is None else self.weight_scale[rows]).float()
+        return (self.values(rows).float().view(*scales.shape, -1) * scales[..., None]).flatten(-2)
 
 
 class QuantizedLinear(QuantizedWeight):
@@ -151,9 +157,9 @@ class QuantizedEmbedding(QuantizedWeight):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """`[...]` int64 -> `[..., D]` in `dtype`."""
-        found = self.weight[token_ids]
-        if self.bits == 4:
-            found = unpacked_halves(found.flatten(0, -2)).view(*token_ids.shape, -1)
-        scales = self.weight_scale[token_ids].float()
-        rows = (found.float().view(*scales.shape, -1) * scales[..., None]).flatten(-2)
-        return (rows if self.column_scale is None else rows * self.column_scale).to(self.dtype)
+        return self.numbers(token_ids.flatten()).to(self.dtype).view(*token_ids.shape, -1)
+
+    def numbers(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """As of any layer, times what columns have."""
+        found = super().numbers(rows)
+        return found if self.column_scale is None else found * self.column_scale

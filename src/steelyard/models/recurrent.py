@@ -50,6 +50,6 @@ class RecurrentClassifier(nn.Module):
         """Token ids `[B, L]` int64, whatever stands behind each row's length `[B]` -> logits `[B, C]`."""
         states, _ = self.sequence(self.dropout(self.embedding(token_ids)))
         states, _ = self.summary(states)
-        last = states[torch.arange(len(lengths)), lengths - 1]
+        last = states[torch.arange(lengths.shape[0]), lengths - 1]
         logits: torch.Tensor = self.classifier(torch.relu(self.dense(self.dropout(last))))
         return logits

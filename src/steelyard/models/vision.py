@@ -69,7 +69,7 @@ class _Embeddings(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embeddings(x)
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.position_embeddings
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1) + self.position_embeddings
 
 
 class _Attention(nn.Module):

@@ -156,6 +156,11 @@ class Tokenizer:
         mine, others = (one._inner.get_vocab(with_added_tokens=True) for one in (self, other))
         return mine == others
 
+    def state(self) -> dict[str, Any]:
+        """What tokenizer.json says, as the library writes it."""
+        found: dict[str, Any] = json.loads(self._inner.to_str())
+        return found
+
     @property
     def spelling(self) -> Spelling:
         """How the vocabulary spells bytes."""
