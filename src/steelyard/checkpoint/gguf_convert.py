@@ -1,8 +1,8 @@
 """A GGUF file becomes a checkpoint folder: Hugging Face config, weight names and layout, bfloat16, tokenizer.
 
-Knows the decoder architectures that llama.cpp writes as `llama` (Llama, Mistral, SmolLM), `qwen2` and `qwen3`; every
-tensor of the file must have a place in the model and every place a tensor, of the expected shape. The container is
-`gguf.py`'s, the tokenizer `gguf_tokenizer.py`'s.
+Knows the decoder architectures that llama.cpp writes as `llama` (Llama, Mistral, SmolLM), `qwen2`, `qwen3` and
+`gemma3`; every tensor of the file must have a place in the model and every place a tensor, of the expected shape. The
+container is `gguf.py`'s, the tokenizer `gguf_tokenizer.py`'s.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ PIECE_VALUES = 1 << 22
 
 
 class Place(NamedTuple):
-    """Where a GGUF tensor goes: its Hugging Face name and shape, and the heads to un-permute (0: none)."""
+    """Where a GGUF tensor goes: its Hugging Face name and shape, the heads to un-permute (0: none), and what its
+    writer has added to it.
+    """
 
     name: str
     shape: tuple[int, ...]
     heads: int = 0
+    added: float = 0.0
 
 
 def convert(path: Path, folder: Path, report: Callable[[str, int, int | None], None] = lambda *_: None) -> None:
@@ -56,7 +59,7 @@ def convert(path: Path, folder: Path, report: Callable[[str, int, int | None], N
     def content(tensor: GGUFTensor, place: Place) -> Iterator[NDArray[np.uint16]]:
         nonlocal done
         for piece in _pieces(tensor, place.heads):
-            bits = bfloat16.to_bits(piece)
+            bits = bfloat16.to_bits(piece - np.float32(place.added) if place.added else piece)
             yield bits
             done += bits.nbytes
             report("convert", done, total)
@@ -106,14 +109,15 @@ def _places(gguf: GGUF, config: dict[str, Any]) -> dict[str, Place]:
     width, inner = config["hidden_size"], config["intermediate_size"]
     queries, keys = config["num_attention_heads"], config["num_key_value_heads"]
     head, vocabulary = config["head_dim"], config["vocab_size"]
-    permuted = config["model_type"] == "llama"
+    permuted, gemma = config["model_type"] == "llama", config["model_type"] == "gemma3_text"
+    feed_forward_norm = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
     layer = {
         "attn_norm.weight": Place("input_layernorm.weight", (width,)),
         "attn_q.weight": Place("self_attn.q_proj.weight", (queries * head, width), queries * permuted),
         "attn_k.weight": Place("self_attn.k_proj.weight", (keys * head, width), keys * permuted),
         "attn_v.weight": Place("self_attn.v_proj.weight", (keys * head, width)),
         "attn_output.weight": Place("self_attn.o_proj.weight", (width, queries * head)),
-        "ffn_norm.weight": Place("post_attention_layernorm.weight", (width,)),
+        "ffn_norm.weight": Place(f"{feed_forward_norm}.weight", (width,)),
         "ffn_gate.weight": Place("mlp.gate_proj.weight", (inner, width)),
         "ffn_up.weight": Place("mlp.up_proj.weight", (inner, width)),
         "ffn_down.weight": Place("mlp.down_proj.weight", (width, inner)),
@@ -124,7 +128,10 @@ def _places(gguf: GGUF, config: dict[str, Any]) -> dict[str, Place]:
         layer["attn_v.bias"] = Place("self_attn.v_proj.bias", (keys * head,))
     if config.get("attention_bias"):
         layer["attn_output.bias"] = Place("self_attn.o_proj.bias", (width,))
-    if config["model_type"] == "qwen3":
+    if gemma:
+        layer["post_attention_norm.weight"] = Place("post_attention_layernorm.weight", (width,))
+        layer["post_ffw_norm.weight"] = Place("post_feedforward_layernorm.weight", (width,))
+    if gemma or config["model_type"] == "qwen3":
         layer["attn_q_norm.weight"] = Place("self_attn.q_norm.weight", (head,))
         layer["attn_k_norm.weight"] = Place("self_attn.k_norm.weight", (head,))
     places = {"token_embd.weight": Place("model.embed_tokens.weight", (vocabulary, width))}
@@ -134,6 +141,8 @@ def _places(gguf: GGUF, config: dict[str, Any]) -> dict[str, Place]:
     places["output_norm.weight"] = Place("model.norm.weight", (width,))
     if not config["tie_word_embeddings"]:
         places["output.weight"] = Place("lm_head.weight", (vocabulary, width))
+    if gemma:  # its norms multiply by 1 + weight, and GGUF's hold that
+        places |= {name: place._replace(added=1.0) for name, place in places.items() if name.endswith("norm.weight")}
     return places
 
 

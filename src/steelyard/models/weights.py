@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "MistralForCausalLM": Decoder,
     "Qwen2ForCausalLM": Decoder,
     "Qwen3ForCausalLM": Decoder,
+    "Gemma3ForCausalLM": Decoder,
 }
 
 

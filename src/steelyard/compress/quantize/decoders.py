@@ -15,6 +15,7 @@ from steelyard.compress.quantize.grid import Integers
 from steelyard.compress.quantize.smoothing import Smoothed
 from steelyard.data.packing import Pack
 from steelyard.errors import CheckpointError, ConfigError
+from steelyard.models.config import DecoderConfig
 from steelyard.models.decoder import Decoder
 
 EMBEDDING = "model.embed_tokens"
@@ -55,6 +56,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
         portable: bool = False,
         rows: bool,
         decoder: bool = True,
+        smooth: bool = True,
     ) -> QuantizeConfig:
         """What somebody asked for, with what fits where he said nothing.
 
@@ -66,6 +68,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
             portable: see above.
             rows: whether there are any to judge by.
             decoder: whether the model is one.
+            smooth: whether scales can move into its norms.
 
         Raises:
             ConfigError: bits or group that there are not.
@@ -80,7 +83,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
         if rows and bits == 4:
             best = "gptq"
         elif rows and decoder:
-            best = "smoothquant"
+            best = "smoothquant" if smooth else "gptq"
         return cls(bits=bits, group=size, method=method or best, strength=strength, portable=portable)  # type: ignore[arg-type]
 
 
@@ -103,9 +106,19 @@ def check(config: QuantizeConfig, decoder: Decoder) -> None:
     if not dense(decoder):
         raise CheckpointError("the model is quantised already; start from its parent")
     check_strength(config)
+    if config.method in ("smoothquant", "awq") and not smooths(decoder.config):
+        raise ConfigError(
+            f"{config.method} moves scales into norms, and those of {decoder.config.model_type} add"
+            f" {decoder.config.norm_offset:g} to their weights: take gptq, or nearest"
+        )
     if config.group is not None and config.portable and config.bits == 8:
         raise ConfigError("a portable int8 model has a scale per channel: leave out the group")
     check_group(decoder, config.group)
+
+
+def smooths(config: DecoderConfig) -> bool:
+    """Whether scales can move into a decoder's norms: their weights are all that they multiply by."""
+    return config.norm_offset == 0
 
 
 def check_strength(config: QuantizeConfig) -> None:
