@@ -114,11 +114,11 @@ def compare(
         CheckpointError: the tokenizer makes nothing of the golden texts.
     """
     texts = golden_texts()
-    most = min(MAX_TOKENS, parent.config.context)
+    most, begin = min(MAX_TOKENS, parent.config.context), tokenizer.beginning
     rows = [
-        TokenRow(tokens=tokens, trained=[False] + [True] * (len(tokens) - 1))
-        for tokens in (tokenizer.encode_plain(text)[:most] for text in texts)
-        if len(tokens) > 1
+        TokenRow(tokens=tokens, trained=[place >= max(1, len(begin)) for place in range(len(tokens))])
+        for tokens in ([*begin, *tokenizer.encode_plain(text)][:most] for text in texts)
+        if len(tokens) > max(1, len(begin))
     ]
     if not rows:
         raise CheckpointError("the tokenizer makes no tokens of the golden texts: nothing can be certified")

@@ -156,6 +156,15 @@ class Tokenizer:
         mine, others = (one._inner.get_vocab(with_added_tokens=True) for one in (self, other))
         return mine == others
 
+    @cached_property
+    def beginning(self) -> list[int]:
+        """What `add_special_tokens` puts before a text, where it puts nothing behind it.
+
+        A model that learnt with it needs it before every text.
+        """
+        plain, whole = (self.encode("a", add_special_tokens=flag) for flag in (False, True))
+        return whole[: -len(plain)] if plain and whole[-len(plain) :] == plain else []
+
     @property
     def spelling(self) -> Spelling:
         """How the vocabulary spells bytes."""
