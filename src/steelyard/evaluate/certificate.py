@@ -29,6 +29,8 @@ from steelyard.models.decoder import Decoder
 from steelyard.text.tokenizer import Tokenizer
 
 MAX_TOKENS = 512
+LOGITS = 1 << 25
+"""Of each model in memory at a time."""
 
 
 class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,21 +126,25 @@ def compare(
         raise CheckpointError("the tokenizer makes no tokens of the golden texts: nothing can be certified")
     size = sum(len(tokenizer.decode(row.tokens).encode()) for row in rows)
     kl_sum = kl_max = logit_error = before = after = same = 0.0
-    count = done = 0
+    count, done, step = 0, 0, max(1, LOGITS // parent.config.vocabulary)
     for batch in packs(rows):
-        logits = []
-        for decoder in (parent, derived):
-            states = decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths))
-            logits.append(decoder.logits(states[batch.places]).float())
-        p, q = (x.log_softmax(-1) for x in logits)  # [T, V]
-        kl = (p.exp() * (p - q)).sum(-1)
-        kl_sum, kl_max = kl_sum + float(kl.sum()), _largest(kl, kl_max)
-        centred = [x - x.mean(-1, keepdim=True) for x in logits]
-        logit_error = _largest((centred[0] - centred[1]).abs(), logit_error)
-        before -= float(p.gather(1, batch.targets[:, None]).sum())
-        after -= float(q.gather(1, batch.targets[:, None]).sum())
-        same += float((p.argmax(-1) == q.argmax(-1)).sum())
-        count += len(batch.targets)
+        states = [
+            decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths))[batch.places]
+            for decoder in (parent, derived)
+        ]
+        for first in range(0, len(batch.targets), step):
+            part = slice(first, first + step)
+            logits = [parent.logits(states[0][part]).float(), derived.logits(states[1][part]).float()]
+            p, q = (x.log_softmax(-1) for x in logits)  # [T, V]
+            kl = (p.exp() * (p - q)).sum(-1)
+            kl_sum, kl_max = kl_sum + float(kl.sum()), _largest(kl, kl_max)
+            centred = [x - x.mean(-1, keepdim=True) for x in logits]
+            logit_error = _largest((centred[0] - centred[1]).abs(), logit_error)
+            targets = batch.targets[part, None]
+            before -= float(p.gather(1, targets).sum())
+            after -= float(q.gather(1, targets).sum())
+            same += float((p.argmax(-1) == q.argmax(-1)).sum())
+            count += len(targets)
         done += len(batch.lengths)
         report(done, len(rows))
     bits = 1 / math.log(2) / size
