@@ -123,14 +123,21 @@ def bpe_pairs(pre: str | None = "smollm", merges: Sequence[str] = ("h e", "l l",
 
 
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS, KEY_HEADS, HEAD = 262, 32, 48, 2, 4, 2, 8
+GEMMA_LAYERS = 7
+"""The sixth sees everything."""
+
+
+def layers_of(architecture: str) -> int:
+    return GEMMA_LAYERS if architecture == "gemma3" else LAYERS
 
 
 def model_pairs(architecture: str = "llama") -> list[bytes]:
-    """Hyperparameters of a two-layer model."""
+    """Hyperparameters of a small model."""
+    gemma = ("key_length", HEAD), ("value_length", HEAD), ("sliding_window", 7)
     return [
         pair("general.architecture", STRING, architecture),
         pair("general.name", STRING, "Tiny Model"),
-        pair(f"{architecture}.block_count", U32, LAYERS),
+        pair(f"{architecture}.block_count", U32, layers_of(architecture)),
         pair(f"{architecture}.context_length", U32, 128),
         pair(f"{architecture}.embedding_length", U32, WIDTH),
         pair(f"{architecture}.feed_forward_length", U32, INNER),
@@ -138,6 +145,7 @@ def model_pairs(architecture: str = "llama") -> list[bytes]:
         pair(f"{architecture}.attention.head_count_kv", U32, KEY_HEADS),
         pair(f"{architecture}.attention.layer_norm_rms_epsilon", F32, 1e-5),
         pair(f"{architecture}.rope.freq_base", F32, 50000.0),
+        *(pair(f"gemma3.attention.{key}", U32, value) for key, value in gemma if architecture == "gemma3"),
     ]
 
 
@@ -149,7 +157,7 @@ def model_weights(architecture: str = "llama", tied: bool = True, seed: int = 0)
         return (random.integers(-64, 64, shape) / 128).astype(np.float32)
 
     weights = {"model.embed_tokens.weight": draw(VOCABULARY, WIDTH), "model.norm.weight": 1 + draw(WIDTH)}
-    for layer in range(LAYERS):
+    for layer in range(layers_of(architecture)):
         at = f"model.layers.{layer}."
         weights |= {
             at + "input_layernorm.weight": 1 + draw(WIDTH),
@@ -165,7 +173,10 @@ def model_weights(architecture: str = "llama", tied: bool = True, seed: int = 0)
         if architecture == "qwen2":
             for name, rows in (("q", HEADS), ("k", KEY_HEADS), ("v", KEY_HEADS)):
                 weights[f"{at}self_attn.{name}_proj.bias"] = draw(rows * HEAD)
-        if architecture == "qwen3":
+        if architecture == "gemma3":
+            weights[at + "pre_feedforward_layernorm.weight"] = 1 + draw(WIDTH)
+            weights[at + "post_feedforward_layernorm.weight"] = 1 + draw(WIDTH)
+        if architecture in ("qwen3", "gemma3"):
             weights[at + "self_attn.q_norm.weight"] = 1 + draw(HEAD)
             weights[at + "self_attn.k_norm.weight"] = 1 + draw(HEAD)
     if not tied:
@@ -189,10 +200,16 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA_NAMES = NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def model_tensors(weights: dict[str, np.ndarray], architecture: str = "llama") -> list[TensorSpec]:
     specs = []
+    gemma = architecture == "gemma3"
     for name, values in weights.items():
         stem, _, kind = name.rpartition(".")
         prefix = ""
@@ -201,14 +218,16 @@ def model_tensors(weights: dict[str, np.ndarray], architecture: str = "llama") -
             prefix = f"blk.{layer}."
         if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
             values = permute(values, HEADS if stem.endswith("q_proj") else KEY_HEADS)
-        specs.append(f32(f"{prefix}{NAMES[stem]}.{kind}", values))
+        if gemma and stem.endswith("norm"):  # as its writer does
+            values = values + 1
+        specs.append(f32(f"{prefix}{(GEMMA_NAMES if gemma else NAMES)[stem]}.{kind}", values))
     return specs
 
 
 def tiny_model(
     path: Path, architecture: str = "llama", tied: bool = True, pre: str = "smollm"
 ) -> dict[str, np.ndarray]:
-    """Write a whole two-layer model and return its weights by Hugging Face name."""
+    """Write a whole small model and return its weights by Hugging Face name."""
     weights = model_weights(architecture, tied)
     pairs = model_pairs(architecture) + bpe_pairs()
     GGUFSpec(pairs, model_tensors(weights, architecture)).write(path)

@@ -28,6 +28,8 @@ from gguf_writer import (
 )
 
 from steelyard.checkpoint import bfloat16, gguf_convert, gguf_places, safetensors
+from steelyard.checkpoint.gguf import GGUF
+from steelyard.checkpoint.gguf_config import read_config
 from steelyard.errors import ArtifactError
 
 
@@ -45,7 +47,7 @@ def without(pairs: list[bytes], *keys: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_transformers_opens_it_with_the_weights_it_was_made_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, tied: bool
 ) -> None:
@@ -63,12 +65,49 @@ def test_transformers_opens_it_with_the_weights_it_was_made_of(
         np.testing.assert_array_equal(bfloat16.from_bits(stored[name]), values, err_msg=name)
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(model).__name__ == {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[architecture] + "ForCausalLM"
+    names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3"}
+    assert type(model).__name__ == names[architecture] + "ForCausalLM"
     assert model.config.rms_norm_eps == 1e-5
-    assert model.config.rope_parameters["rope_theta"] == 50000.0
+    rope = model.config.rope_parameters
+    if architecture == "gemma3":
+        assert rope["sliding_attention"]["rope_theta"] == 10_000.0
+        assert model.config.layer_types == ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
+        assert (model.config.sliding_window, model.config.query_pre_attn_scalar) == (7, HEAD)
+        rope = rope["full_attention"]
+    assert rope["rope_theta"] == 50000.0
     assert model.config.tie_word_embeddings is tied
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 2)
     assert reports[-1][1] == reports[-1][2] == 2 * sum(values.size for values in weights.values())
+
+
+def test_gemma_says_what_transformers_says(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from steelyard.models import weights
+    from steelyard.models.attention import PackedAttention
+
+    tiny_model(tmp_path / "x.gguf", "gemma3")
+    (tmp_path / "out").mkdir()
+    gguf_convert.convert(tmp_path / "x.gguf", tmp_path / "out")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    decoder = weights.load(tmp_path / "out", torch.float32)
+    token_ids = torch.randint(262, (50,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference(token_ids[None]).logits[0]
+        ours = decoder.logits(decoder(token_ids, torch.arange(50), PackedAttention([50])))
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "scalar"), [(26, 256), (62, 168)])
+def test_the_one_gemma_that_scales_its_queries_otherwise(tmp_path: Path, layers: int, scalar: int) -> None:
+    sizes = {"block_count": layers, "embedding_length": 5376, "attention.head_count": 32}
+    sizes |= {"attention.head_count_kv": 16, "attention.key_length": 256, "attention.value_length": 256}
+    pairs = without(model_pairs("gemma3"), *(f"gemma3.{key}" for key in sizes))
+    pairs += [pair(f"gemma3.{key}", U32, value) for key, value in sizes.items()]
+    tensors = [f32(f"{name}.weight", np.zeros((2, 2), np.float32)) for name in ["token_embd", *map(str, range(layers))]]
+    config = read_config(GGUF(GGUFSpec(pairs, tensors).write(tmp_path / "x.gguf")))
+    assert config["query_pre_attn_scalar"] == scalar
 
 
 def test_unpermute_restores_transformers_rotary_convention() -> None:
@@ -158,7 +197,7 @@ def test_end_of_turn_joins_the_end_tokens(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[list[bytes], str]] = {
-    "architecture": ([pair("general.architecture", STRING, "gemma3")], "architecture 'gemma3'; read are llama"),
+    "architecture": ([pair("general.architecture", STRING, "gemma2")], "architecture 'gemma2'; read are llama"),
     "no layers": ([pair("llama.block_count", U32, 0)], "block_count"),
     "many layers": ([pair("llama.block_count", U32, 100_000)], "claims 100000 layers"),
     "one layer more": ([pair("llama.block_count", U32, 3)], "no tensor 'blk.2.attn_norm.weight'"),
@@ -172,6 +211,8 @@ REFUSED: dict[str, tuple[list[bytes], str]] = {
     "theta": ([pair("llama.rope.freq_base", F32, -1.0)], "freq_base"),
     "experts": ([pair("llama.expert_count", U32, 8)], "expert_count"),
     "partial rotary": ([pair("llama.rope.dimension_count", U32, 4)], "head dimension"),
+    "softcapping": ([pair("llama.attn_logit_softcapping", F32, 50.0)], "attn_logit_softcapping"),
+    "window": ([pair("llama.attention.sliding_window", U32, 64)], "sliding_window"),
     "odd scaling": ([pair("llama.rope.scaling.type", STRING, "longrope")], "longrope"),
     "part": ([pair("split.count", U32, 2)], "merge the parts"),
     "token id": ([pair("tokenizer.ggml.bos_token_id", U32, 262)], "bos_token_id"),

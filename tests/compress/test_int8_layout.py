@@ -35,7 +35,7 @@ def quantised(tmp_path: Path, family: str, portable: bool = False) -> tuple[Deco
     return dense, tmp_path / "int8"
 
 
-@pytest.mark.parametrize("family", ["smollm", "llama2", "llama-biases", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["smollm", "llama2", "llama-biases", "qwen2", "qwen3", "mistral", "gemma3"])
 def test_what_is_read_back_is_what_was_rounded(tmp_path: Path, family: str) -> None:
     dense, folder = quantised(tmp_path, family)
     small = weights.load(folder, torch.float32)

@@ -149,7 +149,7 @@ def test_methods_on_a_model(tmp_path: Path, method: Any) -> None:
     assert stored["model.embed_tokens.weight"].dtype == torch.int8
 
 
-@pytest.mark.parametrize("family", ["smollm", "llama2", "llama-biases", "qwen2"])
+@pytest.mark.parametrize("family", ["smollm", "llama2", "llama-biases", "qwen2", "gemma3"])
 def test_transformers_opens_the_portable_form(tmp_path: Path, family: str) -> None:
     make(tmp_path / "base", family)
     dense = weights.load(tmp_path / "base", torch.float32)

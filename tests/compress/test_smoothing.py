@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from families import make
 from steelyard.compress.inputs import Magnitudes
 from steelyard.compress.quantize import layout
-from steelyard.compress.quantize.decoders import EMBEDDING, QuantizeConfig
+from steelyard.compress.quantize.decoders import EMBEDDING, QuantizeConfig, quantize
 from steelyard.compress.quantize.smoothing import Balance, Smoothed
 from steelyard.compress.quantize.smoothing import smooth as smooth_by
 from steelyard.data.packing import Pack, pack
 from steelyard.data.rows import TokenRow
-from steelyard.errors import CheckpointError
+from steelyard.errors import CheckpointError, ConfigError
 from steelyard.models import quantized, smoothing, weights
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Block, Decoder
@@ -102,6 +102,15 @@ def test_the_scales_are_those_of_the_paper(tmp_path: Path) -> None:
     expected = expected / expected.log().mean().exp()
     found = smooth(decoder, given, 0.7, head=False).scales["model.layers.1.post_attention_layernorm"]
     assert bool(((found.double() / expected).log2().abs() <= 0.5001).all())
+
+
+def test_norms_that_add_to_their_weights_are_refused(tmp_path: Path) -> None:
+    make(tmp_path / "base", "gemma3")
+    decoder = weights.load(tmp_path / "base", torch.float32)
+    assert QuantizeConfig.chosen(8, None, None, rows=True, smooth=False).method == "gptq"
+    for method in ("smoothquant", "awq"):
+        with pytest.raises(ConfigError, match="gemma3_text add 1 to their weights: take gptq, or nearest"):
+            quantize(decoder, QuantizeConfig(method=method), batches())  # type: ignore[arg-type]
 
 
 def test_an_odd_token_does_not_count() -> None:

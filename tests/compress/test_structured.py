@@ -25,7 +25,7 @@ from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Block, Decoder
 from steelyard.stages.compress import prune
 
-FAMILIES = ["smollm", "llama2", "llama-biases", "qwen2-window", "qwen3", "mistral"]
+FAMILIES = ["smollm", "llama2", "llama-biases", "qwen2-window", "qwen3", "mistral", "gemma3"]
 STRUCTURES: list[Structure] = ["blocks", "heads", "neurons"]
 
 
@@ -145,7 +145,7 @@ def test_activations_say_how_much_is_added(tmp_path: Path, structure: Structure)
     assert float(found[2, 1]) == pytest.approx(float(added.norm(dim=1).sum()), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["smollm", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("family", ["smollm", "qwen2-window", "qwen3", "gemma3"])
 @pytest.mark.parametrize(
     ("structure", "method"),
     [

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from steelyard.data.rows import Conversation, Message, TokenRow, token_counts
 from steelyard.data.tokenize import tokenize
@@ -25,6 +27,17 @@ def ready(tiny_tokenizer_folder: Path) -> Iterator[Ready]:
     assert template is not None
     yield Tokenizer.load(tiny_tokenizer_folder), template
     template.close()
+
+
+@pytest.fixture(scope="module")
+def begun(tiny_tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One that puts a token before every text."""
+    inner = tokenizers.Tokenizer.from_file(str(tiny_tokenizer_folder / "tokenizer.json"))
+    begin = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    inner.post_processor = begin
+    folder = tmp_path_factory.mktemp("begun")
+    inner.save(str(folder / "tokenizer.json"))
+    return Tokenizer.load(folder)
 
 
 def chat(*turns: Message) -> Conversation:
@@ -104,6 +117,16 @@ def test_plain_text_predicts_each_token_but_the_first_once(ready: Ready, text: s
     predicted = [id for row in rows for id, counts in zip(row.tokens, row.trained, strict=True) if counts]
     assert predicted == tokens[1:]
     assert all(len(row.tokens) <= max_length and not row.trained[0] for row in rows)
+
+
+@given(st.text(min_size=1, max_size=80), st.integers(2, 20))
+def test_a_row_begins_as_every_text_does(begun: Tokenizer, text: str, max_length: int) -> None:
+    rows = tokenize([chat(Message("text", text))], begun, None, max_length)
+    tokens = begun.encode_plain(text)
+    predicted = [id for row in rows for id, counts in zip(row.tokens, row.trained, strict=True) if counts]
+    assert predicted == (tokens if max_length > 2 else tokens[1:])
+    assert all(len(row.tokens) <= max_length and not row.trained[0] for row in rows)
+    assert all(row.tokens[0] == 1 for row in rows if max_length > 2)
 
 
 def test_control_tokens_in_plain_text_stay_text(ready: Ready) -> None:

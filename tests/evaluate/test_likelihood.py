@@ -19,16 +19,18 @@ from steelyard.models.opening import open_checkpoint
 TEXT = "A model answers the user, the user asks the assistant. Grüße aus München: 20 °C. " * 6
 
 
-@given(st.integers(2, 200), st.integers(2, 40), st.data())
-def test_windows_score_each_token_but_the_first_once(size: int, context: int, data: st.DataObject) -> None:
-    stride = data.draw(st.integers(1, context - 1))
-    tokens = list(range(size))
-    rows = windows(tokens, context, stride)
+@given(st.integers(2, 200), st.integers(3, 40), st.booleans(), st.data())
+def test_windows_score_each_token_once(size: int, context: int, begun: bool, data: st.DataObject) -> None:
+    """The first only where something stands before it."""
+    stride = data.draw(st.integers(1, context - 1 - begun))
+    tokens, beginning = list(range(size)), [-7] * begun
+    rows = windows(tokens, context, stride, beginning)
     scored = [token for row in rows for token, counts in zip(row.tokens, row.trained, strict=True) if counts]
-    assert scored == tokens[1:]
+    assert scored == tokens[not begun :]
     for row in rows:
         assert len(row.tokens) <= context
-        assert row.tokens == list(range(row.tokens[0], row.tokens[0] + len(row.tokens)))
+        assert row.tokens[:begun] == beginning
+        assert row.tokens[begun:] == list(range(row.tokens[begun], row.tokens[-1] + 1))
     for row in rows[1:]:
         assert row.trained.index(True) >= context - stride
 

@@ -58,7 +58,7 @@ def engine(tiny_model: Path) -> Engine:
     return Engine.load(tiny_model, config=EngineConfig(kv_bytes=1 << 24), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2-window", "qwen3", "gemma3", "gemma3-linear"])
 def test_families_generate_what_transformers_generates(
     tmp_path: Path, tiny_tokenizer_folder: Path, family: str
 ) -> None:

@@ -26,12 +26,23 @@ from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter, AdapterRows
 
-FAMILIES = ["smollm", "llama2", "llama-biases", "llama-yarn", "llama-head-width", "mistral", "qwen2-window", "qwen3"]
+FAMILIES = [
+    "smollm",
+    "llama2",
+    "llama-biases",
+    "llama-yarn",
+    "llama-head-width",
+    "mistral",
+    "qwen2-window",
+    "qwen3",
+    "gemma3",
+    "gemma3-linear",
+]
 INT4 = QuantizeConfig(bits=4, group=16)
 KINDS = [
     *((family, QuantizeConfig()) for family in FAMILIES),
     ("smollm", QuantizeConfig(method="smoothquant")),
-    *((family, QuantizeConfig(group=16)) for family in ("smollm", "llama-biases", "qwen2-window")),
+    *((family, QuantizeConfig(group=16)) for family in ("smollm", "llama-biases", "qwen2-window", "gemma3")),
     *((family, INT4) for family in ("smollm", "llama-biases", "qwen2-window")),
     ("smollm", QuantizeConfig(bits=4, method="awq")),
 ]
@@ -117,7 +128,8 @@ def test_it_is_the_reference_forward(tmp_path: Path, family: str, config: Quanti
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [("smollm", QuantizeConfig()), ("mistral", QuantizeConfig()), ("smollm", INT4)]
+    ("family", "config"),
+    [("smollm", QuantizeConfig()), ("mistral", QuantizeConfig()), ("smollm", INT4), ("gemma3", QuantizeConfig())],
 )
 def test_alone_beside_others_and_in_chunks_the_same_bits(
     tmp_path: Path, native: Library, family: str, config: QuantizeConfig
@@ -158,7 +170,8 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [("smollm", QuantizeConfig()), ("qwen3", QuantizeConfig()), ("smollm", INT4)]
+    ("family", "config"),
+    [("smollm", QuantizeConfig()), ("qwen3", QuantizeConfig()), ("smollm", INT4), ("gemma3", QuantizeConfig())],
 )
 def test_rows_wear_their_own_adapters(tmp_path: Path, native: Library, family: str, config: QuantizeConfig) -> None:
     decoder = small(tmp_path, family, config)
@@ -191,6 +204,13 @@ def test_sizes_beyond_the_kernels_run_by_the_reference(tmp_path: Path) -> None:
         decoder.config = msgspec.structs.replace(decoder.config, **{field: 1 << 17})
         assert not has_plan(decoder, library.load())
         decoder.config = msgspec.structs.replace(decoder.config, **{field: 16})
+
+
+def test_norms_of_what_is_added_need_rows_without_padding(tmp_path: Path) -> None:
+    make(tmp_path / "base", "gemma3", hidden_size=42)
+    (tmp_path / "int8").mkdir()
+    layout.write(weights.load(tmp_path / "base"), tmp_path / "int8", tmp_path / "base", QuantizeConfig())
+    assert not has_plan(weights.load(tmp_path / "int8"), library.load())
 
 
 def test_layers_of_another_kind_are_refused(tmp_path: Path) -> None:
@@ -227,7 +247,7 @@ def dense(folder: Path, family: str) -> Decoder:
     return weights.load(folder / "base", torch.bfloat16)
 
 
-@pytest.mark.parametrize("family", ["smollm", "llama-biases", "qwen3"])
+@pytest.mark.parametrize("family", ["smollm", "llama-biases", "qwen3", "gemma3"])
 def test_dense_layers_natively_equal_the_twin_and_are_near_the_reference(
     tmp_path: Path, native: Library, family: str
 ) -> None:

@@ -13,6 +13,7 @@ from steelyard.kernels.library import Library
 from steelyard.kernels.packing import PackedWeight
 from steelyard.kernels.steps import (
     BUFFERS,
+    GATES,
     TILE_ROWS,
     Epilogue,
     NativeBatch,
@@ -67,8 +68,9 @@ def test_every_number_of_rows(native: Library, outputs: int, inputs: int) -> Non
         assert y[rows + 1 :].isnan().all(), "a row was written that is not there"
 
 
+@pytest.mark.parametrize("epilogue", GATES)
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, 40, 64])
-def test_what_becomes_of_a_product(native: Library, rows: int) -> None:
+def test_what_becomes_of_a_product(native: Library, rows: int, epilogue: Epilogue) -> None:
     weight, scale, _, packed = random_product(64, 128, native)
     x, scales = torch.randint(-127, 128, (rows, 128), dtype=torch.int8), torch.rand(rows)
     expected = reference.integer_product(x, weight, scale) * scales[:, None]
@@ -77,8 +79,8 @@ def test_what_becomes_of_a_product(native: Library, rows: int) -> None:
     run(Product(packed, Place.RESIDUAL, Epilogue.ADD), x, scales, y, native)
     assert torch.equal(y, before + expected)
     gated = torch.zeros(rows, 32)
-    run(Product(packed, Place.GATED, Epilogue.GATE), x, scales, gated, native)
-    assert torch.equal(gated, gate(expected))
+    run(Product(packed, Place.GATED, epilogue), x, scales, gated, native)
+    assert torch.equal(gated, gate(expected, epilogue))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17, 64])

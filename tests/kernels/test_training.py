@@ -43,9 +43,10 @@ def compare(function: Function, twin: Function, inputs: list[torch.Tensor], *res
         assert float(error) < 0.006, "bfloat16's digits"
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (40, 576), (17, 128)])
-def test_rms_norm(shape: tuple[int, int]) -> None:
-    compare(training.rms_norm, training.rms_norm_twin, [randn(*shape), randn(shape[1])], 1e-5, forward=0.008)
+def test_rms_norm(shape: tuple[int, int], offset: float) -> None:
+    compare(training.rms_norm, training.rms_norm_twin, [randn(*shape), randn(shape[1])], 1e-5, offset, forward=0.008)
 
 
 def test_rms_norm_of_heads() -> None:
@@ -70,6 +71,11 @@ def test_group_norm(shape: tuple[int, ...], groups: int, relu: bool) -> None:
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (40, 1536)])
 def test_silu_mul(shape: tuple[int, int]) -> None:
     compare(training.silu_mul, training.silu_mul_twin, [3 * randn(*shape), randn(*shape, seed=1)], forward=0.008)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (40, 1536)])
+def test_gelu_mul(shape: tuple[int, int]) -> None:
+    compare(training.gelu_mul, training.gelu_mul_twin, [3 * randn(*shape), randn(*shape, seed=1)], forward=0.008)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 32), (7, 3, 64), (33, 9, 128)])

@@ -43,7 +43,7 @@ def save(adapter: Adapter, folder: Path, base: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["smollm", "llama-biases", "qwen3"])
+@pytest.mark.parametrize("family", ["smollm", "llama-biases", "qwen3", "gemma3"])
 @pytest.mark.parametrize(("rank", "targets"), [(4, ALL), (1, ("q_proj", "v_proj")), (40, ("down_proj",))])
 def test_peft_reads_what_we_write(tmp_path: Path, family: str, rank: int, targets: tuple[str, ...]) -> None:
     reference = make(tmp_path / "base", family)
@@ -57,7 +57,7 @@ def test_peft_reads_what_we_write(tmp_path: Path, family: str, rank: int, target
         torch.testing.assert_close(tuned, theirs(token_ids[None]).logits[0], atol=5e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["smollm", "mistral"])
+@pytest.mark.parametrize("family", ["smollm", "mistral", "gemma3"])
 def test_we_read_what_peft_writes(tmp_path: Path, family: str) -> None:
     config = LoraConfig(r=4, lora_alpha=10, target_modules=list(ALL), task_type="CAUSAL_LM", lora_dropout=0.1)
     reference = get_peft_model(make(tmp_path / "base", family), config).eval()

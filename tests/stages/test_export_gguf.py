@@ -97,7 +97,9 @@ def _config(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", [name for name in families.FAMILIES if name != "llama-biases"])
+@pytest.mark.parametrize(
+    "family", [name for name in families.FAMILIES if name != "llama-biases" and not name.startswith("gemma")]
+)
 def test_every_family_comes_back(
     tiny_tokenizer_folder: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +129,7 @@ def test_every_family_comes_back(
     assert other.norm_epsilon == one.norm_epsilon
     assert other.context == min([one.context, *filter(None, one.windows)])
     assert set(other.windows) == {None}
-    for mine, others in zip(rotary_frequencies(one), rotary_frequencies(other), strict=True):
+    for mine, others in zip(rotary_frequencies(one, one.rope), rotary_frequencies(other, other.rope), strict=True):
         assert torch.allclose(torch.as_tensor(mine), torch.as_tensor(others), rtol=1e-6)
     mine, others = Tokenizer.load(folder), Tokenizer.load(back)
     for text in TEXTS:

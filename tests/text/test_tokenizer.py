@@ -54,6 +54,17 @@ def test_encode_and_decode_are_transformers(tokenizer: Tokenizer, reference: Pre
     check()
 
 
+def test_what_begins_a_text(tokenizer: Tokenizer, tiny_tokenizer_folder: Path, tmp_path: Path) -> None:
+    assert tokenizer.beginning == []
+    for single, expected in (("<|im_start|> $A", [1]), ("<|im_start|> $A <|im_end|>", []), ("$A <|im_end|>", [])):
+        inner = tokenizers.Tokenizer.from_file(str(tiny_tokenizer_folder / "tokenizer.json"))
+        inner.post_processor = tokenizers.processors.TemplateProcessing(
+            single=single, special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+        )
+        inner.save(str(tmp_path / "tokenizer.json"))
+        assert Tokenizer.load(tmp_path).beginning == expected
+
+
 def test_properties(tokenizer: Tokenizer) -> None:
     assert tokenizer.bos_id == 1
     assert tokenizer.eos_ids == {2}
@@ -155,9 +166,10 @@ def test_decode_is_the_librarys(any_tokenizer: Tokenizer) -> None:
         inner = any_tokenizer._inner
         assert any_tokenizer.decode(encoded) == inner.decode(encoded)
         mixed = ids + encoded
-        if any_tokenizer.spelling.kind != "byte_fallback" or "\ufffd" not in inner.decode(mixed):
-            assert any_tokenizer.decode(mixed) == inner.decode(mixed)
-            assert any_tokenizer.decode(mixed, False) == inner.decode(mixed, skip_special_tokens=False)
+        for skip in (True, False):
+            expected = inner.decode(mixed, skip_special_tokens=skip)
+            if any_tokenizer.spelling.kind != "byte_fallback" or "\ufffd" not in expected:
+                assert any_tokenizer.decode(mixed, skip) == expected
 
     check()
 

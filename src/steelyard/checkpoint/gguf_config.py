@@ -1,7 +1,7 @@
 """GGUF metadata become a Hugging Face `config.json`.
 
 Knows names and bounds of hyperparameters; of the tensors only their names, and the shape of the embedding.
-What the model classes here could not honour (experts, partial rotary, sliding windows) is refused by name.
+What the model classes here could not honour (experts, partial rotary, softcapping) is refused by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
+GEMMA_PATTERN = 6
+"""Of Gemma 3's layers every sixth sees everything: where a file does not say, so llama.cpp has it."""
+GEMMA_LOCAL_THETA = 10_000.0
+"""The base of the others' rotary positions, likewise."""
+GEMMA_27B_LAYERS = 62
+"""The one size whose scores are divided by the root of its width over its heads is known by its layers, likewise."""
 MAX_SIZE = 1 << 24
 """Most of any one size: layers, widths, heads, positions."""
 
@@ -71,9 +78,11 @@ class _Reader:
 
     def config(self) -> dict[str, Any]:
         gguf = self.gguf
-        for key in ("expert_count", "attention.sliding_window"):
+        gemma = self.architecture == "gemma3"
+        windows = () if gemma else ("attention.sliding_window",)
+        for key in ("expert_count", "attn_logit_softcapping", "final_logit_softcapping", *windows):
             if gguf.metadata.get(f"{self.architecture}.{key}"):
-                self.refuse(f"uses '{self.architecture}.{key}', which is not supported: take a dense model without it")
+                self.refuse(f"uses '{self.architecture}.{key}', which is not supported: take a model without it")
         if gguf.metadata.get("split.count", 0) not in (0, 1):
             self.refuse("is one part of a split model: merge the parts first (llama-gguf-split --merge)")
         layers = self.size("block_count")
@@ -91,7 +100,7 @@ class _Reader:
             self.refuse("has no tensor 'token_embd.weight': it is no complete language model")
         vocabulary = embedding.shape[0]
         model_class, model_type = ARCHITECTURES[self.architecture]
-        theta = self.real("rope.freq_base", 10000.0)
+        theta = self.real("rope.freq_base", 1_000_000.0 if gemma else 10_000.0)
         positions = self.size("context_length")
         config: dict[str, Any] = {
             "architectures": [model_class],
@@ -103,7 +112,7 @@ class _Reader:
             "num_attention_heads": heads,
             "num_key_value_heads": key_heads,
             "head_dim": head,
-            "hidden_act": "silu",
+            **({"hidden_activation": "gelu_pytorch_tanh"} if gemma else {"hidden_act": "silu"}),
             "max_position_embeddings": positions,
             "rms_norm_eps": self.real("attention.layer_norm_rms_epsilon", 1e-6),
             "rope_theta": theta,
@@ -118,6 +127,8 @@ class _Reader:
             config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
         if model_type == "llama":
             config["mlp_bias"] = False
+        if gemma:
+            config |= self.gemma(width, heads, head, layers)
         tokens = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
         for name, key in tokens.items():
             value = self.token(key, vocabulary)
@@ -127,6 +138,19 @@ class _Reader:
         if end_of_turn is not None and end_of_turn != config.get("eos_token_id", end_of_turn):
             config["eos_token_id"] = [config["eos_token_id"], end_of_turn]
         return config
+
+    def gemma(self, width: int, heads: int, head: int, layers: int) -> dict[str, Any]:
+        """What only Gemma 3's `config.json` has."""
+        every = self.size("attention.sliding_window_pattern", GEMMA_PATTERN)
+        kinds = ["sliding_attention" if layer % every else "full_attention" for layer in range(1, layers + 1)]
+        return {
+            "query_pre_attn_scalar": width // heads if layers == GEMMA_27B_LAYERS else head,
+            "sliding_window": self.size("attention.sliding_window"),
+            "layer_types": kinds,
+            "rope_local_base_freq": self.real("rope.freq_base_swa", GEMMA_LOCAL_THETA),
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        }
 
     def rope_scaling(self, head: int, theta: float, positions: int) -> dict[str, Any] | None:
         factors = self.gguf.tensors.get("rope_freqs.weight")

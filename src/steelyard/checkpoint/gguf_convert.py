@@ -1,8 +1,8 @@
 """A GGUF file becomes a checkpoint folder: Hugging Face config, weight names and layout, bfloat16, tokenizer.
 
-Knows the decoder architectures that llama.cpp writes as `llama` (Llama, Mistral, SmolLM), `qwen2` and `qwen3`; every
-tensor of the file must have a place in the model and every place a tensor, of the expected shape. The container is
-`gguf.py`'s, the names `gguf_places.py`'s, the tokenizer `gguf_tokenizer.py`'s.
+Knows the decoder architectures that llama.cpp writes as `llama` (Llama, Mistral, SmolLM), `qwen2`, `qwen3` and
+`gemma3`; every tensor of the file must have a place in the model and every place a tensor, of the expected shape. The
+container is `gguf.py`'s, the names `gguf_places.py`'s, the tokenizer `gguf_tokenizer.py`'s.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def convert(path: Path, folder: Path, report: Callable[[str, int, int | None], N
     def content(tensor: GGUFTensor, place: Place) -> Iterator[NDArray[np.uint16]]:
         nonlocal done
         for piece in _pieces(tensor, place.heads):
-            bits = bfloat16.to_bits(piece)
+            bits = bfloat16.to_bits(piece - np.float32(place.added) if place.added else piece)
             yield bits
             done += bits.nbytes
             report("convert", done, total)

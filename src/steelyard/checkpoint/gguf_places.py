@@ -12,11 +12,14 @@ T = TypeVar("T", bound=np.generic)
 
 
 class Place(NamedTuple):
-    """Of a GGUF tensor: its Hugging Face name and shape, and the heads whose rows are in another order (0: none)."""
+    """Of a GGUF tensor: its Hugging Face name and shape, the heads whose rows are in another order (0: none), and what
+    its writer has added to it.
+    """
 
     name: str
     shape: tuple[int, ...]
     heads: int = 0
+    added: float = 0.0
 
 
 def places(config: Mapping[str, Any]) -> dict[str, Place]:
@@ -24,14 +27,15 @@ def places(config: Mapping[str, Any]) -> dict[str, Place]:
     width, inner = config["hidden_size"], config["intermediate_size"]
     queries, keys = config["num_attention_heads"], config["num_key_value_heads"]
     head, vocabulary = config["head_dim"], config["vocab_size"]
-    permuted = config["model_type"] == "llama"
+    permuted, gemma = config["model_type"] == "llama", config["model_type"] == "gemma3_text"
+    feed_forward_norm = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
     layer = {
         "attn_norm.weight": Place("input_layernorm.weight", (width,)),
         "attn_q.weight": Place("self_attn.q_proj.weight", (queries * head, width), queries * permuted),
         "attn_k.weight": Place("self_attn.k_proj.weight", (keys * head, width), keys * permuted),
         "attn_v.weight": Place("self_attn.v_proj.weight", (keys * head, width)),
         "attn_output.weight": Place("self_attn.o_proj.weight", (width, queries * head)),
-        "ffn_norm.weight": Place("post_attention_layernorm.weight", (width,)),
+        "ffn_norm.weight": Place(f"{feed_forward_norm}.weight", (width,)),
         "ffn_gate.weight": Place("mlp.gate_proj.weight", (inner, width)),
         "ffn_up.weight": Place("mlp.up_proj.weight", (inner, width)),
         "ffn_down.weight": Place("mlp.down_proj.weight", (width, inner)),
@@ -42,7 +46,10 @@ def places(config: Mapping[str, Any]) -> dict[str, Place]:
         layer["attn_v.bias"] = Place("self_attn.v_proj.bias", (keys * head,))
     if config.get("attention_bias"):
         layer["attn_output.bias"] = Place("self_attn.o_proj.bias", (width,))
-    if config["model_type"] == "qwen3":
+    if gemma:
+        layer["post_attention_norm.weight"] = Place("post_attention_layernorm.weight", (width,))
+        layer["post_ffw_norm.weight"] = Place("post_feedforward_layernorm.weight", (width,))
+    if gemma or config["model_type"] == "qwen3":
         layer["attn_q_norm.weight"] = Place("self_attn.q_norm.weight", (head,))
         layer["attn_k_norm.weight"] = Place("self_attn.k_norm.weight", (head,))
     found = {"token_embd.weight": Place("model.embed_tokens.weight", (vocabulary, width))}
@@ -52,6 +59,8 @@ def places(config: Mapping[str, Any]) -> dict[str, Place]:
     found["output_norm.weight"] = Place("model.norm.weight", (width,))
     if not config["tie_word_embeddings"]:
         found["output.weight"] = Place("lm_head.weight", (vocabulary, width))
+    if gemma:  # its norms multiply by 1 + weight, and GGUF's hold that
+        found |= {name: place._replace(added=1.0) for name, place in found.items() if name.endswith("norm.weight")}
     return found
 
 

@@ -123,7 +123,9 @@ def quantize(
     ] = None,
     method: Annotated[
         Method | None,
-        typer.Option(help="How weights are rounded. Default: nearest; with rows, smoothquant, or gptq with 4 bits."),
+        typer.Option(
+            help="How weights are rounded. Default: nearest; with rows, smoothquant, or gptq (4 bits, Gemma)."
+        ),
     ] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Leave embedding and head unquantised.")] = False,
     int8_layers: Annotated[
@@ -160,6 +162,7 @@ def quantize(
         int8_layers=int8_layers or (),
         rows=data is not None,
         decoder=not is_network(source),
+        smooth=stage.smooths(source),
     )
     with console.counting("rounding and certifying") as report:
         found = stage.quantize(

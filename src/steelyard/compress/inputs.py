@@ -115,7 +115,7 @@ class Passing:
 
     def __init__(self, decoder: Decoder, batches: Sequence[Pack]) -> None:
         self._arguments = [(decoder.rotary(batch.positions), PackedAttention(batch.lengths), None) for batch in batches]
-        self.states: list[torch.Tensor] = [decoder.model.embed_tokens(batch.token_ids) for batch in batches]
+        self.states: list[torch.Tensor] = [decoder.embed(batch.token_ids) for batch in batches]
         """`[T, D]` each: what goes into the next block."""
 
     def through(self, block: nn.Module) -> list[torch.Tensor]:

@@ -31,7 +31,8 @@ def tokenize(
     """Token rows of at most `max_length` tokens.
 
     Segments that the assistant speaks are tokenised apart from what precedes them, exactly as a prompt is before
-    the model answers it. Plain text is cut into rows of `max_length`, every token trained but each row's first.
+    the model answers it. Plain text is cut into rows of `max_length`, every token trained but the text's first; where
+    the tokenizer begins texts with some token, so does every row, and the text's first is trained, too.
 
     Args:
         conversations: chat or plain text, not both.
@@ -123,8 +124,14 @@ def located(conversations: Sequence[Conversation], render: Callable[[list[Messag
 
 
 def _cut(document: Conversation, tokenizer: Tokenizer, max_length: int) -> list[TokenRow]:
-    tokens = tokenizer.encode_plain(document.messages[0].content)
+    tokens, begin = tokenizer.encode_plain(document.messages[0].content), tokenizer.beginning[: max_length - 2]
+    room = max_length - len(begin)
+    rows = []
     # Each row but the first begins with the last token of the one before, so that every token is predicted once.
-    starts = range(0, max(len(tokens) - 1, 1), max_length - 1)
-    pieces = [tokens[start : start + max_length] for start in starts]
-    return [TokenRow(tokens=piece, trained=[False] + [True] * (len(piece) - 1)) for piece in pieces if len(piece) > 1]
+    for start in range(0, max(len(tokens) - 1, 1), room - 1):
+        piece = tokens[start : start + room]
+        counts = [start == 0 and bool(begin)] + [True] * (len(piece) - 1)
+        row = TokenRow(tokens=begin + piece, trained=[False] * len(begin) + counts[: len(piece)])
+        if row.targets:
+            rows.append(row)
+    return rows

@@ -33,6 +33,8 @@ MAX_TOKENS = 512
 REMEMBERED, PROMPT = 4, 32
 """Of how many golden texts the beginning is remembered, for whoever serves the model, and how many tokens of each."""
 DRAWS = 1000
+LOGITS = 1 << 25
+"""Of each model in memory at a time."""
 
 
 class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,33 +168,37 @@ def compare(
         CheckpointError: the tokenizer makes nothing of the golden texts.
     """
     texts = golden_texts()
-    most = min(MAX_TOKENS, parent.config.context)
+    most, begin = min(MAX_TOKENS, parent.config.context), tokenizer.beginning
     rows = [
-        TokenRow(tokens=tokens, trained=[False] + [True] * (len(tokens) - 1))
-        for tokens in (tokenizer.encode_plain(text)[:most] for text in texts)
-        if len(tokens) > 1
+        TokenRow(tokens=tokens, trained=[place >= max(1, len(begin)) for place in range(len(tokens))])
+        for tokens in ([*begin, *tokenizer.encode_plain(text)][:most] for text in texts)
+        if len(tokens) > max(1, len(begin))
     ]
     if not rows:
         raise CheckpointError("the tokenizer makes no tokens of the golden texts: nothing can be certified")
     size = sum(len(tokenizer.decode(row.tokens).encode()) for row in rows)
     kl_sum = kl_max = logit_error = same = 0.0
-    done = 0
+    done, step = 0, max(1, LOGITS // parent.config.vocabulary)
     nats = {place: torch.empty(0) for place in range(len(rows))}
     """Of each text, `[2, T]`: -log p of its tokens by the parent and the derived model."""
     for places in bins([len(row.tokens) for row in rows], PACK_TOKENS):
-        batch = pack([rows[place] for place in places])
-        logits = []
-        for decoder in (parent, derived):
-            states = decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths))
-            logits.append(decoder.logits(states[batch.places]).float())
-        p, q = (x.log_softmax(-1) for x in logits)  # [T, V]
-        kl = (p.exp() * (p - q)).sum(-1)
-        kl_sum, kl_max = kl_sum + float(kl.sum()), _largest(kl, kl_max)
-        centred = [x - x.mean(-1, keepdim=True) for x in logits]
-        logit_error = _largest((centred[0] - centred[1]).abs(), logit_error)
-        both = -torch.stack([x.gather(1, batch.targets[:, None])[:, 0] for x in (p, q)])
-        nats |= zip(places, torch.split(both, [length - 1 for length in batch.lengths], dim=1), strict=True)
-        same += float((p.argmax(-1) == q.argmax(-1)).sum())
+        batch, both = pack([rows[place] for place in places]), []
+        states = [
+            decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths))[batch.places]
+            for decoder in (parent, derived)
+        ]
+        for first in range(0, len(batch.targets), step):
+            part = slice(first, first + step)
+            logits = [parent.logits(states[0][part]).float(), derived.logits(states[1][part]).float()]
+            p, q = (x.log_softmax(-1) for x in logits)  # [T, V]
+            kl = (p.exp() * (p - q)).sum(-1)
+            kl_sum, kl_max = kl_sum + float(kl.sum()), _largest(kl, kl_max)
+            centred = [x - x.mean(-1, keepdim=True) for x in logits]
+            logit_error = _largest((centred[0] - centred[1]).abs(), logit_error)
+            both.append(-torch.stack([x.gather(1, batch.targets[part, None])[:, 0] for x in (p, q)]))
+            same += float((p.argmax(-1) == q.argmax(-1)).sum())
+        trained = [length - 1 for length in batch.lengths]
+        nats |= zip(places, torch.split(torch.cat(both, 1), trained, dim=1), strict=True)
         done += len(batch.lengths)
         report(done, len(rows))
     sums = torch.stack([each.double().sum(1) for each in nats.values()])  # [texts, 2]

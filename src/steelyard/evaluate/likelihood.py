@@ -54,22 +54,31 @@ def negative_log_likelihood(
     return total, count
 
 
-def windows(tokens: Sequence[int], context: int = 1024, stride: int = 512) -> list[TokenRow]:
+def windows(
+    tokens: Sequence[int], context: int = 1024, stride: int = 512, beginning: Sequence[int] = ()
+) -> list[TokenRow]:
     """Overlapping rows of a long text, so that each token but the first is scored once.
 
     All but those of the first window are scored with at least `context - stride` tokens before them.
 
+    Args:
+        tokens: the text's.
+        context: most tokens of a row.
+        stride: by how many of the text a row is ahead of the one before.
+        beginning: begins every row and is not scored (see `Tokenizer.beginning`); with it the first token is.
+
     Raises:
         DataError: fewer than two tokens.
     """
+    context -= len(beginning)
     assert 0 < stride < context, "the first token of a window is never scored"
     if len(tokens) < 2:
         raise DataError("the text is too short: at least two tokens are needed")
-    rows, done = [], 1
+    rows, done = [], 0 if beginning else 1
     for begin in range(0, len(tokens), stride):
         end = min(begin + context, len(tokens))
-        trained = [begin + place >= done for place in range(end - begin)]
-        rows.append(TokenRow(tokens=list(tokens[begin:end]), trained=trained))
+        trained = [*(False for _ in beginning), *(place >= done for place in range(begin, end))]
+        rows.append(TokenRow(tokens=[*beginning, *tokens[begin:end]], trained=trained))
         done = end
         if end == len(tokens):
             break

@@ -31,10 +31,12 @@ from steelyard.kernels.steps import (
     NativeBuffers,
     Place,
 )
-from steelyard.models.config import rotary_frequencies
-from steelyard.models.decoder import Attention, Block, Decoder
+from steelyard.models.config import Activation
+from steelyard.models.decoder import Attention, Block, Decoder, RMSNorm
 from steelyard.models.linear import QuantizedWeight
 from steelyard.models.lora import Adapter
+
+GATES: dict[Activation, Epilogue] = {"silu": Epilogue.SILU_GATE, "gelu_tanh": Epilogue.GELU_GATE}
 
 
 class PlanCache:
@@ -118,7 +120,9 @@ class Plan:
         self.most_tokens, self.most_draws = tokens, draws
         self.low_rank: dict[str, list[steps.LowRank]] = {}
         self._free = list(range(steps.MOST_ADAPTERS - 1, -1, -1))
-        self._angles = _angles(decoder, context)
+        self._angles = [
+            (cos[:, 0].contiguous(), sin[:, 0].contiguous()) for cos, sin in decoder.rotary(torch.arange(context))
+        ]
         self.steps = list(self._lower())
         self._weights.keep()
         self.buffers = self._allocate()
@@ -176,6 +180,8 @@ class Plan:
         decoder, config = self.decoder, self.decoder.config
         table = self._weight("model.embed_tokens", [decoder.model.embed_tokens])
         columns: torch.Tensor | None = getattr(decoder.model.embed_tokens, "column_scale", None)
+        if config.embedding_scale != 1:
+            columns = (torch.ones(config.width) if columns is None else columns) * decoder.embedding_scale
         yield steps.Embed(table, None if columns is None else _padded_vector(columns))
         for number, block in enumerate(decoder.model.layers):
             assert isinstance(block, Block)
@@ -209,18 +215,17 @@ class Plan:
         yield self._rotate(attention, heads)
         yield steps.Attend(heads)
         yield steps.Quantize(padded(query), Place.MIXED, output.form.group)
-        yield steps.Product(output, Place.RESIDUAL, Epilogue.ADD)
-        yield self._low_rank(
-            f"{attention.path}.o_proj", padded(query), config.width, width, Place.MIXED, Place.RESIDUAL
-        )
+        after = block.post_attention_layernorm if config.post_norms else None
+        yield from self._add(f"{attention.path}.o_proj", output, Place.MIXED, after)
 
     def _feed_forward(self, block: Block) -> Iterable[steps.Step]:
         layer, config = block.mlp, self.decoder.config
         width, inner = padded(config.width), padded(config.feed_forward)
         both = self._weight(f"{layer.path}.gate_up", [layer.gate_proj, layer.up_proj], turns=True)
         down = self._weight(f"{layer.path}.down_proj", [layer.down_proj])
-        yield self._norm(block.post_attention_layernorm, both)
-        yield steps.Product(both, Place.GATED, Epilogue.GATE)
+        epilogue = GATES[config.activation]
+        yield self._norm(block.feed_forward_norm, both)
+        yield steps.Product(both, Place.GATED, epilogue)
         for name, column in (("gate_proj", 0), ("up_proj", 16)):
             yield self._low_rank(
                 f"{layer.path}.{name}",
@@ -232,22 +237,31 @@ class Plan:
                 column,
                 turns=True,
             )
-        yield steps.GateRows(inner)
+        yield steps.GateRows(inner, epilogue)
         yield steps.Quantize(inner, Place.GATED, down.form.group)
-        yield steps.Product(down, Place.RESIDUAL, Epilogue.ADD)
-        yield self._low_rank(f"{layer.path}.down_proj", inner, config.width, width, Place.GATED, Place.RESIDUAL)
+        after = block.post_feedforward_layernorm if config.post_norms else None
+        yield from self._add(f"{layer.path}.down_proj", down, Place.GATED, after)
 
-    def _norm(self, norm: torch.nn.Module, reader: PackedWeight, drawn: bool = False) -> steps.Norm:
+    def _add(self, name: str, weight: PackedWeight, source: Place, after: RMSNorm | None) -> Iterable[steps.Step]:
+        """A product that is added to the residual rows; before that it is normalised, if there is a norm."""
+        width, inputs = self.decoder.config.width, weight.form.inputs
+        place = Place.RESIDUAL if after is None else Place.WIDE
+        yield steps.Product(weight, place, Epilogue.ADD if after is None else Epilogue.STORE)
+        yield self._low_rank(name, inputs, width, padded(width), source, place)
+        if after is not None:
+            yield steps.AddNorm(after.factors(), after.epsilon)
+
+    def _norm(self, norm: RMSNorm, reader: PackedWeight, drawn: bool = False) -> steps.Norm:
         """Rounded as the product that reads it wants."""
-        weight, epsilon = norm.weight, float(norm.epsilon)  # type: ignore[arg-type]
-        return steps.Norm(_padded_vector(weight), weight.numel(), epsilon, reader.form.group, drawn)  # type: ignore[arg-type,operator]
+        weight = norm.factors()
+        return steps.Norm(_padded_vector(weight), len(weight), norm.epsilon, reader.form.group, drawn)
 
     def _rotate(self, attention: Attention, heads: HeadSizes) -> steps.Rotate:
-        config = self.decoder.config
+        config, angles = self.decoder.config, self._angles[attention.window is not None]
         if not config.qk_norm:
-            return steps.Rotate(heads, *self._angles)
-        query, key = _padded_vector(attention.q_norm.weight), _padded_vector(attention.k_norm.weight)
-        return steps.Rotate(heads, *self._angles, query, key, config.norm_epsilon)
+            return steps.Rotate(heads, *angles)
+        query = _padded_vector(attention.q_norm.factors() * attention.stretch)
+        return steps.Rotate(heads, *angles, query, _padded_vector(attention.k_norm.factors()), config.norm_epsilon)
 
     def _weight(self, name: str, layers: Sequence[torch.nn.Module], *, turns: bool = False) -> PackedWeight:
         """One packed weight for layers that read the same rows; their outputs one after the other or in turns.
@@ -368,13 +382,6 @@ def kind_of(layer: torch.nn.Module) -> tuple[int, int, int] | None:
     if isinstance(weight, torch.nn.Parameter) and weight.dtype == torch.bfloat16 and weight.shape[-1] % BLOCK == 0:
         return weight.shape[-1], 16, 0
     return None
-
-
-def _angles(decoder: Decoder, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cos and sin `[context, E / 2]` float32."""
-    frequencies, factor = rotary_frequencies(decoder.config)
-    angles = torch.arange(context)[:, None].float() * frequencies
-    return (angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()
 
 
 def _padded_vector(weight: torch.Tensor) -> torch.Tensor:

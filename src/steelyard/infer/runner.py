@@ -18,7 +18,7 @@ from steelyard.infer.packed import PackedWeights
 from steelyard.infer.plan import FittedAdapter, Plan, PlanCache, kind_of
 from steelyard.infer.scheduler import Scheduled
 from steelyard.kernels.library import Library
-from steelyard.kernels.reference import BLOCK
+from steelyard.kernels.reference import BLOCK, LANES
 from steelyard.kernels.steps import MOST_ADAPTERS, MOST_HEAD_WIDTH, MOST_INPUTS, Batch
 from steelyard.models.decoder import Block, Decoder
 from steelyard.models.linear import QuantizedWeight
@@ -193,6 +193,8 @@ def has_plan(decoder: Decoder, native: Library | None) -> bool:
     config = decoder.config
     inputs = max(config.width, config.feed_forward, config.heads * config.head_width)
     if config.head_width > MOST_HEAD_WIDTH or inputs > MOST_INPUTS:
+        return False
+    if config.post_norms and config.width % LANES:  # their rows have no padding that is 0
         return False
     for block in decoder.model.layers:
         assert isinstance(block, Block)

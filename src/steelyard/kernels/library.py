@@ -23,7 +23,7 @@ FORMS: dict[str, frozenset[str]] = {
     "portable": frozenset(),
 }
 """Instruction sets, the fastest first, and the processor's flags that each needs."""
-INTERFACE = 4
+INTERFACE = 5
 """What `steelyard_interface` says where functions and arguments are those that are called here."""
 CHOICE = "STEELYARD_KERNELS"
 """Environment variable: one of `FORMS`, or `torch` for the twins in PyTorch."""

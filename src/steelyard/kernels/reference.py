@@ -66,9 +66,17 @@ def exp(x: torch.Tensor) -> torch.Tensor:
     return torch.where(small, value(0.0), p * power)
 
 
+GELU_SLOPE, GELU_BEND = (torch.tensor(number, dtype=torch.float32) for number in (1.5957691216, 0.0713548163))
+
+
 def silu(x: torch.Tensor) -> torch.Tensor:
     """X / (1 + e^-x)."""
     return x / (1.0 + exp(-x))
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """X / (1 + e^-u), u = 2 sqrt(2 / pi) (x + 0.044715 x^3): gelu by its approximation with tanh."""
+    return x / (1.0 + exp(-(x * fma(x * x, GELU_BEND, GELU_SLOPE))))
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

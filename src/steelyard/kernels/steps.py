@@ -53,6 +53,7 @@ class Kind(IntEnum):
     ATTEND = 6
     QUANTIZE = 7
     GATHER = 8
+    ADD_NORM = 9
 
 
 class Epilogue(IntEnum):
@@ -60,7 +61,12 @@ class Epilogue(IntEnum):
 
     STORE = 0
     ADD = 1
-    GATE = 2
+    SILU_GATE = 2
+    GELU_GATE = 3
+
+
+GATES = {Epilogue.SILU_GATE: reference.silu, Epilogue.GELU_GATE: reference.gelu}
+"""What opens the gates."""
 
 
 class NativeStep(ctypes.Structure):
@@ -218,6 +224,25 @@ class Norm:
 
 
 @dataclass(slots=True)
+class AddNorm:
+    """Normalised wide rows -> added to the residual ones."""
+
+    weight: torch.Tensor
+    """`[W]` float32, W without padding."""
+    epsilon: float
+
+    def native(self) -> NativeStep:
+        """See `Step`."""
+        return _step(Kind.ADD_NORM, [len(self.weight)], [self.weight], self.epsilon)
+
+    def run(self, buffers: Buffers, batch: Batch) -> None:
+        """See `Step`."""
+        count, size = len(batch.token_ids), len(self.weight)
+        x = buffers.places[Place.WIDE][:count, :size]
+        buffers.places[Place.RESIDUAL][:count] += reference.normalize(x, self.weight, size, self.epsilon)
+
+
+@dataclass(slots=True)
 class Quantize:
     """Rows -> int8 or bfloat16."""
 
@@ -283,7 +308,7 @@ class Product:
         elif batch.adapters is not None:
             buffers.places[Place.WIDE][:count, :outputs] = y
         else:
-            buffers.places[Place.GATED][:count] = gate(y)
+            buffers.places[Place.GATED][:count] = gate(y, self.epilogue)
 
     @property
     def _drawn(self) -> bool:
@@ -291,15 +316,15 @@ class Product:
 
     @property
     def _stride(self) -> int:
-        if self.epilogue == Epilogue.GATE:
+        if self.epilogue in GATES:
             return self.weight.form.outputs // 2
         return self.weight.form.outputs if self._drawn else padded(self.weight.form.outputs)
 
 
-def gate(both: torch.Tensor) -> torch.Tensor:
-    """`[T, 2 W]`, gates and values in turns of sixteen -> `[T, W]`: silu(gate) * value."""
+def gate(both: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """`[T, 2 W]`, gates and values in turns of sixteen -> `[T, W]`: silu(gate) * value, or gelu(gate) * value."""
     parts = both.view(len(both), -1, 2, 16)
-    return (parts[:, :, 1] * reference.silu(parts[:, :, 0])).flatten(1)
+    return (parts[:, :, 1] * GATES[epilogue](parts[:, :, 0])).flatten(1)
 
 
 @dataclass(slots=True)
@@ -358,16 +383,19 @@ class GateRows:
     """Gate times value for a batch with adapters, whose share had to come first."""
 
     width: int
+    epilogue: Epilogue
 
     def native(self) -> NativeStep:
         """See `Step`."""
-        return _step(Kind.GATE_ROWS, [self.width])
+        return _step(Kind.GATE_ROWS, [self.width, self.epilogue])
 
     def run(self, buffers: Buffers, batch: Batch) -> None:
         """See `Step`."""
         if batch.adapters is not None:
             count = len(batch.token_ids)
-            buffers.places[Place.GATED][:count] = gate(buffers.places[Place.WIDE][:count, : 2 * self.width])
+            buffers.places[Place.GATED][:count] = gate(
+                buffers.places[Place.WIDE][:count, : 2 * self.width], self.epilogue
+            )
 
 
 @dataclass(slots=True)

@@ -28,19 +28,23 @@ PARTS = 16
 """Into which rows are cut where they are summed up, whatever the number of threads."""
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """RMS normalisation, x / rms(x) * weight, over the last dimension (Zhang and Sennrich 2019)."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float = 0.0) -> torch.Tensor:
+    """RMS normalisation, x / rms(x) * (offset + weight), over the last dimension (Zhang and Sennrich 2019).
+
+    Without an offset the quotient is rounded before the product, as Llama does; with one only the product is, as
+    Gemma does.
+    """
     if _is_native(x, x.shape[-1]) and weight.dtype == x.dtype:
-        normed: torch.Tensor = _RmsNorm.apply(x.contiguous(), weight, epsilon)  # type: ignore[no-untyped-call]
-        return remake(normed, partial(rms_norm, x.detach(), weight.detach(), epsilon))
-    return rms_norm_twin(x, weight, epsilon)
+        normed: torch.Tensor = _RmsNorm.apply(x.contiguous(), weight, epsilon, offset)  # type: ignore[no-untyped-call]
+        return remake(normed, partial(rms_norm, x.detach(), weight.detach(), epsilon, offset))
+    return rms_norm_twin(x, weight, epsilon, offset)
 
 
-def rms_norm_twin(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm_twin(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float = 0.0) -> torch.Tensor:
     """See `rms_norm`."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(x.dtype)
+    return (wide * (offset + weight.float())).to(x.dtype) if offset else weight * wide.to(x.dtype)
 
 
 def group_norm(
@@ -83,6 +87,19 @@ def silu_mul(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def silu_mul_twin(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """See `silu_mul`."""
     return F.silu(gate) * value
+
+
+def gelu_mul(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * value, elementwise, gelu by its approximation with tanh (Hendrycks and Gimpel 2016)."""
+    if _is_native(gate, gate.numel()):
+        product: torch.Tensor = _GeluMul.apply(gate.contiguous(), value.contiguous())  # type: ignore[no-untyped-call]
+        return remake(product, partial(gelu_mul, gate.detach(), value.detach()))
+    return gelu_mul_twin(gate, value)
+
+
+def gelu_mul_twin(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """See `gelu_mul`."""
+    return F.gelu(gate, approximate="tanh") * value
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -294,19 +311,20 @@ def _parts(q: torch.Tensor) -> list[slice]:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
         y, inverse = torch.empty_like(x), torch.empty(x.numel() // x.shape[-1], dtype=torch.float32)
-        _library().rms_norm(x, weight, epsilon, y, inverse)
+        _library().rms_norm(x, weight, epsilon, offset, y, inverse)
         ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         x, weight, inverse = ctx.saved_tensors
         dx = torch.empty_like(x)
         dw = torch.zeros(PARTS, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        _library().rms_norm_backward(x, weight, inverse, gradient.contiguous(), dx, dw)
-        return dx, None if dw is None else dw.sum(0).to(weight.dtype), None
+        _library().rms_norm_backward(x, weight, ctx.offset, inverse, gradient.contiguous(), dx, dw)
+        return dx, None if dw is None else dw.sum(0).to(weight.dtype), None, None
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -352,6 +370,22 @@ class _SiluMul(torch.autograd.Function):
         return dgate, dvalue
 
 
+class _GeluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(gate)
+        _library().gelu_mul(gate, value, y)
+        ctx.save_for_backward(gate, value)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, value = ctx.saved_tensors
+        dgate, dvalue = torch.empty_like(gate), torch.empty_like(value)
+        _library().gelu_mul_backward(gate, value, gradient.contiguous(), dgate, dvalue)
+        return dgate, dvalue
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float) -> torch.Tensor:
@@ -376,18 +410,26 @@ class Calls:
         self._native = native
 
     def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, y: torch.Tensor, inverse: torch.Tensor
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        epsilon: float,
+        offset: float,
+        y: torch.Tensor,
+        inverse: torch.Tensor,
     ) -> None:
         """See training.cpp, as for the others."""
         rows, width = inverse.numel(), x.shape[-1]
+        numbers = ctypes.c_float(epsilon), ctypes.c_float(offset)
         self._native.steelyard_rms_norm(
-            _at(x), _at(weight), ctypes.c_int64(rows), width, ctypes.c_float(epsilon), _at(y), _at(inverse)
+            _at(x), _at(weight), ctypes.c_int64(rows), width, *numbers, _at(y), _at(inverse)
         )
 
     def rms_norm_backward(
         self,
         x: torch.Tensor,
         weight: torch.Tensor,
+        offset: float,
         inverse: torch.Tensor,
         dy: torch.Tensor,
         dx: torch.Tensor,
@@ -398,6 +440,7 @@ class Calls:
             *(_at(tensor) for tensor in (x, weight, inverse, dy)),
             ctypes.c_int64(rows),
             width,
+            ctypes.c_float(offset),
             _at(dx),
             None if dw is None else _at(dw),
             PARTS,
@@ -452,6 +495,15 @@ class Calls:
     ) -> None:
         count = ctypes.c_int64(gate.numel())
         self._native.steelyard_silu_mul_backward(_at(gate), _at(value), _at(dy), count, _at(dgate), _at(dvalue))
+
+    def gelu_mul(self, gate: torch.Tensor, value: torch.Tensor, y: torch.Tensor) -> None:
+        self._native.steelyard_gelu_mul(_at(gate), _at(value), ctypes.c_int64(gate.numel()), _at(y))
+
+    def gelu_mul_backward(
+        self, gate: torch.Tensor, value: torch.Tensor, dy: torch.Tensor, dgate: torch.Tensor, dvalue: torch.Tensor
+    ) -> None:
+        count = ctypes.c_int64(gate.numel())
+        self._native.steelyard_gelu_mul_backward(_at(gate), _at(value), _at(dy), count, _at(dgate), _at(dvalue))
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float, y: torch.Tensor) -> None:
         tokens, heads, size = x.shape

@@ -1,6 +1,7 @@
-"""One decoder for every stage: Llama 2/3, SmolLM, Mistral, Qwen 2/3, by their `config.json`.
+"""One decoder for every stage: Llama 2/3, SmolLM, Mistral, Qwen 2/3, Gemma 3, by their `config.json`.
 
-Pre-norm blocks of grouped-query attention with rotary positions and a gated feed-forward (Touvron et al. 2023).
+Pre-norm blocks of grouped-query attention with rotary positions and a gated feed-forward (Touvron et al. 2023); Gemma's
+normalise what they add, too (Gemma Team 2025).
 It works on a flat pack of tokens; which token sees which is the `Attend` that the caller hands in, and whose
 adapter a token wears is the `Adapters`. It knows nothing of batches, caches, losses or sampling.
 """
@@ -9,16 +10,27 @@ adapter a token wears is the `Adapters`. It knows nothing of batches, caches, lo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from steelyard.kernels.training import rms_norm, rotate, silu_mul
+from steelyard.kernels.training import gelu_mul, rms_norm, rotate, silu_mul
 from steelyard.models.attention import Attend
-from steelyard.models.config import DecoderConfig, rotary_frequencies
+from steelyard.models.config import Activation, DecoderConfig, rotary_frequencies
 from steelyard.models.smoothing import Scales
+
+GATES: dict[Activation, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": silu_mul,
+    "gelu_tanh": gelu_mul,
+}
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""Cos and sin, each `[T, 1, E / 2]` float32."""
+Rotary = tuple[Angles, Angles]
+"""Of layers that see everything, and of those with a window."""
 
 
 class Adapters(Protocol):
@@ -30,16 +42,20 @@ class Adapters(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 inside (Zhang and Sennrich 2019)."""
+    """x / rms(x) * (offset + weight), in float32 inside (Zhang and Sennrich 2019)."""
 
-    def __init__(self, size: int, epsilon: float) -> None:
+    def __init__(self, size: int, config: DecoderConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.epsilon = epsilon
+        self.epsilon, self.offset = config.norm_epsilon, config.norm_offset
+        self.weight = nn.Parameter(torch.full((size,), 1 - self.offset))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., size]` -> the same shape and dtype."""
-        return rms_norm(x, self.weight, self.epsilon)
+        return rms_norm(x, self.weight, self.epsilon, self.offset)
+
+    def factors(self) -> torch.Tensor:
+        """`[size]` float32: what it multiplies by."""
+        return self.offset + self.weight.detach().float()
 
 
 class Projections(nn.Module):
@@ -67,12 +83,12 @@ class Attention(Projections):
         self.v_proj = nn.Linear(config.width, key, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query, config.width, bias=config.output_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_width, config.norm_epsilon)
-            self.k_norm = RMSNorm(config.head_width, config.norm_epsilon)
+            self.q_norm = RMSNorm(config.head_width, config)
+            self.k_norm = RMSNorm(config.head_width, config)
+        self.stretch = math.sqrt(config.head_width / (config.score_width or config.head_width))
+        """Of queries: an `Attend` divides their scores by the root of their width."""
 
-    def forward(
-        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend, adapters: Adapters | None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend, adapters: Adapters | None) -> torch.Tensor:
         """`[T, D]` -> `[T, D]`."""
         tokens, size = x.shape[0], self.config.head_width
         queries = self.project("q_proj", x, adapters).view(tokens, self.config.heads, size)
@@ -80,24 +96,28 @@ class Attention(Projections):
         values = self.project("v_proj", x, adapters).view(tokens, self.config.kv_heads, size)
         if self.config.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
+        if self.stretch != 1:
+            queries = queries * self.stretch
+        angles = rotary[self.window is not None]
+        queries, keys = rotate(queries, *angles), rotate(keys, *angles)
         mixed = attend(self.layer, queries, keys, values, self.window)
         return self.project("o_proj", mixed.reshape(tokens, -1), adapters)
 
 
 class FeedForward(Projections):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__(f"model.layers.{layer}.mlp")
         bias = config.feed_forward_bias
+        self.gate = GATES[config.activation]
         self.gate_proj = nn.Linear(config.width, config.feed_forward, bias=bias)
         self.up_proj = nn.Linear(config.width, config.feed_forward, bias=bias)
         self.down_proj = nn.Linear(config.feed_forward, config.width, bias=bias)
 
     def forward(self, x: torch.Tensor, adapters: Adapters | None) -> torch.Tensor:
         """`[T, D]` -> `[T, D]`."""
-        gated = silu_mul(self.project("gate_proj", x, adapters), self.project("up_proj", x, adapters))
+        gated = self.gate(self.project("gate_proj", x, adapters), self.project("up_proj", x, adapters))
         return self.project("down_proj", gated, adapters)
 
 
@@ -106,18 +126,26 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.width, config.norm_epsilon)
+        self.post_norms = config.post_norms
+        self.input_layernorm = RMSNorm(config.width, config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.width, config.norm_epsilon)
+        self.post_attention_layernorm = RMSNorm(config.width, config)
+        if config.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.width, config)
+            self.post_feedforward_layernorm = RMSNorm(config.width, config)
         self.mlp = FeedForward(config, layer)
 
-    def forward(
-        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend, adapters: Adapters | None
-    ) -> torch.Tensor:
+    @property
+    def feed_forward_norm(self) -> RMSNorm:
+        """Of what the feed-forward reads. Hugging Face's name for it is another norm's where there are post-norms."""
+        return self.pre_feedforward_layernorm if self.post_norms else self.post_attention_layernorm
+
+    def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend, adapters: Adapters | None) -> torch.Tensor:
         """`[T, D]` -> `[T, D]`."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attend, adapters)
-        fed: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x), adapters)
-        return fed
+        attended: torch.Tensor = self.self_attn(self.input_layernorm(x), rotary, attend, adapters)
+        x = x + (self.post_attention_layernorm(attended) if self.post_norms else attended)
+        fed: torch.Tensor = self.mlp(self.feed_forward_norm(x), adapters)
+        return x + (self.post_feedforward_layernorm(fed) if self.post_norms else fed)
 
 
 class Embedding(nn.Embedding):
@@ -136,7 +164,7 @@ class Stack(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.norm = RMSNorm(config.width, config)
 
 
 class Decoder(nn.Module):
@@ -149,7 +177,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._frequencies: tuple[torch.Tensor, float] | None = None
+        self._frequencies: list[tuple[torch.Tensor, float]] | None = None
         self.smoothing: Scales = {}
         """What has moved from its activations into its weights, for adapters of the model before."""
         self.recompute_blocks = False
@@ -160,13 +188,23 @@ class Decoder(nn.Module):
         """The dtype of activations: that of the norms, which no compression touches."""
         return self.model.norm.weight.dtype
 
-    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions `[T]` int64 -> cos and sin, each `[T, 1, E / 2]` float32."""
+    @property
+    def embedding_scale(self) -> float:
+        """What rows of the embedding are multiplied by, rounded to `dtype`: so they were when the model learnt."""
+        return torch.tensor(self.config.embedding_scale, dtype=self.dtype).item()
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids `[T]` -> what the first block reads, `[T, D]`."""
+        x: torch.Tensor = self.model.embed_tokens(token_ids)
+        return x if self.config.embedding_scale == 1 else x * self.embedding_scale
+
+    def rotary(self, positions: torch.Tensor) -> Rotary:
+        """Positions `[T]` int64 -> their angles."""
         if self._frequencies is None:
-            self._frequencies = rotary_frequencies(self.config)
-        frequencies, factor = self._frequencies
-        angles = positions[:, None].float() * frequencies
-        return (angles.cos() * factor)[:, None], (angles.sin() * factor)[:, None]
+            ropes = (self.config.rope, self.config.local_rope)
+            self._frequencies = [rotary_frequencies(self.config, rope) for rope in ropes if rope is not None]
+        angles = [_angles(positions, *frequencies) for frequencies in self._frequencies]
+        return angles[0], angles[-1]
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend, adapters: Adapters | None = None
@@ -182,7 +220,7 @@ class Decoder(nn.Module):
         Returns:
             `[T, D]` in the model's dtype.
         """
-        x = self.model.embed_tokens(token_ids)
+        x = self.embed(token_ids)
         rotary = self.rotary(positions)
         for block in self.model.layers:
             if self.recompute_blocks and torch.is_grad_enabled():
@@ -196,3 +234,8 @@ class Decoder(nn.Module):
         """Hidden states `[N, D]` -> logits `[N, V]` in the model's dtype. Ask only for the rows you need."""
         logits: torch.Tensor = self.lm_head(hidden_states)
         return logits
+
+
+def _angles(positions: torch.Tensor, frequencies: torch.Tensor, factor: float) -> Angles:
+    angles = positions[:, None].float() * frequencies
+    return (angles.cos() * factor)[:, None], (angles.sin() * factor)[:, None]

@@ -38,6 +38,7 @@ ARCHITECTURES = {
     "MistralForCausalLM": Decoder,
     "Qwen2ForCausalLM": Decoder,
     "Qwen3ForCausalLM": Decoder,
+    "Gemma3ForCausalLM": Decoder,
 }
 
 

@@ -18,7 +18,7 @@ from steelyard.compress.inputs import dense
 from steelyard.compress.prune import decoders as pruning
 from steelyard.compress.prune import structured
 from steelyard.compress.prune.decoders import PruneConfig
-from steelyard.compress.quantize import layout
+from steelyard.compress.quantize import decoders, layout
 from steelyard.compress.quantize.decoders import QuantizeConfig, check
 from steelyard.data import chat
 from steelyard.data.packing import Pack
@@ -29,6 +29,7 @@ from steelyard.evaluate import certificate
 from steelyard.evaluate.answers import AnswersCertificate
 from steelyard.evaluate.certificate import MAX_TOKENS, Certificate, Thresholds
 from steelyard.evaluate.likelihood import packs
+from steelyard.models import config as decoder_config
 from steelyard.models import lora, weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.opening import Opened, open_checkpoint
@@ -39,6 +40,13 @@ CALIBRATION = 1 << 16
 """Tokens that are enough to judge weights by."""
 SMOOTHING = 1 << 14
 """Tokens that are enough to smooth activations by."""
+
+
+def smooths(source: Path) -> bool:
+    """Whether `source` is a decoder, or an adapter of one, that SmoothQuant and AWQ can take."""
+    if compress_networks.is_network(source):
+        return False
+    return decoders.smooths(decoder_config.load(manifest.base_of(source)))
 
 
 def quantize(

@@ -120,13 +120,15 @@ def _write_down(checkpoint: Path, rows: Sequence[Recording], report: Callable[[i
 def _likelihood(opened: Opened, rows: Sequence[Conversation], report: Callable[[int, int], None]) -> Likelihood:
     started = time.perf_counter()
     plain = [row for row in rows if row.messages[0].role == "text"]
-    context = max(2, min(1024, opened.decoder.config.context))
+    begin = opened.tokenizer.beginning
+    context = max(2 + len(begin), min(1024, opened.decoder.config.context))
     size = None
     if plain:
         texts = [row.messages[0].content for row in plain]
         tokens = [opened.tokenizer.encode_plain(text) for text in texts]
         size = sum(len(text.encode()) for text, ids in zip(texts, tokens, strict=True) if len(ids) > 1)
-        scored = [row for ids in tokens if len(ids) > 1 for row in likelihood.windows(ids, context, context // 2)]
+        stride = (context - len(begin)) // 2
+        scored = [row for ids in tokens if len(ids) > 1 for row in likelihood.windows(ids, context, stride, begin)]
         if not scored:
             raise DataError("the text is too short: at least two tokens are needed", file=rows[0].file)
     else:

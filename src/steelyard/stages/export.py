@@ -71,6 +71,8 @@ def gguf(source: Path, output: Path, kind: Kind = "q8_0", report: Report = lambd
     if opened.adapter is not None:
         lora.merge(opened.decoder, opened.adapter)
     config, identity = _config(opened), manifest.read(source).id
+    if config["model_type"] not in gguf_metadata.ARCHITECTURES:
+        raise ConfigError(f"'{source}' is a {config['model_type']}, which is read out of GGUF here and not written")
     metadata = gguf_metadata.hyperparameters(config, source.resolve().name, kind.upper())
     metadata |= gguf_vocabulary.vocabulary(opened.base, opened.tokenizer, config["vocab_size"])
     if opened.template is not None:

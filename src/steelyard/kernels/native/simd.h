@@ -297,4 +297,8 @@ INLINE F exp(F x) {
     return choose(tiny, zero(), mul(p, power2(to_int(n))));
 }
 
+// gelu by its approximation with tanh is x sigmoid(u): u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+constexpr float GELU_SLOPE = 1.5957691216f, GELU_BEND = 0.0713548163f;
+INLINE F gelu_argument(F x) { return mul(x, fma(mul(x, x), set(GELU_BEND), set(GELU_SLOPE))); }
+
 }  // namespace steelyard

@@ -38,9 +38,11 @@ extern "C" {
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
-// y = w * (x / rms(x)), rounded once after the quotient and once after the product; width a multiple of 16.
+// y = w * (x / rms(x)), rounded once after the quotient and once after the product; width a multiple of 16. With an
+// offset that is not 0: (offset + w) * (x / rms(x)), rounded once.
 EXPORT void steelyard_rms_norm(const uint16_t* x, const uint16_t* weight, int64_t rows, int32_t width, float epsilon,
-                               uint16_t* y, float* inverse) {
+                               float offset, uint16_t* y, float* inverse) {
+    const F more = set(offset);
 #pragma omp parallel for
     for (int64_t t = 0; t < rows; t++) {
         const uint16_t* in = x + t * width;
@@ -51,15 +53,19 @@ EXPORT void steelyard_rms_norm(const uint16_t* x, const uint16_t* weight, int64_
         }
         inverse[t] = 1.0f / std::sqrt(sum(squares) / (float)width + epsilon);
         const F factor = set(inverse[t]);
-        for (int i = 0; i < width; i += 16)
-            store_bf16(y + t * width + i, mul(load_bf16(weight + i), round_bf16(mul(load_bf16(in + i), factor))));
+        for (int i = 0; i < width; i += 16) {
+            const F v = mul(load_bf16(in + i), factor), w = load_bf16(weight + i);
+            store_bf16(y + t * width + i, offset == 0.0f ? mul(w, round_bf16(v)) : mul(add(more, w), v));
+        }
     }
 }
 
-// dx = r (w dy) - x r^3 / width sum(w dy x); dw [parts, width] = sums of dy x r over each part's rows, if it is wanted.
+// With w for offset + weight: dx = r (w dy) - x r^3 / width sum(w dy x); dw [parts, width] = sums of dy x r over each
+// part's rows, if it is wanted.
 EXPORT void steelyard_rms_norm_backward(const uint16_t* x, const uint16_t* weight, const float* inverse,
-                                        const uint16_t* dy, int64_t rows, int32_t width, uint16_t* dx, float* dw,
-                                        int32_t parts) {
+                                        const uint16_t* dy, int64_t rows, int32_t width, float offset, uint16_t* dx,
+                                        float* dw, int32_t parts) {
+    const F more = set(offset);
 #pragma omp parallel for
     for (int32_t part = 0; part < parts; part++) {
         float* sums = dw ? dw + (int64_t)part * width : nullptr;
@@ -67,12 +73,12 @@ EXPORT void steelyard_rms_norm_backward(const uint16_t* x, const uint16_t* weigh
             const uint16_t *in = x + t * width, *up = dy + t * width;
             F dots = zero();
             for (int i = 0; i < width; i += 16)
-                dots = fma(mul(load_bf16(weight + i), load_bf16(up + i)), load_bf16(in + i), dots);
+                dots = fma(mul(add(more, load_bf16(weight + i)), load_bf16(up + i)), load_bf16(in + i), dots);
             const float r = inverse[t];
             const F along = set(-r * r * r * sum(dots) / (float)width), factor = set(r);
             for (int i = 0; i < width; i += 16) {
-                const F v = load_bf16(in + i), d = load_bf16(up + i);
-                store_bf16(dx + t * width + i, fma(along, v, mul(factor, mul(load_bf16(weight + i), d))));
+                const F v = load_bf16(in + i), d = load_bf16(up + i), w = add(more, load_bf16(weight + i));
+                store_bf16(dx + t * width + i, fma(along, v, mul(factor, mul(w, d))));
                 if (sums) store(sums + i, fma(d, mul(v, factor), load(sums + i)));
             }
         }
@@ -94,6 +100,28 @@ EXPORT void steelyard_silu_mul_backward(const uint16_t* gate, const uint16_t* va
     for (int64_t i = 0; i < count; i += 16) {
         const F g = load_bf16(gate + i), d = load_bf16(dy + i), s = sigmoid(g);
         const F slope = mul(s, fma(g, sub(set(1.0f), s), set(1.0f)));
+        store_bf16(dvalue + i, mul(d, mul(g, s)));
+        store_bf16(dgate + i, mul(mul(d, load_bf16(value + i)), slope));
+    }
+}
+
+// The same with gelu(g) = g sigmoid(u), u = `gelu_argument(g)`.
+EXPORT void steelyard_gelu_mul(const uint16_t* gate, const uint16_t* value, int64_t count, uint16_t* y) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < count; i += 16) {
+        const F g = load_bf16(gate + i);
+        store_bf16(y + i, mul(round_bf16(mul(g, sigmoid(gelu_argument(g)))), load_bf16(value + i)));
+    }
+}
+
+// Its slope is s + g s (1 - s) du/dg.
+EXPORT void steelyard_gelu_mul_backward(const uint16_t* gate, const uint16_t* value, const uint16_t* dy, int64_t count,
+                                        uint16_t* dgate, uint16_t* dvalue) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < count; i += 16) {
+        const F g = load_bf16(gate + i), d = load_bf16(dy + i), s = sigmoid(gelu_argument(g));
+        const F steep = add(set(GELU_SLOPE), mul(set(3.0f * GELU_BEND), mul(g, g)));
+        const F slope = mul(s, fma(mul(g, sub(set(1.0f), s)), steep, set(1.0f)));
         store_bf16(dvalue + i, mul(d, mul(g, s)));
         store_bf16(dgate + i, mul(mul(d, load_bf16(value + i)), slope));
     }
