@@ -72,9 +72,9 @@ def passages(path: Path, most: int | None) -> Path:
     return path
 
 
-def blocks(base: Path, collection: Path, quick: bool) -> dict[str, float]:
+def blocks(base: Path, collection: Path, quick: bool, most: int | None) -> dict[str, float]:
     """A quarter of the blocks less."""
-    rows = passages(FOLDER / "passages.jsonl", 20 if quick else None)
+    rows = passages(FOLDER / "passages.jsonl", 20 if quick else most)
     run: dict[str, Any] = {
         "method": "full",
         "epochs": 1,
@@ -207,6 +207,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["blocks", "draft"])
     parser.add_argument("--blocks", type=int, default=DraftConfig().blocks, help="of the draft")
+    parser.add_argument(
+        "--passages", type=int, help="of 2,000 letters that fewer blocks learn from; default: all, 1,400"
+    )
     parser.add_argument("--prompts", type=int, default=DraftConfig().prompts, help="that the draft learns from")
     parser.add_argument("--epochs", type=int, default=DraftConfig().epochs, help="of the draft")
     parser.add_argument("--quick", action="store_true", help="few rows")
@@ -215,7 +218,7 @@ def main() -> None:
     base, collection = lifecycle.fetch(default_cache(), lambda what, done, total: None)
     found: dict[str, dict[str, float]] = {}
     if options.only != "draft":
-        found["blocks"] = blocks(base, collection, options.quick)
+        found["blocks"] = blocks(base, collection, options.quick, options.passages)
         print(json.dumps(found["blocks"], indent=2), flush=True)
     if options.only != "blocks":
         config = DraftConfig(blocks=options.blocks, prompts=options.prompts, epochs=options.epochs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ def test_between_four_bits_and_eight(tiny_model: Path, tmp_path: Path, files: tu
     assert not told
     assert again.chosen == found.chosen
     assert len(again.points) == len(found.points)
+    shutil.rmtree(output / "forms")
+    third = Search(tiny_model, output, f"size<={between / 1e3:.2f}kB", *files).run()
+    assert len(third.points) == len(found.points), "nothing is measured twice, though the form has to be made again"
+    assert manifest.verify(output / "best").id
+    Search(tiny_model, output, target, *files).run()
     made = configuration.load(output / "recipe.toml", Recipe, [f"output={tmp_path / 'made'}"])
     follow(made, accept=True)
     assert manifest.read(tmp_path / "made").id == manifest.read(output / "best").id

@@ -167,17 +167,9 @@ class Search:
             if point.name == name and point.steps == list(steps):
                 return point
         started = time.monotonic()
-        asked = Recipe(output="", model=str(self.source), data=str(self.data), step=tuple(steps))
-        place = self.output / "forms" / f"{len(self.points):02}"
-        at = self.source
         with self.showing(f"{what}: {name}" if what != name else name) as report:
-            for number, step in enumerate(recipes.steps(asked), 1):
-                made = place.with_name(f"{place.name}-{number}")
-                shutil.rmtree(made, ignore_errors=True)
-                done = recipes.do(step, at, made, asked, report, teacher=self.source)
-                assert done is not None, "nobody interrupts it"
-                at = done
-            measures, interval = self.measuring.of(at)
+            path = self._make(steps, report)
+            measures, interval = self.measuring.of(path)
         point = Point(
             name=name,
             steps=list(steps),
@@ -185,10 +177,22 @@ class Search:
             loss_interval=interval,
             seconds=time.monotonic() - started,
             fixed=fixed,
-            path=str(at),
+            path=str(path),
         )
         self._add(point)
         return point
+
+    def _make(self, steps: Sequence[dict[str, Any]], report: Callable[[int, int], None]) -> Path:
+        """The checkpoint of a form, in a folder of its own."""
+        asked = Recipe(output="", model=str(self.source), data=str(self.data), step=tuple(steps))
+        known = [int(folder.name[:3]) for folder in (self.output / "forms").glob("[0-9][0-9][0-9]-*")]
+        at, place = self.source, self.output / "forms" / f"{max(known, default=0) + 1:03}"
+        for number, step in enumerate(recipes.steps(asked), 1):
+            made = place.with_name(f"{place.name}-{number}")
+            done = recipes.do(step, at, made, asked, report, teacher=self.source)
+            assert done is not None, "nobody interrupts it"
+            at = done
+        return at
 
     def _ladder(self) -> Ladder:
         layers = linears(self.opened.decoder)
@@ -241,14 +245,17 @@ class Search:
         nearest = min(missed, key=missed.__getitem__) if self.goals and chosen is None else None
         path = None
         if chosen is not None:
-            assert chosen.path is not None
+            made = Path(str(chosen.path))
+            if not made.is_dir():  # an earlier call chose another, and left this one's figures alone
+                with self.showing(f"{chosen.name}, once more") as report:
+                    made = self._make(chosen.steps, report)
             path = self.output / "best"
             shutil.rmtree(path, ignore_errors=True)
-            shutil.copytree(chosen.path, path)
+            shutil.copytree(made, path)
             write_file(self.output / "recipe.toml", _toml(chosen, str(self.source), str(self.data)))
-        kept = {chosen.path if chosen else None, *(point.path for point in best)}
-        for folder in sorted((self.output / "forms").glob("*")):
-            if str(folder) not in kept and not any(str(path).startswith(str(folder)) for path in kept):
+        kept = [Path(str(point.path)) for point in (*best, *([chosen] if chosen else []))]
+        for folder in (self.output / "forms").glob("*"):
+            if not any(path.is_relative_to(folder) for path in kept):
                 shutil.rmtree(folder)
         found = Found(
             chosen=None if chosen is None else chosen.name,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from steelyard.checkpoint import gguf_encode, gguf_metadata, gguf_vocabulary, gguf_write, manifest, safetensors
+from steelyard.checkpoint.gguf_config import ARCHITECTURES
 from steelyard.checkpoint.gguf_places import Place, permute, places
 from steelyard.checkpoint.gguf_write import Tensor
 from steelyard.errors import CheckpointError, ConfigError
@@ -71,7 +72,7 @@ def gguf(source: Path, output: Path, kind: Kind = "q8_0", report: Report = lambd
     if opened.adapter is not None:
         lora.merge(opened.decoder, opened.adapter)
     config, identity = _config(opened), manifest.read(source).id
-    if config["model_type"] not in gguf_metadata.ARCHITECTURES:
+    if config["model_type"] not in ARCHITECTURES:
         raise ConfigError(f"'{source}' is a {config['model_type']}, which is read out of GGUF here and not written")
     metadata = gguf_metadata.hyperparameters(config, source.resolve().name, kind.upper())
     metadata |= gguf_vocabulary.vocabulary(opened.base, opened.tokenizer, config["vocab_size"])
