@@ -18,11 +18,12 @@ from test_reproducible import BLOCK_BYTES, small
 
 from steelyard.compress.quantize import layout
 from steelyard.errors import CheckpointError
-from steelyard.infer.decoding.draft_model import TOKENS, DraftModel
+from steelyard.infer.decoding.draft_model import DraftModel
 from steelyard.infer.decoding.speculative import FIRST_REST, LONGEST, Confidence, plan_lengths
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.request import FinishReason, Output, Request, Sampling, TokenLogprob
 from steelyard.models import weights
+from steelyard.models.head_tokens import FILE as TOKENS
 
 __all__ = ["small"]  # a fixture
 

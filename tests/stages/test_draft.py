@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from steelyard.checkpoint import manifest
 from steelyard.compress.quantize.decoders import QuantizeConfig
 from steelyard.errors import ConfigError, DataError
-from steelyard.infer.decoding.draft_model import TOKENS
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.request import Request, Sampling
 from steelyard.models import weights
+from steelyard.models.head_tokens import FILE as TOKENS
 from steelyard.stages.compress import quantize
 from steelyard.stages.draft import ANSWERS, DraftConfig, draft
 from steelyard.train.trainer import Trainer
@@ -39,25 +40,33 @@ def told(engine: Engine, prompts: list[list[int]]) -> list[str]:
     return texts
 
 
-def test_a_draft_of_a_domain(tiny_model: Path, tmp_path: Path, chats: Path) -> None:
+@pytest.mark.parametrize(("teacher", "head", "agreement"), [(0.0, 64, 0.0), (1.0, 0, 0.3)])
+def test_a_draft_of_a_domain(
+    tiny_model: Path, tmp_path: Path, chats: Path, teacher: float, head: int, agreement: float
+) -> None:
+    """Random weights say what no tokenizer gives back, so that only a teacher says what comes next."""
+    config = msgspec.structs.replace(CONFIG, teacher=teacher, head=head)
+
     def stop(trainer: Trainer) -> None:
         trainer.stopping = True
 
     output = tmp_path / "draft"
-    cut = draft(tiny_model, chats, output, CONFIG, begun=stop)
+    cut = draft(tiny_model, chats, output, config, begun=stop)
     assert not cut.finished
     assert not output.exists()
     answers = (tmp_path / "draft-steps" / ANSWERS).read_text()
-    done = draft(tiny_model, chats, output, CONFIG)
+    done = draft(tiny_model, chats, output, config)
     assert (tmp_path / "draft-steps" / ANSWERS).read_text() == answers, "nobody is asked twice"
     assert done.finished
     assert done.answers == 8
-    assert done.agreement > 0.3
+    assert done.agreement > agreement
     written = manifest.verify(output)
     assert written.parent == manifest.read(tiny_model).id
     assert written.recipe["draft"]["blocks"] == 1
     assert weights.load(output).config.layers == 1
-    assert len(json.loads((output / TOKENS).read_text())["tokens"]) <= 64
+    assert (output / TOKENS).exists() == bool(head)
+    if head:
+        assert len(json.loads((output / TOKENS).read_text())["tokens"]) == head
     quantize(tiny_model, tmp_path / "int8", QuantizeConfig(), accept=True)
     prompts = [[5, 6, 7], list(range(3, 40))]
     plain = Engine.load(tmp_path / "int8", config=EngineConfig(speculate="off"))

@@ -14,13 +14,14 @@ from steelyard.compress.prune.decoders import PruneConfig
 from steelyard.data.rows import TokenRow
 from steelyard.data.token_rows import TokenRows
 from steelyard.errors import ConfigError
-from steelyard.models import weights
+from steelyard.models import head_tokens, weights
 from steelyard.models.attention import PackedAttention
 from steelyard.stages.compress import prune
 from steelyard.stages.train import train
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import student
 from steelyard.train.config import DataConfig, DistillConfig, TrainConfig
+from steelyard.train.language_model import LanguageModelling
 from steelyard.train.optimizers import OptimizerConfig
 from steelyard.train.student import Student, held_to
 
@@ -95,6 +96,26 @@ def test_the_states_are_held_to_the_teachers(tiny_model: Path, tmp_path: Path) -
         states = [model(ids, torch.arange(5), PackedAttention([5]))[[0, 1, 3]].double() for model in (pupil, teacher)]
     expected = 2 * float((1 - F.cosine_similarity(*states, dim=-1)).sum())
     assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_draft_learns_its_own_tokens_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """Against the same losses over the few logits, of the targets that are among them."""
+    cut = tmp_path / "cut"
+    prune(tiny_model, cut, PruneConfig(method="even", structure="blocks", rate=0.5), accept=True)
+    kept = [2, 3, 5, 6, 9]
+    head_tokens.write(cut, kept)
+    teacher, pupil = (weights.load(folder, torch.float32) for folder in (tiny_model, cut))
+    ids = [3, 4, 5, 6, 7]
+    tokens = TokenRows.of([TokenRow(tokens=ids, trained=[False, True, True, True, True])])
+    plain = float(LanguageModelling(pupil, None, tokens, cut).loss([0]))
+    how = {"weight": 0.5, "temperature": 1.0}
+    taught = float(Student(pupil, None, tokens, cut, teacher=teacher, kind="forward", **how).loss([0]))
+    with torch.no_grad():
+        given = torch.tensor(ids), torch.arange(5), PackedAttention([5])
+        q, p = (x.logits(x(*given)[[1, 2]])[:, kept].double().log_softmax(-1) for x in (pupil, teacher))
+    own = -(q[0, 2] + q[1, 3])
+    assert plain == pytest.approx(float(own), rel=1e-4)
+    assert taught == pytest.approx(float(own / 2 + kl(p, q).sum() / 2), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -261,11 +261,14 @@ def draft(
     prompts: Annotated[int, typer.Option(help="Rows that are asked, at most.")] = DraftConfig().prompts,
     answer: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = DraftConfig().answer,
     epochs: Annotated[int, typer.Option(help="Passes over the answers.")] = DraftConfig().epochs,
+    teacher: Annotated[
+        float, typer.Option(help="Share of the loss that is what the model holds of every token; takes longer.")
+    ] = DraftConfig().teacher,
     as_json: console.Json = False,
 ) -> None:
     """See DRAFT."""
     console.logs()
-    config = DraftConfig(blocks=blocks, head=head, prompts=prompts, answer=answer, epochs=epochs)
+    config = DraftConfig(blocks=blocks, head=head, prompts=prompts, answer=answer, epochs=epochs, teacher=teacher)
     done = make_draft(resolve(checkpoint), data, output, config, showing=console.counting, begun=stop_on_signal)
     if not done.finished:
         console.note("interrupted: the same command goes on from there")

@@ -18,7 +18,7 @@ from torch import nn
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
 from steelyard.models import config as decoder_config
-from steelyard.models import quantized, smoothing, sparse
+from steelyard.models import head_tokens, quantized, smoothing, sparse
 from steelyard.models.config import DecoderConfig
 from steelyard.models.decoder import Decoder
 from steelyard.models.linear import QuantizedEmbedding, QuantizedLinear
@@ -32,6 +32,7 @@ COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    head_tokens.FILE,
 )
 ARCHITECTURES = {
     "LlamaForCausalLM": Decoder,

@@ -1,6 +1,6 @@
 """A draft: a small decoder that guesses a larger one's tokens where that is asked about what it was made for.
 
-Some blocks of the model stay; they learn, from the model's own answers to prompts of a domain (Kim and Rush 2016) and
+Some blocks of the model stay; they learn from its own answers to prompts of a domain (Kim and Rush 2016), and on demand
 from what it holds of every token there, to go on as it does; they run in 8 bits, with a head for the tokens that the
 domain has. What a draft says is only ever a guess, so that answers stay what they are, whatever it has learnt.
 """
@@ -20,15 +20,15 @@ import torch
 
 from steelyard.atomic import file_aside, folder_aside
 from steelyard.checkpoint import manifest
+from steelyard.compress.prune import structured
 from steelyard.data import chat
 from steelyard.data.rows import Conversation, Message
 from steelyard.data.tokenize import prompts
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate.likelihood import packs
-from steelyard.infer.decoding.draft_model import TOKENS
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
-from steelyard.models import weights
+from steelyard.models import head_tokens, weights
 from steelyard.models.attention import PackedAttention
 from steelyard.models.opening import Opened, open_checkpoint
 from steelyard.stages import recipe as recipes
@@ -49,15 +49,18 @@ class DraftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     blocks: int = 4
     """How many of the model's stay."""
-    head: int = 8192
+    head: int = 4096
     """How many tokens its head has, the commonest of the domain; 0: all."""
     prompts: int = 512
     """Of the domain's rows, at most."""
     answer: int = 96
     """Tokens of an answer, at most."""
-    epochs: int = 3
-    learning_rate: float = 6e-4
+    epochs: int = 6
+    learning_rate: float = 1e-3
     batch_size: int = 8
+    teacher: float = 0.0
+    """Share of the loss that is what the model holds of every token, besides the one that it said; each takes a pass
+    through the model."""
 
 
 class Drafted(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,47 +122,57 @@ def draft(
             write_answers(opened, data, answers, config.prompts, config.answer, report)
         with file_aside(known) as file:
             file.write((json.dumps(asked, indent=2) + "\n").encode())
-    rate = 1 - config.blocks / layers
+    learnt = _cut(opened, model, steps / "cut", answers, config)
     run: dict[str, Any] = {
         "method": "full",
         "epochs": config.epochs,
         "batch_size": config.batch_size,
         "data": {"train": str(answers), "max_length": 512, "too_long": "truncate"},
-        "distill": {"weight": 0.9, "temperature": 1.0},
         "optimizer": {"name": "adamw", "learning_rate": config.learning_rate},
     }
+    if config.teacher:
+        run["distill"] = {"teacher": str(model), "weight": config.teacher, "temperature": 1.0}
     made = Recipe(
         output=str(steps / "whole"),
-        model=str(model),
+        model=str(steps / "cut"),
         max_bits_per_byte=1e9,
-        step=(
-            {"kind": "prune", "structure": "blocks", "method": "even", "rate": rate},
-            {"kind": "train", **run},
-            {"kind": "quantize", "bits": 8, "group": "all"},
-        ),
+        step=({"kind": "train", **run}, {"kind": "quantize", "bits": 8, "group": "all"}),
     )
     done = recipes.follow(made, accept=True, showing=showing, begun=begun)
     if not done.finished:
         return Drafted(path=str(output), finished=False, agreement=0.0, bytes=0, answers=0)
-    whole = steps / "whole"
-    rows = token_rows(opened, answers, 1 << 40)
     with folder_aside(output) as folder:
-        for file_ in manifest.model_files(whole):
+        for file_ in manifest.model_files(steps / "whole"):
             (folder / file_.name).write_bytes(file_.read_bytes())
-        if config.head:
-            counts = Counter(token for row in rows for token in row.tokens)
-            kept = sorted(token for token, _ in counts.most_common(config.head))
-            (folder / TOKENS).write_text(json.dumps({"tokens": kept}) + "\n")
-        whole_known = manifest.read(whole)
-        recipe = {**whole_known.recipe, "draft": msgspec.to_builtins(config)}
-        manifest.complete(folder, parent=whole_known.parent, data=whole_known.data, recipe=recipe)
+        made_of = manifest.read(steps / "whole")
+        recipe = {**made_of.recipe, "draft": msgspec.to_builtins(config)}
+        manifest.complete(folder, parent=manifest.read(model).id, data=made_of.data, recipe=recipe)
     return Drafted(
         path=str(output),
         finished=True,
         agreement=agreement(opened, output, answers),
         bytes=sum(path.stat().st_size for path in output.glob("*.safetensors")),
-        answers=len(rows),
+        answers=learnt,
     )
+
+
+def _cut(opened: Opened, model: Path, folder: Path, answers: Path, config: DraftConfig) -> int:
+    """Leave some blocks, and name the tokens that answers have; how many rows of them there are."""
+    rows, layers = token_rows(opened, answers, 1 << 40), opened.decoder.config.layers
+    counts = Counter(token for row in rows for token in row.tokens)
+    kept = sorted(token for token, _ in counts.most_common(config.head)) if config.head else []
+    asked = [config.blocks, kept]
+    if (folder / manifest.MANIFEST).is_file() and manifest.read(folder).recipe.get("cut") == asked:
+        return len(rows)
+    found = structured.even(layers, config.blocks)
+    smaller, fields = structured.cut(opened.decoder, "blocks", 1 - config.blocks / layers, found)
+    with manifest.writing(folder, parent=manifest.read(model).id, recipe={"cut": asked}) as place:
+        weights.save(smaller, place, opened.base)
+        values = {**manifest.read_json(place / "config.json"), **fields}
+        (place / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        if kept:
+            head_tokens.write(place, kept)
+    return len(rows)
 
 
 def write_answers(
@@ -223,12 +236,13 @@ def _asked(opened: Opened, data: Path) -> Iterator[tuple[Conversation, list[int]
 def agreement(opened: Opened, folder: Path, answers: Path) -> float:
     """How often a draft's likeliest token is the model's, at the trained tokens of rows."""
     smaller, same, count = weights.load(folder), 0, 0
+    kept = head_tokens.read(folder, smaller.config.vocabulary)
     for batch in packs(token_rows(opened, answers, MEASURED)):
-        given = batch.token_ids, batch.positions
-        likeliest = []
-        for decoder in (opened.decoder, smaller):
-            states = decoder(*given, PackedAttention(batch.lengths))
-            likeliest.append(decoder.logits(states[batch.places]).argmax(-1))
-        same += int((likeliest[0] == likeliest[1]).sum())
+        whole, guessed = (
+            decoder.logits(decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths))[batch.places])
+            for decoder in (opened.decoder, smaller)
+        )
+        likeliest = guessed.argmax(-1) if kept is None else kept[guessed[:, kept].argmax(-1)]
+        same += int((likeliest == whole.argmax(-1)).sum())
         count += len(batch.places)
     return same / count

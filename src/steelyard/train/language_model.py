@@ -11,9 +11,10 @@ from steelyard.data.packing import pack
 from steelyard.data.token_rows import TokenRows
 from steelyard.errors import TrainingError
 from steelyard.kernels.recompute import recomputing
-from steelyard.models import weights
+from steelyard.models import head_tokens, weights
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
+from steelyard.models.head_tokens import Head
 from steelyard.models.lora import Adapter
 from steelyard.train.losses import cross_entropy
 
@@ -46,6 +47,9 @@ class LanguageModelling:
             raise TrainingError("no row is left to learn from")
         self.decoder, self.adapter, self.base, self.evaluator = decoder, adapter, base, evaluator
         self.padded = self.whole = False
+        kept, vocabulary = head_tokens.read(base, decoder.config.vocabulary), decoder.config.vocabulary
+        self._head = None if kept is None else Head(kept, vocabulary)
+        """Of a draft: what is not among its tokens is not learnt."""
         self.rows, self._rows = len(rows), rows
         self.parameters = dict(adapter.parameters() if adapter else decoder.named_parameters())
         if adapter is None:  # weights may be mapped from a file: train a copy
@@ -65,7 +69,11 @@ class LanguageModelling:
         batch = pack([self._rows[row] for row in rows])
         with recomputing():
             hidden_states = self.decoder(batch.token_ids, batch.positions, PackedAttention(batch.lengths), self.adapter)
-        return cross_entropy(hidden_states.index_select(0, batch.places), self.decoder.lm_head.weight, batch.targets)
+        head, places, targets = self.decoder.lm_head.weight, batch.places, batch.targets
+        if self._head is not None:
+            there, targets = self._head.known(targets)
+            head, places = self._head.rows(head), places[there]
+        return cross_entropy(hidden_states.index_select(0, places), head, targets)
 
     def train(self, on: bool) -> None:
         """Dropout is the adapter's."""

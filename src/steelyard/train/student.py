@@ -53,13 +53,16 @@ class Student(LanguageModelling):
     def loss(self, rows: Sequence[int]) -> torch.Tensor:
         """See the module; nats, summed."""
         batch = pack([self._rows[row] for row in rows])
-        given = batch.token_ids, batch.positions
+        given, places, targets = (batch.token_ids, batch.positions), batch.places, batch.targets
+        head, their_head = self.decoder.lm_head.weight, self.teacher.lm_head.weight
+        if self._head is not None:
+            there, targets = self._head.known(targets)
+            places, head, their_head = places[there], self._head.rows(head), self._head.rows(their_head)
         with torch.no_grad():
-            theirs = self.teacher(*given, PackedAttention(batch.lengths)).index_select(0, batch.places)
+            theirs = self.teacher(*given, PackedAttention(batch.lengths)).index_select(0, places)
         with recomputing():
-            states = self.decoder(*given, PackedAttention(batch.lengths), self.adapter).index_select(0, batch.places)
-        head = self.decoder.lm_head.weight
-        loss = held_to(states, head, theirs, self.teacher.lm_head.weight, batch.targets, *self._how)
+            states = self.decoder(*given, PackedAttention(batch.lengths), self.adapter).index_select(0, places)
+        loss = held_to(states, head, theirs, their_head, targets, *self._how)
         if self._hidden:
             loss = loss + self._hidden * (1 - F.cosine_similarity(states.float(), theirs.float(), dim=-1)).sum()
         return loss

@@ -15,7 +15,6 @@ import msgspec
 import torch
 from torch import nn
 
-from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling
@@ -24,7 +23,7 @@ from steelyard.infer.runner import CacheSizes, open_runner
 from steelyard.infer.scheduler import Scheduled
 from steelyard.infer.sequence import Sequence
 from steelyard.kernels.library import Library
-from steelyard.models import weights
+from steelyard.models import head_tokens, weights
 from steelyard.models.decoder import Decoder
 from steelyard.models.linear import QuantizedLinear
 from steelyard.text.tokenizer import Tokenizer
@@ -34,8 +33,6 @@ CATCH_UP = 128
 BLOCK_SIZE = 32
 NEVER = -1e9
 """The logit of a token that the head has no row for; finite, as all have to be."""
-TOKENS = "draft_tokens.json"
-"""In a draft's checkpoint: `{"tokens": [...]}`, those that its head keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +57,9 @@ def load_draft(folder: Path, decoder: Decoder, tokenizer: Tokenizer, dtype: torc
             f"the draft '{folder}' has another vocabulary than the model ({sizes[0]} and {sizes[1]} tokens): a draft is"
             " a smaller model of the same family, with the same tokenizer.json"
         )
-    if not (folder / TOKENS).is_file():
-        return Draft(draft)
-    try:
-        kept = msgspec.convert(manifest.read_json(folder / TOKENS).get("tokens"), list[int])
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"'{folder / TOKENS}' has no list of tokens: {error}") from None
-    if not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= sizes[0]:
-        raise CheckpointError(f"'{folder / TOKENS}': tokens are numbers below {sizes[0]}, each once, in order")
-    tokens = torch.tensor(kept)
-    _trim(draft, tokens)
+    tokens = head_tokens.read(folder, sizes[0])
+    if tokens is not None:
+        _trim(draft, tokens)
     return Draft(draft, tokens)
 
 
