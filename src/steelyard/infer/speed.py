@@ -84,7 +84,8 @@ def measure(
 
 def _held(engine: Engine, decoder: Decoder) -> float:
     if isinstance(engine.runner, PlanRunner):
-        return float(_bytes([step.weight.data for step in engine.runner.plan.steps if isinstance(step, Product)]))
+        weights = [step.weight for step in engine.runner.plan.steps if isinstance(step, Product)]
+        return float(_bytes([part for weight in weights for part in (weight.data, weight.scale) if part is not None]))
     return float(_bytes([*decoder.parameters(), *decoder.buffers()]))
 
 
