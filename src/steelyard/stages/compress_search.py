@@ -37,9 +37,9 @@ from steelyard.stages.form_measures import Measuring
 from steelyard.stages.recipe import Recipe
 from steelyard.stages.search_page import Found, page
 
-SENSED = 1 << 10
+SENSED = 1 << 9
 """Tokens that layers are ordered by."""
-LOST_FROM_THE_START = 0.02
+HOPELESS = 0.02
 """A form that is expected to miss its goals by more is not worth measuring."""
 FIXED: dict[str, list[dict[str, Any]]] = {
     "int8, by channel": [{"kind": "quantize", "bits": 8, "group": "all", "method": "nearest"}],
@@ -112,13 +112,15 @@ class Search:
             self._add(Point(name="as it is", steps=[], measures=self.measuring.whole()))
         for number, (name, steps) in enumerate(FIXED.items(), 1):
             self._try(name, steps, f"{number} of {len(FIXED)} usual forms", fixed=True)
+        if self._met() is not None:
+            return self._end(None)
         ladder = self._ladder()
         if not self.goals:
             for share in (1, 2, 3):
                 self._rung(ladder, round(share * len(ladder.parts) / 4))
         while self.goals and self._met() is None and not self._late():
             following = ladder.next(self.goals, self.base)
-            if following is None or following[1] > LOST_FROM_THE_START:
+            if following is None or following[1] > HOPELESS:
                 break
             self._rung(ladder, following[0])
         if self.goals and self._met() is None:
@@ -133,7 +135,7 @@ class Search:
         ladder.learn(count, point.measures)
 
     def _cut_blocks(self) -> None:
-        """Fewer blocks, all of four bits: one more each time, until what is not the loss is met."""
+        """Fewer blocks, all of four bits: twice as many go each time, until what is not the loss is met."""
         layers = self.opened.decoder.config.layers
         others = [goal for goal in self.goals if goal.measure != "loss"]
         four = next(point for point in self.points if point.name == FOUR)
@@ -238,7 +240,7 @@ class Search:
         self.points = msgspec.convert(known["points"], list[Point])
         self.sensed = dict(known["sensed"])
 
-    def _end(self, ladder: Ladder) -> Found:
+    def _end(self, ladder: Ladder | None) -> Found:
         chosen = self._met()
         best = search.front(self.points[1:], ("loss", "size", "tokens_per_second", "throughput"))
         missed = {p.name: search.worst(self.goals, p.measures, self.base) for p in self.points[1:]}

@@ -30,14 +30,14 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     report: str
 
 
-def page(title: str, target: str, found: Found, ladder: Ladder) -> Report:
+def page(title: str, target: str, found: Found, ladder: Ladder | None) -> Report:
     """What was measured, what is to be expected between, and which is for what.
 
     Args:
         title: of the page.
         target: as it was asked for; empty: none.
         found: the search's result.
-        ladder: of the forms between int4 and int8.
+        ladder: of the forms between int4 and int8; None: the usual ones were enough.
     """
     report = Report(title)
     if found.chosen is not None:
@@ -49,10 +49,13 @@ def page(title: str, target: str, found: Found, ladder: Ladder) -> Report:
         )
     for sentence in found.explained:
         report.text(sentence)
-    expected = [ladder.expected(count) for count in range(0, len(ladder.parts) + 1, max(1, len(ladder.parts) // 32))]
+    rungs = range(0, len(ladder.parts) + 1, max(1, len(ladder.parts) // 32)) if ladder else range(0)
+    expected = [ladder.expected(count) for count in rungs] if ladder else []
     for measure, label, scale in (("size", "MB", 1e-6), ("tokens_per_second", "tokens/s of one stream", 1.0)):
         line = [e[measure] * scale for e in expected], [100 * e["loss"] for e in expected]
-        series: dict[str, tuple[Sequence[float], Sequence[float]]] = {"expected between int4 and int8": line}
+        series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+        if expected:
+            series["expected between int4 and int8"] = line
         for point in found.points[1:]:
             series[point.name] = [point.measures[measure] * scale], [100 * point.measures["loss"]]
         report.lines(f"What is lost by {measure.replace('_', ' ')}", series, label, "rise of bits per byte, %")
