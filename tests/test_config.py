@@ -35,6 +35,7 @@ ema = 0.9
 threads = 2
 label_smoothing = 0.1
 
+keep_zeros = true
 [augment]
 flip = true
 shift = 2
@@ -78,7 +79,12 @@ teacher = "runs/large/best"
 texts = "more.jsonl"
 weight = 0.5
 temperature = 3.0
+hidden = 0.5
 divergence = "reverse"
+
+[rounding]
+bits = 4
+group = 64
 
 [lora]
 dora = true
