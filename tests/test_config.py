@@ -34,8 +34,8 @@ patience = 3
 ema = 0.9
 threads = 2
 label_smoothing = 0.1
-
 keep_zeros = true
+
 [augment]
 flip = true
 shift = 2
