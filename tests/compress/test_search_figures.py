@@ -63,7 +63,9 @@ def test_the_front_has_exactly_what_nothing_beats(values: list[tuple[int, int, i
         assert (each in found) != beaten
 
 
-PARTS = search.order([Part(path=str(number), loss=1.0 + number, size=1e6 * (1 + number % 3)) for number in range(12)])
+PARTS = search.order(
+    [Part(paths=(str(number),), loss=1.0 + number, size=1e6 * (1 + number % 3)) for number in range(12)]
+)
 FOUR = {**BASE, "loss": 0.04, "size": 90e6, "tokens_per_second": 400.0}
 EIGHT = {**BASE, "loss": 0.001, "size": 140e6, "tokens_per_second": 250.0}
 

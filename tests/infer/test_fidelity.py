@@ -14,6 +14,7 @@ from steelyard.compress.quantize.decoders import QuantizeConfig
 from steelyard.errors import CheckpointError
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.fidelity import MOST, recheck
+from steelyard.infer.runner import PlanRunner
 from steelyard.infer.worker import start
 from steelyard.stages.compress import quantize
 
@@ -21,6 +22,7 @@ CONFIGS = {
     "int8": QuantizeConfig(),
     "int8-groups": QuantizeConfig(group=16),
     "int4": QuantizeConfig(bits=4, group=16),
+    "mixed": QuantizeConfig(bits=4, group=16, int8_layers=("*.v_proj", "*.up_proj", "*.0.mlp.down_proj")),
 }
 
 
@@ -31,6 +33,7 @@ def test_what_was_certified_is_found(tiny_model: Path, tmp_path: Path, kind: str
     known: Any = manifest.read(tmp_path / "small").certificate
     assert [len(each["tokens"]) - len(each["nats"]) for each in known["golden"]] == [1, 1, 1, 1]
     engine = Engine.load(tmp_path / "small", config=EngineConfig(kv_cache=kv_cache))
+    assert isinstance(engine.runner, PlanRunner), "whatever layers are joined in it"
     mean = recheck(engine, tmp_path / "small")
     assert mean is not None
     assert mean < MOST / 2

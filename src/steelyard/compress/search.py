@@ -129,9 +129,9 @@ def _low(point: Point, measure: str) -> float:
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer that may have 4 bits or 8."""
+    """Layers that may have 4 bits or 8, all of them together."""
 
-    path: str
+    paths: tuple[str, ...]
     loss: float
     """With 4 bits alone, in any unit that adds up."""
     size: float

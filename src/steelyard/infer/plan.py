@@ -291,11 +291,10 @@ class Plan:
 
     def _kind(self, name: str, layers: Sequence[torch.nn.Module]) -> tuple[int, int, int]:
         """Inputs of layers, bits of their weights, and inputs that share a scale; see `Form`."""
-        kinds = {kind_of(layer) for layer in layers}
-        kind = kinds.pop()
-        if kind is None or kinds:
+        kind = joint_kind(layers)
+        if kind is None:
             raise CheckpointError(
-                f"'{name}' is neither bfloat16 nor integers of one kind: a plan is made of such layers"
+                f"'{name}' is neither bfloat16 nor integers in the same groups: a plan is made of such layers"
             )
         return kind
 
@@ -382,6 +381,16 @@ def kind_of(layer: torch.nn.Module) -> tuple[int, int, int] | None:
     if isinstance(weight, torch.nn.Parameter) and weight.dtype == torch.bfloat16 and weight.shape[-1] % BLOCK == 0:
         return weight.shape[-1], 16, 0
     return None
+
+
+def joint_kind(layers: Sequence[torch.nn.Module]) -> tuple[int, int, int] | None:
+    """Of layers that read the same rows, as one product; see `kind_of`. Where some have 8 bits, all are kept in 8."""
+    kinds = {kind_of(layer) for layer in layers}
+    if None in kinds or len({(inputs, group) for inputs, _, group in filter(None, kinds)}) > 1:
+        return None
+    bits = {kind[1] for kind in kinds if kind is not None}
+    inputs, _, group = next(filter(None, kinds))
+    return None if len(bits) > 1 and 16 in bits else (inputs, max(bits), group)
 
 
 def _padded_vector(weight: torch.Tensor) -> torch.Tensor:

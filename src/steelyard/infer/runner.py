@@ -15,7 +15,7 @@ from steelyard.errors import CheckpointError
 from steelyard.infer.adapters import Version, Wearer
 from steelyard.infer.kv_cache import KVCache, PagedAttention, Span
 from steelyard.infer.packed import PackedWeights
-from steelyard.infer.plan import FittedAdapter, Plan, PlanCache, kind_of
+from steelyard.infer.plan import FittedAdapter, Plan, PlanCache, joint_kind, kind_of
 from steelyard.infer.scheduler import Scheduled
 from steelyard.kernels.library import Library
 from steelyard.kernels.reference import BLOCK, LANES
@@ -200,7 +200,7 @@ def has_plan(decoder: Decoder, native: Library | None) -> bool:
         assert isinstance(block, Block)
         for together in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
             parent = block.self_attn if together[0] == "q_proj" else block.mlp
-            if len({kind_of(getattr(parent, name)) for name in together}) > 1:
+            if joint_kind([getattr(parent, name) for name in together]) is None:
                 return False
     layers = (layer for name, layer in decoder.named_modules() if name.endswith(("_proj", "lm_head", "embed_tokens")))
     return all(

@@ -46,6 +46,8 @@ FIXED: dict[str, list[dict[str, Any]]] = {
     "int8, by group": [{"kind": "quantize", "bits": 8}],
     "int4": [{"kind": "quantize", "bits": 4}],
 }
+TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}
+"""Layers that an engine runs as one: they have the same number of bits."""
 FOUR, EIGHT = "int4", "int8, by group"
 Showing = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
@@ -128,9 +130,10 @@ class Search:
         return self._end(ladder)
 
     def _rung(self, ladder: Ladder, count: int) -> None:
-        eight = [part.path for part in ladder.parts[:count]]
+        eight = [path for part in ladder.parts[:count] for path in part.paths]
         steps = [{**FIXED[FOUR][0], "int8_layers": eight}] if eight else FIXED[FOUR]
-        name = f"int4, {count} of {len(ladder.parts)} layers int8"
+        every = sum(len(part.paths) for part in ladder.parts)
+        name = f"int4, {len(eight)} of {every} layers int8"
         point = self._try(name, steps, name)
         ladder.learn(count, point.measures)
 
@@ -211,9 +214,18 @@ class Search:
                 # In float32: what bfloat16 rounds is more than some layers lose.
                 self.sensed = sensitivity.of_layers(_wide(self.opened), batches, four, report)
             self._save()
+        together: dict[str, list[str]] = {}
+        for path in layers:
+            together.setdefault(path.rpartition(".")[0] + "." + TOGETHER.get(path.rpartition(".")[2], path), []).append(
+                path
+            )
         parts = [
-            Part(path=path, loss=max(0.0, self.sensed[path]), size=layer.weight.numel() / 2)
-            for path, layer in layers.items()
+            Part(
+                paths=tuple(paths),
+                loss=max(0.0, sum(self.sensed[path] for path in paths)),
+                size=sum(layers[path].weight.numel() for path in paths) / 2,
+            )
+            for paths in together.values()
         ]
         ends = {point.name: point.measures for point in self.points}
         return Ladder(search.order(parts), ends[FOUR], ends[EIGHT])
