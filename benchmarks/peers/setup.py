@@ -40,7 +40,7 @@ def openvino(model: Path) -> None:
     """OpenVINO GenAI 2026.4 and the model in its int8 and int4 forms."""
     bin_ = environment("openvino")
     run(bin_ / "pip", "install", "-q", TORCH)
-    run(bin_ / "pip", "install", "-q", "openvino-genai==2026.4.1.0", "optimum-intel")
+    run(bin_ / "pip", "install", "-q", TORCH, "openvino-genai==2026.4.1.0", "optimum-intel")
     subprocess.run([str(bin_ / "pip"), "uninstall", "-q", "-y", "torchvision"], check=False)
     for form, settings in (("int8", ()), ("int4", ("--sym", "--group-size", "64", "--ratio", "1.0"))):
         target = FOLDER / f"openvino-{form}"

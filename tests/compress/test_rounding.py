@@ -172,16 +172,16 @@ def test_transformers_opens_the_portable_form(tmp_path: Path, family: str) -> No
 def test_some_layers_keep_eight_bits(tmp_path: Path, portable: bool) -> None:
     make(tmp_path / "base", "smollm")
     dense = weights.load(tmp_path / "base", torch.float32)
-    config = QuantizeConfig(
-        bits=4, group=16, int8_layers=("*.down_proj", "model.layers.0.self_attn.q_proj"), portable=portable
-    )
+    also = "model.layers.0.self_attn.o_proj"
+    config = QuantizeConfig(bits=4, group=16, int8_layers=("*.down_proj", also), portable=portable)
     (tmp_path / "mixed").mkdir()
     layout.write(dense, tmp_path / "mixed", tmp_path / "base", config)
     small = weights.load(tmp_path / "mixed", torch.float32)
     for path, layer in small.named_modules():
         if isinstance(layer, QuantizedLinear) and path != "lm_head":
-            eight = path.endswith("down_proj") or path == "model.layers.0.self_attn.q_proj"
+            eight = path.endswith("down_proj") or path == also
             assert layer.bits == (8 if eight else 4), path
+            assert layer.weight_scale.shape[1] == (1 if eight and portable else layer.in_features // 16), path
             lost = Integers(layer.values(), layer.weight_scale).restored() - dense.get_submodule(path).weight
             assert (float(lost.norm() / dense.get_submodule(path).weight.norm()) < 0.02) == eight, path
     token_ids = torch.randint(97, (40,), generator=torch.Generator().manual_seed(3))

@@ -118,6 +118,7 @@ def test_judged_by_rows(tiny_model: Path, tmp_path: Path, method: Any, bits: Any
         (QuantizeConfig(group=80), False, {}, "group 80 does not divide the .* inputs of '.*'; groups that do: 16"),
         (QuantizeConfig(group=16, portable=True), False, {}, "leave out the group"),
         (QuantizeConfig(int8_layers=("*.down_proj",)), False, {}, "set bits to 4"),
+        (QuantizeConfig(bits=4, group=16, int8_layers=("*.v_proj",), portable=True), False, {}, "all or none"),
         (
             QuantizeConfig(bits=4, group=16, int8_layers=("head",)),
             False,

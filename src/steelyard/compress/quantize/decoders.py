@@ -52,6 +52,10 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Of the weights of one linear layer."""
         return 8 if self.bits == 8 or any(fnmatchcase(path, pattern) for pattern in self.int8_layers) else 4
 
+    def group_of(self, path: str) -> Group:
+        """Of the weights of one linear layer: other readers take 8 bits by channel alone."""
+        return None if self.portable and self.bits != self.bits_of(path) else self.group
+
     @classmethod
     def chosen(
         cls,
@@ -130,7 +134,20 @@ def check(config: QuantizeConfig, decoder: Decoder) -> None:
     if config.group is not None and config.portable and config.bits == 8:
         raise ConfigError("a portable int8 model has a scale per channel: leave out the group")
     check_group(decoder, config.group)
-    check_int8_layers(config, [path for path in linears(decoder) if path != HEAD])
+    paths = [path for path in linears(decoder) if path != HEAD]
+    check_int8_layers(config, paths)
+    if config.portable:
+        _check_together(config, paths)
+
+
+def _check_together(config: QuantizeConfig, paths: Sequence[str]) -> None:
+    """Other readers join layers that read the same, and have one form for all of them."""
+    for path in paths:
+        block, _, name = path.rpartition(".")
+        for joined in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            bits = {config.bits_of(f"{block}.{other}") for other in joined}
+            if name in joined and len(bits) > 1:
+                raise ConfigError(f"int8_layers: of {', '.join(joined)} in '{block}' all or none, in a portable model")
 
 
 def check_int8_layers(config: QuantizeConfig, paths: Sequence[str]) -> None:
@@ -225,7 +242,9 @@ def quantize(
         for name, layer in layers.items():
             path = f"model.layers.{number}.{name}"
             bits = config.bits_of(path)
-            found = integers[path] = _rounded(layer.weight, seen[name], config.method, bits, config.group)
+            group = config.group_of(path)
+            assert group != "auto"
+            found = integers[path] = _rounded(layer.weight, seen[name], config.method, bits, group)
             layer.weight.copy_(found.restored())
         passing.states = passing.through(block)
         report(number + 1, len(decoder.model.layers))

@@ -107,6 +107,12 @@ def quantization_config(config: QuantizeConfig, paths: Sequence[str] = ()) -> di
         # Readers ask for a layer's name before they ask for its class.
         form, linear["format"] = "mixed-precision", FORMATS[4]
         groups["group_3"] = {**linear, "targets": eight, "weights": bytes_, "format": FORMATS[8]}
+        if config.portable:
+            by_channel = {
+                "weights": {**whole, "num_bits": 8, **by_weight(None)},
+                "input_activations": activations(None),
+            }
+            groups["group_3"] |= by_channel
     if not config.portable:
         groups["group_1"] = {"targets": ["Embedding"], "weights": bytes_}
         if config.bits == 4:
