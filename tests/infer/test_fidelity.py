@@ -36,7 +36,7 @@ def test_what_was_certified_is_found(tiny_model: Path, tmp_path: Path, kind: str
     assert isinstance(engine.runner, PlanRunner), "whatever layers are joined in it"
     mean = recheck(engine, tmp_path / "small")
     assert mean is not None
-    assert mean < MOST / 2
+    assert mean < MOST / 5
     assert not engine.busy
 
 

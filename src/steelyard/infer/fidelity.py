@@ -11,8 +11,9 @@ from steelyard.errors import CheckpointError
 from steelyard.infer.engine import Engine
 from steelyard.infer.request import Request, Sampling
 
-MOST = 0.15
-"""Nats a token, in the mean: other kernels than those that certified it round otherwise; what is broken is far off."""
+MOST = 0.5
+"""Nats a token, in the mean. Whoever rounds to bytes in another order (evaluation, other kernels, another cache) is off
+by 0.1 to 0.25 on a small model, in both directions; what is broken is off by nats."""
 
 
 class Golden(msgspec.Struct, frozen=True):
