@@ -69,6 +69,17 @@ def test_a_model_that_moved_is_measured(opened: Opened, tiny_model: Path) -> Non
     assert (sum(golden.nats), len(golden.nats)) == (pytest.approx(nats, rel=1e-4), count)
 
 
+def test_what_stands_before_every_text_is_not_judged(tiny_model: Path) -> None:
+    opened = open_checkpoint(tiny_model, torch.float32)
+    opened.tokenizer.__dict__["beginning"] = [1, 2]  # a tokenizer that puts two tokens there
+    measured = compare(opened.decoder, opened.decoder, opened.tokenizer)
+    golden = measured["golden"][0]
+    assert golden.tokens[:2] == [1, 2]
+    assert len(golden.nats) == len(golden.tokens) - 2 == 30
+    row = TokenRow(tokens=golden.tokens, trained=[False, False] + [True] * 30)
+    assert sum(golden.nats) == pytest.approx(negative_log_likelihood(opened.decoder, None, [row])[0], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changed", "thresholds"),
     [

@@ -56,7 +56,15 @@ def test_a_model_without_a_certificate(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "golden", [3, [3], [{"tokens": [1, 2], "nats": [0.1, 0.2]}], [{"tokens": "a", "nats": []}], [{"nats": [1.0]}]]
+    "golden",
+    [
+        3,
+        [3],
+        [{"tokens": [1, 2], "nats": [0.1, 0.2]}],
+        [{"tokens": [1, 2], "nats": []}],
+        [{"tokens": "a", "nats": []}],
+        [{"nats": [1.0]}],
+    ],
 )
 def test_a_certificate_that_is_none(tiny_model: Path, tmp_path: Path, golden: Any) -> None:
     quantize(tiny_model, tmp_path / "small", accept=True)

@@ -109,6 +109,7 @@ def test_four_bits_judged_by_a_file(service: Service) -> None:
     ("kind", "settings", "called"),
     [
         ("prune", {"method": "magnitude", "rate": 0.2}, "pruned"),
+        ("prune", {}, "pruned"),
         ("prune", {"structure": "blocks", "rate": 0.5}, "pruned"),
         ("distill", {"rate": 0.5, "max_bits_per_byte": 50.0}, "distilled"),
     ],
@@ -291,6 +292,10 @@ def _settled(service: Service, job: str) -> bool:
         ({"method": {"type": "prune", "prune": {"rate": 1.5}}}, "method.prune.rate"),
         ({"method": {"type": "prune", "prune": {"rate": 0.5, "pattern": "2:4"}}}, "method.prune.pattern"),
         ({"method": {"type": "prune", "prune": {"method": "even"}}}, "method.prune.method"),
+        (
+            {"method": {"type": "prune", "prune": {"method": "activation", "calibration_file": "f"}}},
+            "method.prune.method",
+        ),
         ({"method": {"type": "prune", "prune": {"structure": "heads", "method": "magnitude"}}}, "method.prune.method"),
         ({"method": {"type": "prune", "quantize": {}}}, "method.quantize"),
         ({"method": {"type": "shrink"}}, "method.type"),

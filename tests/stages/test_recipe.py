@@ -11,20 +11,23 @@ import pytest
 import torch
 from test_students import configuration, write_rows
 
+from families import make
 from steelyard import config as configurations
 from steelyard.checkpoint import manifest
 from steelyard.compress.inputs import linears
+from steelyard.compress.prune.decoders import PruneConfig
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError, FidelityError
 from steelyard.evaluate.answers import AnswersCertificate
 from steelyard.evaluate.certificate import Certificate
 from steelyard.models import classifiers, weights
 from steelyard.models.linear import QuantizedLinear
+from steelyard.stages.compress import prune
 from steelyard.stages.evaluate import evaluate
 from steelyard.stages.labelling import Classification
 from steelyard.stages.recipe import Recipe, follow, steps
 from steelyard.stages.train import train
-from steelyard.train.config import DistillConfig
+from steelyard.train.config import DataConfig, DistillConfig, TrainConfig
 from steelyard.train.trainer import Trainer
 
 
@@ -91,13 +94,13 @@ kind = "quantize"
 
 def recipe(model: Path, folder: Path, rows: Path, **fields: Any) -> Recipe:
     run = {"data": {"train": str(rows)}, "method": "full", "epochs": 1, "dtype": "float32", "distill": {"weight": 0.5}}
-    steps: list[dict[str, Any]] = [
+    wanted: list[dict[str, Any]] = [
         {"kind": "prune", "structure": "blocks", "rate": 0.5},
         {"kind": "train", **run},
         {"kind": "quantize", "bits": 4, "group": 16},
     ]
     settings: dict[str, Any] = {"model": str(model), "output": str(folder / "small"), "data": str(rows)}
-    settings |= {"max_bits_per_byte": 100.0, "step": tuple(steps), **fields}
+    settings |= {"max_bits_per_byte": 100.0, "step": tuple(wanted), **fields}
     return Recipe(**settings)
 
 
@@ -144,6 +147,47 @@ def test_a_decoder_goes_on_where_it_was_cut_off(tiny_model: Path, tmp_path: Path
     told.clear()
     follow(changed, showing=showing)
     assert told[0] == "step 1 of 3: prune"
+
+
+def test_what_was_cut_off_and_is_another_begins_anew(tiny_model: Path, tmp_path: Path) -> None:
+    """A run that has other settings now, or another model before it, is not gone on with."""
+    rows = texts(tmp_path)
+    first = recipe(tiny_model, tmp_path, rows)
+
+    def stop(trainer: Trainer) -> None:
+        trainer.stopping = True
+
+    assert not follow(first, begun=stop).finished
+    steps = (first.step[0], {**first.step[1], "dtype": "bfloat16"}, first.step[2])
+    assert follow(recipe(tiny_model, tmp_path, rows, step=steps)).finished
+    other = tmp_path / "other"
+    merged = prune(tiny_model, other, PruneConfig(method="magnitude", rate=0.1), accept=True)
+    assert merged.parent == manifest.read(tiny_model).id
+    again = follow(recipe(other, tmp_path, rows, step=steps))
+    assert again.finished
+    assert manifest.read(tmp_path / "small").parent == manifest.read(other).id
+
+
+def test_gemma_is_not_smoothed(tiny_tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Where rows are given and nothing is said, a method is taken that the model can have."""
+    make(tmp_path / "gemma", "gemma3", vocab_size=512)
+    for file in tiny_tokenizer_folder.iterdir():
+        (tmp_path / "gemma" / file.name).write_bytes(file.read_bytes())
+    follow(recipe(tmp_path / "gemma", tmp_path, texts(tmp_path), step=({"kind": "quantize"},)), accept=True)
+    made: Any = manifest.read(tmp_path / "small").recipe["compress"]
+    assert (made["bits"], made["method"]) == (8, "gptq")
+
+
+def test_an_adapter_teaches_as_a_whole_model(tiny_model: Path, tmp_path: Path) -> None:
+    rows = texts(tmp_path)
+    tuned = train(
+        TrainConfig(model=str(tiny_model), output=str(tmp_path / "run"), data=DataConfig(train=str(rows)), epochs=1)
+    )
+    done = follow(recipe(Path(str(tuned.path)), tmp_path, rows))
+    assert done.finished
+    taught = manifest.read(Path(done.steps[1])).recipe["train"]["distill"]["teacher"]
+    assert Path(taught).name == "00-merge"
+    assert manifest.read(Path(taught)).parent == tuned.id
 
 
 def test_past_its_threshold_nothing_is_handed_on(tiny_model: Path, tmp_path: Path) -> None:

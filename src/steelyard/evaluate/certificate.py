@@ -77,7 +77,7 @@ class GoldenPrompt(msgspec.Struct, frozen=True, kw_only=True):
 
     tokens: list[int]
     nats: list[float]
-    """-log p of every token but the first."""
+    """-log p of its last tokens: of all but the first, or but those that the tokenizer puts before every text."""
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,7 +197,7 @@ def compare(
             logit_error = _largest((centred[0] - centred[1]).abs(), logit_error)
             both.append(-torch.stack([x.gather(1, batch.targets[part, None])[:, 0] for x in (p, q)]))
             same += float((p.argmax(-1) == q.argmax(-1)).sum())
-        trained = [length - 1 for length in batch.lengths]
+        trained = [rows[place].targets for place in places]
         nats |= zip(places, torch.split(torch.cat(both, 1), trained, dim=1), strict=True)
         done += len(batch.lengths)
         report(done, len(rows))
@@ -218,9 +218,10 @@ def compare(
         "top1_agreement": same / count,
         "golden": [
             GoldenPrompt(
-                tokens=rows[place].tokens[:PROMPT], nats=[round(x, 4) for x in nats[place][1, : PROMPT - 1].tolist()]
+                tokens=row.tokens[:PROMPT],
+                nats=[round(x, 4) for x in nats[place][1, : sum(row.trained[:PROMPT])].tolist()],
             )
-            for place in range(min(REMEMBERED, len(rows)))
+            for place, row in enumerate(rows[:REMEMBERED])
         ],
     }
 

@@ -79,7 +79,7 @@ def group_norm_twin(
 def silu_mul(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """silu(gate) * value, elementwise."""
     if _is_native(gate, gate.numel()):
-        product: torch.Tensor = _SiluMul.apply(gate.contiguous(), value.contiguous())  # type: ignore[no-untyped-call]
+        product: torch.Tensor = _GatedMul.apply(gate.contiguous(), value.contiguous(), "silu")  # type: ignore[no-untyped-call]
         return remake(product, partial(silu_mul, gate.detach(), value.detach()))
     return silu_mul_twin(gate, value)
 
@@ -92,7 +92,7 @@ def silu_mul_twin(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def gelu_mul(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """gelu(gate) * value, elementwise, gelu by its approximation with tanh (Hendrycks and Gimpel 2016)."""
     if _is_native(gate, gate.numel()):
-        product: torch.Tensor = _GeluMul.apply(gate.contiguous(), value.contiguous())  # type: ignore[no-untyped-call]
+        product: torch.Tensor = _GatedMul.apply(gate.contiguous(), value.contiguous(), "gelu")  # type: ignore[no-untyped-call]
         return remake(product, partial(gelu_mul, gate.detach(), value.detach()))
     return gelu_mul_twin(gate, value)
 
@@ -354,36 +354,23 @@ class _GroupNorm(torch.autograd.Function):
         return dx, dw.sum(0).to(weight.dtype), db.sum(0).to(bias.dtype), None, None, None
 
 
-class _SiluMul(torch.autograd.Function):
+class _GatedMul(torch.autograd.Function):
+    """activation(gate) * value; the kernels are called by the activation."""
+
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, value: torch.Tensor, activation: str) -> torch.Tensor:
         y = torch.empty_like(gate)
-        _library().silu_mul(gate, value, y)
+        getattr(_library(), f"{activation}_mul")(gate, value, y)
         ctx.save_for_backward(gate, value)
+        ctx.activation = activation
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, value = ctx.saved_tensors
         dgate, dvalue = torch.empty_like(gate), torch.empty_like(value)
-        _library().silu_mul_backward(gate, value, gradient.contiguous(), dgate, dvalue)
-        return dgate, dvalue
-
-
-class _GeluMul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        y = torch.empty_like(gate)
-        _library().gelu_mul(gate, value, y)
-        ctx.save_for_backward(gate, value)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, value = ctx.saved_tensors
-        dgate, dvalue = torch.empty_like(gate), torch.empty_like(value)
-        _library().gelu_mul_backward(gate, value, gradient.contiguous(), dgate, dvalue)
-        return dgate, dvalue
+        getattr(_library(), f"{ctx.activation}_mul_backward")(gate, value, gradient.contiguous(), dgate, dvalue)
+        return dgate, dvalue, None
 
 
 class _Rotate(torch.autograd.Function):

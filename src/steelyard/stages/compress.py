@@ -212,17 +212,9 @@ def token_rows(opened: Opened, data: Path, tokens: int) -> list[TokenRow]:
     rows: list[TokenRow] = []
     size = 0
     longest = min(MAX_TOKENS, opened.decoder.config.context)
-    for row in chat.iterate(data):
-        if row.messages[0].role == "text":
-            ids = opened.tokenizer.encode_plain(row.messages[0].content)
-            parts = [ids[begin : begin + longest] for begin in range(0, min(len(ids), tokens - size), longest)]
-            found = [
-                TokenRow(tokens=part, trained=[False] + [True] * (len(part) - 1)) for part in parts if len(part) > 1
-            ]
-        else:
-            found = list(tokenized([row], opened.tokenizer, opened.template, longest, "truncate"))
-        rows += found
-        size += sum(len(each.tokens) for each in found)
+    for row in tokenized(chat.iterate(data), opened.tokenizer, opened.template, longest, "truncate"):
+        rows.append(row)
+        size += len(row.tokens)
         if size >= tokens:
             break
     if not rows:

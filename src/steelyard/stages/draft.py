@@ -223,7 +223,8 @@ def _asked(opened: Opened, data: Path) -> Iterator[tuple[Conversation, list[int]
             ids = tokenizer.encode_plain(row.messages[0].content)
             for begin in range(0, max(1, len(ids) - PROMPT), 8 * PROMPT):
                 part = ids[begin : begin + PROMPT]
-                yield msgspec.structs.replace(row, messages=(Message("text", tokenizer.decode(part)),)), part
+                text = Message("text", tokenizer.decode(part))
+                yield msgspec.structs.replace(row, messages=(text,)), [*tokenizer.beginning, *part]
             continue
         if template is None:
             raise ConfigError("this model has no chat template, which chats need: give it plain texts")

@@ -75,7 +75,7 @@ class Quantize(msgspec.Struct, frozen=True, kw_only=True):
     data: str | None = None
     tokens: int | None = None
 
-    def config(self, *, rows: bool, decoder: bool) -> QuantizeConfig:
+    def config(self, *, rows: bool, decoder: bool, smooth: bool) -> QuantizeConfig:
         """With what fits where nothing was said."""
         return QuantizeConfig.chosen(
             self.bits,
@@ -86,6 +86,7 @@ class Quantize(msgspec.Struct, frozen=True, kw_only=True):
             int8_layers=self.int8_layers,
             rows=rows,
             decoder=decoder,
+            smooth=smooth,
         )
 
 
@@ -215,6 +216,7 @@ def follow(
         made = folder / f"{number:02}-{kind}"
         path = history.path(number, step, _data(step, recipe))
         if path is None:
+            history.begin(number, step, _data(step, recipe))
             with showing(f"step {number} of {len(wanted)}: {kind}") as report:
                 path = do(step, at, made, recipe, report, begun, teacher=source)
             if path is None:
@@ -239,7 +241,7 @@ def follow(
 
 def _merged(adapter: Path, folder: Path) -> Path:
     """An adapter as a whole model, which can teach; made unless it is there."""
-    if not (folder / manifest.MANIFEST).is_file():
+    if not (folder / manifest.MANIFEST).is_file() or manifest.read(folder).parent != manifest.read(adapter).id:
         merge(adapter, folder)
     return folder
 
@@ -270,7 +272,7 @@ def do(
     if isinstance(step, Prune):
         compress.prune(at, made, step.config(), data=_wanted(step.config().method, data, at), **accepted)
         return made
-    config = step.config(rows=data is not None, decoder=not is_network(at))
+    config = step.config(rows=data is not None, decoder=not is_network(at), smooth=compress.smooths(at))
     compress.quantize(at, made, config, data=_wanted(config.method, data, at), **accepted)
     return made
 
@@ -296,9 +298,15 @@ class _History:
         self.folder, self.origin = folder, origin
         self.paths: list[str] = []
         self._done: list[dict[str, Any]] = []
-        if (folder / DONE).is_file():
-            found = manifest.read_json(folder / DONE)
-            self._done = list(found.get("steps", [])) if found.get("origin") == origin else []
+        self._begun: dict[str, Any] | None = None
+        """A step that was begun, and has not ended."""
+        if not (folder / DONE).is_file():
+            return
+        found = manifest.read_json(folder / DONE)
+        if found.get("origin") == origin:
+            self._done, self._begun = list(found.get("steps", [])), found.get("begun")
+        else:
+            self._forget(1)
 
     def path(self, number: int, step: Step, data: str | None) -> Path | None:
         """The checkpoint of a step that was done; None: it, and all after it, are to be done."""
@@ -312,30 +320,43 @@ class _History:
         self.paths.append(str(path))
         return path
 
+    def begin(self, number: int, step: Step, data: str | None) -> None:
+        """A step that goes on is the one that was cut off; what another left goes."""
+        plain = _plain(step, data)
+        if self._begun not in (None, plain):
+            self._forget(number)
+        self._begun = plain
+        self._write()
+
     def add(self, step: Step, data: str | None, path: Path) -> None:
         """One more is done."""
         self._done.append({"step": _plain(step, data), "path": str(path)})
+        self._begun = None
         self.paths.append(str(path))
         self._write()
 
     def _forget(self, number: int) -> None:
         """A step is another, and so all from it on are: what they left goes."""
-        self._done = self._done[: number - 1]
+        self._done, self._begun = self._done[: number - 1], None
         self._write()
         for old in self.folder.glob("[0-9][0-9]-*"):
             if int(old.name[:2]) >= number:
                 shutil.rmtree(old)
 
     def _write(self) -> None:
-        write_file(self.folder / DONE, json.dumps({"origin": self.origin, "steps": self._done}, indent=2) + "\n")
+        values = {"origin": self.origin, "steps": self._done, "begun": self._begun}
+        write_file(self.folder / DONE, json.dumps(values, indent=2) + "\n")
 
 
 def _plain(step: Step, data: str | None) -> dict[str, Any]:
-    """A step as it is compared: its kind, its settings, the digest of its rows."""
-    file = None if data is None else Path(data)
-    digest = manifest.sha256_file(file) if file is not None and file.is_file() else data
-    values: Any = json.loads(msgspec.json.encode(step))
-    return {"kind": type(step).__name__.lower(), "rows": digest, **values}
+    """A step as it is compared: its kind, its settings, the digests of its files."""
+    settings: Any = json.loads(msgspec.json.encode(step))
+    files = [data]
+    if isinstance(step, Train):
+        files += [step.settings.get("data", {}).get(name) for name in ("train", "validation")]
+        files.append(step.settings.get("distill", {}).get("texts"))
+    digests = {name: manifest.sha256_file(Path(name)) for name in files if name is not None and Path(name).is_file()}
+    return {"kind": type(step).__name__.lower(), "files": digests, **settings}
 
 
 def _hand_on(last: Path, output: Path, found: Certificate | AnswersCertificate) -> None:

@@ -167,7 +167,8 @@ class Trainer:
                         accumulate_(master.grad, parameter.grad)
                     parameter.grad = None
         for name, left in self._left.items():
-            self.masters[name].grad.mul_(left)  # type: ignore[union-attr]
+            if (gradient := self.masters[name].grad) is not None:
+                gradient.mul_(left)
         self._demand_finite("loss", total)
         return total
 

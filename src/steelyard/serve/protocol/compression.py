@@ -74,7 +74,8 @@ class Prune(Fields):
             )
         if not reads and self.calibration_file is not None:
             raise RequestError(f"'{self.method}' reads no calibration file", param="method.prune.calibration_file")
-        if (self.structure is not None) == (self.method in ("magnitude", "wanda", "sparsegpt")):
+        of_weights = self.method in ("magnitude", "wanda", "sparsegpt")
+        if self.method is not None and of_weights == (self.structure is not None):
             raise RequestError("structures and single weights are judged by other methods", param="method.prune.method")
         return self
 
