@@ -80,6 +80,9 @@ texts = "more.jsonl"
 weight = 0.5
 temperature = 3.0
 hidden = 0.5
+layers = 2
+keep = 64
+own = 0.25
 divergence = "reverse"
 
 [rounding]

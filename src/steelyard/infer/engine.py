@@ -67,6 +67,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model, where there is one, takes the place of looking up."""
     draft_kv_bytes: int = 1 << 28
     """Memory for a draft model's keys and values."""
+    plan: bool = True
+    """False: read the weights of a dense decoder as they are at every step, since they change; no plan packs them."""
 
 
 class Engine:
@@ -96,12 +98,13 @@ class Engine:
         config = config or EngineConfig()
         self.decoder, self.tokenizer = decoder, tokenizer
         self.library = library.load()
+        of_plans = self.library if config.plan else None
         sizes = CacheSizes.fit(
             decoder,
             config.kv_bytes,
             config.block_size,
             config.max_running,
-            self.library,
+            of_plans,
             CACHE_DTYPES[config.kv_cache],
         )
         rows = max(config.logit_rows, config.max_running)
@@ -112,7 +115,7 @@ class Engine:
             sizes,
             tokens=config.token_budget,
             rows=rows,
-            library=self.library,
+            library=of_plans,
             packed=packed,
         )
         self.adapters = Adapters(self.runner, lambda path: Adapter.load(path, decoder))

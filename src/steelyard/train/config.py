@@ -58,6 +58,16 @@ class DistillConfig(msgspec.Struct, frozen=True, kw_only=True):
     """By which the logits of both are divided."""
     hidden: float = 0.0
     """Decoders as wide as their teacher: how much the states before the head are held to the teacher's as well."""
+    layers: int = 0
+    """With hidden: after so many blocks, evenly over both, the states are held to the teacher's, too."""
+    keep: int = 0
+    """Decoders: of each place the teacher's so many likeliest tokens are kept in the run's folder, so that it is asked
+    once, before the first step, and not at every pass; all other tokens count as one. 0: it is asked at every pass.
+    """
+    own: float = 0.0
+    """Decoders: of how many rows the answer is the student's own, drawn when the row's turn comes; all of their loss is
+    the teacher's.
+    """
     divergence: Divergence = "forward"
     """What the student is held to: forward: all that the teacher holds possible; reverse: what it holds likely;
     jensen-shannon: between them.
@@ -215,6 +225,15 @@ def _check_teacher(config: DistillConfig) -> None:
         raise ConfigError(f"distill.weight must be above 0 and at most 1, not {config.weight}")
     if not 0 <= config.hidden < math.inf:
         raise ConfigError(f"distill.hidden must be at least 0, not {config.hidden}")
+    if config.layers < 0 or (config.layers and not config.hidden):
+        raise ConfigError("distill.layers is a number of blocks, and means nothing without distill.hidden")
+    if config.keep < 0:
+        raise ConfigError(f"distill.keep must be at least 0, not {config.keep}")
+    if not 0 <= config.own <= 1:
+        raise ConfigError(f"distill.own must be 0 to 1, not {config.own}")
+    if config.keep and (config.own or config.hidden):
+        name = "own" if config.own else "hidden"
+        raise ConfigError(f"distill.{name} asks the teacher at every pass: leave distill.keep out")
     if not 0 < config.temperature <= 100:
         raise ConfigError(f"distill.temperature must be above 0 and at most 100, not {config.temperature}")
 
@@ -255,7 +274,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
         *(f"data.{name}" for name in ("image", "audio", "bad_files", "tokens", "tags")),
     ),
     "classification": (
-        *(*OF_DECODERS, "distill.hidden"),
+        *(*OF_DECODERS, *(f"distill.{name}" for name in ("hidden", "layers", "keep", "own"))),
         *(f"data.{name}" for name in ("template", "system", "tokens", "tags")),
     ),
     "tagging": (

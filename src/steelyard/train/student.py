@@ -1,29 +1,56 @@
-"""A decoder that learns from a larger one with the same vocabulary what that holds of every next token.
+"""A decoder that learns from another with the same vocabulary what that holds of every next token.
 
-loss = (1 - w) CE(token) + w T^2 D(p, q), as in `distillation.py`, over the tokens that are trained; on demand also
-h (1 - cos(s, t)) of the states before both heads. Logits of both are made some rows at a time, and with them the
-gradients, so that neither the one's nor the other's are ever all in memory.
+To the loss of `soft_targets.py`, over the tokens that are trained, come on demand h (1 - cos(s, t)) of the states
+before both heads and after some blocks. Some answers may be the student's own, drawn from it as it is by now, of which
+the teacher alone says what to hold (Agarwal et al. 2024): so it learns to go on from what it says itself.
 """
-
-# N trained tokens  D, E widths of student and teacher  V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from steelyard.data.packing import pack
+from steelyard.data.packing import Pack, pack
+from steelyard.data.rows import TokenRow
 from steelyard.kernels.recompute import recomputing
 from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
-from steelyard.train.distillation import Divergence, divergence
+from steelyard.train import soft_targets
+from steelyard.train.config import DistillConfig
 from steelyard.train.language_model import LanguageModelling
+from steelyard.train.soft_targets import Far, Likeliest
 
-CHUNK = 256
-"""Rows of logits in memory at a time, some six times over."""
+BEGINNING = 32
+"""Tokens of a row after which a student goes on where nothing is asked, half of the row at most."""
+
+
+class Memory(Protocol):
+    """What is kept of a teacher that was asked before."""
+
+    def of(self, rows: Sequence[int]) -> Likeliest:
+        """Of the trained tokens of some rows, one after the other."""
+        ...
+
+
+class Writer(Protocol):
+    """Goes on as the student does."""
+
+    def __call__(self, prompts: Sequence[list[int]], tokens: Sequence[int], seed: int) -> list[list[int]]:
+        """Of each prompt how it goes on, by so many tokens at most."""
+        ...
+
+
+class _Counted(NamedTuple):
+    """Rows to learn from, and of each trained token the teacher's share and what it counts."""
+
+    rows: list[TokenRow]
+    weight: torch.Tensor
+    size: torch.Tensor
 
 
 class Student(LanguageModelling):
@@ -31,107 +58,93 @@ class Student(LanguageModelling):
 
     Args:
         language_modelling: see `LanguageModelling`.
-        teacher: of the same vocabulary; stays as it is.
-        weight: w, above 0, at most 1.
-        temperature: T.
-        kind: see `distillation.divergence`.
-        hidden: h, at least 0; both are equally wide where it is more.
+        teacher: of the same vocabulary, which stays as it is; or what it said of the rows.
+        how: the shares of the loss. `hidden` and `own` need a teacher that can be asked, `hidden` one as wide.
+        writer: what `own` needs.
     """
 
     def __init__(
-        self,
-        *language_modelling: Any,
-        teacher: Decoder,
-        weight: float,
-        temperature: float,
-        kind: Divergence,
-        hidden: float = 0.0,
+        self, *language_modelling: Any, teacher: Decoder | Memory, how: DistillConfig, writer: Writer | None = None
     ) -> None:
         super().__init__(*language_modelling)
-        self.teacher, self._how, self._hidden = teacher, (weight, temperature, kind), hidden
+        self.teacher, self._how, self._writer = teacher, how, writer
 
     def loss(self, rows: Sequence[int]) -> torch.Tensor:
         """See the module; nats, summed."""
-        batch = pack([self._rows[row] for row in rows])
-        given, places, targets = (batch.token_ids, batch.positions), batch.places, batch.targets
-        head, their_head = self.decoder.lm_head.weight, self.teacher.lm_head.weight
+        counted = self._counted(rows)
+        batch = pack(counted.rows)
+        head, places, targets = self.decoder.lm_head.weight, batch.places, batch.targets
+        there = torch.arange(len(targets))
         if self._head is not None:
             there, targets = self._head.known(targets)
-            places, head, their_head = places[there], self._head.rows(head), self._head.rows(their_head)
-        with torch.no_grad():
-            theirs = self.teacher(*given, PackedAttention(batch.lengths)).index_select(0, places)
-        with recomputing():
-            states = self.decoder(*given, PackedAttention(batch.lengths), self.adapter).index_select(0, places)
-        loss = held_to(states, head, theirs, their_head, targets, *self._how)
-        if self._hidden:
-            loss = loss + self._hidden * (1 - F.cosine_similarity(states.float(), theirs.float(), dim=-1)).sum()
+            places, head = places[there], self._head.rows(head)
+        theirs, far = self._ask(rows, batch, places, there)
+        with _after_blocks(self.decoder, self._how.layers) as after, recomputing():
+            given = batch.token_ids, batch.positions, PackedAttention(batch.lengths)
+            states = [self.decoder(*given, self.adapter)]
+        states = [kept.index_select(0, places) for kept in (*states, *after)]
+        loss = soft_targets.held_to(states[0], head, targets, far, counted.weight[there], counted.size[there])
+        for ours, other in zip(states, theirs, strict=True) if self._how.hidden else ():
+            apart = 1 - F.cosine_similarity(ours.float(), other.float(), dim=-1)
+            loss = loss + self._how.hidden * (counted.size[there] * apart).sum()
         return loss
 
+    def _ask(
+        self, rows: Sequence[int], batch: Pack, places: torch.Tensor, there: torch.Tensor
+    ) -> tuple[list[torch.Tensor], Far]:
+        """The teacher's states at some places, before its head and after blocks; how far logits are from its own."""
+        how = self._how.divergence, self._how.temperature
+        if not isinstance(self.teacher, Decoder):
+            kept = self.teacher.of(rows)
+            return [], soft_targets.of_likeliest(Likeliest(*(part[there] for part in kept)), *how)
+        with torch.no_grad(), _after_blocks(self.teacher, self._how.layers) as after:
+            last = self.teacher(batch.token_ids, batch.positions, PackedAttention(batch.lengths))
+        head = self.teacher.lm_head.weight
+        theirs = [kept.index_select(0, places) for kept in (last, *after)]
+        return theirs, soft_targets.of_teacher(theirs[0], head if self._head is None else self._head.rows(head), *how)
 
-def held_to(
-    states: torch.Tensor,
-    head: torch.Tensor,
-    teacher_states: torch.Tensor,
-    teacher_head: torch.Tensor,
-    targets: torch.Tensor,
-    weight: float,
-    temperature: float,
-    kind: Divergence,
-) -> torch.Tensor:
-    """The sum of the module's loss, float32; gradients go to `states` and `head`.
-
-    Args:
-        states: `[N, D]`, of the token before each target.
-        head: `[V, D]`, of the same dtype.
-        teacher_states: `[N, E]`.
-        teacher_head: `[V, E]`.
-        targets: `[N]` int64.
-        weight: w.
-        temperature: T.
-        kind: D.
-    """
-    total: torch.Tensor = _HeldTo.apply(  # type: ignore[no-untyped-call]
-        states, head, teacher_states, teacher_head, targets, weight, temperature, kind
-    )
-    return total
+    def _counted(self, rows: Sequence[int]) -> _Counted:
+        """Rows as they are, and some with an answer of the student's own, which counts as much as the row's."""
+        learnt = [self._rows[row] for row in rows]
+        weight, size = [self._how.weight] * len(rows), [1.0] * len(rows)
+        if self._how.own:
+            assert self._writer is not None, "see the class"
+            drawn, seed = torch.rand(len(rows)), int(torch.randint(1 << 62, ()))
+            chosen = [place for place in range(len(rows)) if drawn[place] < self._how.own]
+            begun = [beginning(learnt[place]) for place in chosen]
+            room = [len(learnt[place].tokens) - len(prompt) for place, prompt in zip(chosen, begun, strict=True)]
+            written = self._writer(begun, room, seed) if chosen else []
+            for place, prompt, answer in zip(chosen, begun, written, strict=True):
+                if answer:
+                    weight[place], size[place] = 1.0, learnt[place].targets / len(answer)
+                    trained = [False] * len(prompt) + [True] * len(answer)
+                    learnt[place] = TokenRow(tokens=prompt + answer, trained=trained)
+        counts = torch.tensor([row.targets for row in learnt])
+        return _Counted(
+            learnt, torch.tensor(weight).repeat_interleave(counts), torch.tensor(size).repeat_interleave(counts)
+        )
 
 
-class _HeldTo(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states: torch.Tensor,
-        head: torch.Tensor,
-        teacher_states: torch.Tensor,
-        teacher_head: torch.Tensor,
-        targets: torch.Tensor,
-        weight: float,
-        temperature: float,
-        kind: Divergence,
-    ) -> torch.Tensor:
-        needs_states, needs_head = ctx.needs_input_grad[:2]
-        dstates = torch.empty_like(states) if needs_states else None
-        dhead = torch.zeros(head.shape, dtype=torch.float32) if needs_head else None
-        total = states.new_zeros((), dtype=torch.float32)
-        for begin in range(0, len(targets), CHUNK):
-            rows = slice(begin, begin + CHUNK)
-            theirs = (teacher_states[rows] @ teacher_head.T).float()
-            logits = (states[rows] @ head.T).float().requires_grad_()
-            with torch.enable_grad():
-                own = F.cross_entropy(logits, targets[rows], reduction="none")
-                loss = ((1 - weight) * own + weight * divergence(theirs, logits, kind, temperature)).sum()
-                (dlogits,) = torch.autograd.grad(loss, logits)
-            total += loss.detach()
-            dlogits = dlogits.to(head.dtype)
-            if dstates is not None:
-                torch.mm(dlogits, head, out=dstates[rows])
-            if dhead is not None:
-                dhead += dlogits.T @ states[rows]
-        ctx.save_for_backward(dstates, None if dhead is None else dhead.to(head.dtype))
-        return total
+def beginning(row: TokenRow) -> list[int]:
+    """What a row asks: all before its last answer; of a text its first tokens."""
+    last = len(row.trained) - row.trained[::-1].index(True)
+    answer = next((place + 1 for place in range(last - 1, -1, -1) if not row.trained[place]), 0)
+    return row.tokens[: answer if answer > 1 else max(1, min(BEGINNING, len(row.tokens) // 2))]
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        by = float(gradient)
-        found = [None if kept is None else kept * by for kept in ctx.saved_tensors]
-        return (*found, *[None] * 6)
+
+@contextmanager
+def _after_blocks(decoder: Decoder, count: int) -> Iterator[list[torch.Tensor]]:
+    """The states after so many blocks, evenly over a decoder, without its last: filled by a pass in the context."""
+    found: list[torch.Tensor] = []
+
+    def keep(block: nn.Module, given: object, states: torch.Tensor) -> None:
+        found.append(states)
+
+    total = len(decoder.model.layers)
+    places = [round(number * total / (count + 1)) - 1 for number in range(1, count + 1)]
+    hooks = [decoder.model.layers[place].register_forward_hook(keep) for place in places]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from steelyard import __version__
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.data.rows import Conversation, TokenRow
@@ -14,13 +15,16 @@ from steelyard.data.tokenize import tokenize, tokenized
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.evaluate.likelihood import negative_log_likelihood
-from steelyard.models import classifiers, weights
+from steelyard.models import classifiers, head_tokens, weights
 from steelyard.models import config as decoder_config
 from steelyard.models.decoder import Decoder
+from steelyard.models.head_tokens import Head
 from steelyard.models.lora import Adapter
 from steelyard.runs import Run
 from steelyard.stages.tasks import fresh_decoder
+from steelyard.stages.tasks.own_answers import OwnAnswers
 from steelyard.stages.tasks.prepared import DTYPES, Prepared, file_digests, is_large, mapped_rows, streamed
+from steelyard.stages.tasks.teacher_memory import remember
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import lora
@@ -53,13 +57,7 @@ def prepare(config: TrainConfig) -> Prepared:
         adapter = lora.start(decoder, config.lora, config.seed) if config.method == "lora" else None
         evaluator = _evaluator(held, validation, config, tokenizer, template)
         given = decoder, adapter, rows, base.resolve(), evaluator
-        if teacher is None:
-            return LanguageModelling(*given)
-        asked, known = config.distill, weights.load(teacher, DTYPES[config.dtype])
-        if asked.hidden and known.config.width != decoder.config.width:
-            raise ConfigError("distill.hidden is for a student as wide as its teacher: leave it out")
-        taught = {"weight": asked.weight, "temperature": asked.temperature, "hidden": asked.hidden}
-        return Student(*given, teacher=known, kind=asked.divergence, **taught)
+        return LanguageModelling(*given) if teacher is None else _taught(given, teacher, config, run, tokenizer)
 
     counts = {**({"rows": len(learnt)} if small is None else small.counts()), "validation_rows": len(held)}
     digests = file_digests(config)
@@ -67,6 +65,38 @@ def prepare(config: TrainConfig) -> Prepared:
         digests["teacher"] = manifest.read(teacher).id
     parent = manifest.read(base).id
     return Prepared(config=config, counts=counts, parent=parent, build=build, digests=digests)
+
+
+def _taught(
+    given: tuple[Decoder, Adapter | None, TokenRows, Path, Evaluator | None],
+    teacher: Path,
+    config: TrainConfig,
+    run: Run,
+    tokenizer: Tokenizer,
+) -> Student:
+    """The task with a teacher, which is loaded where it has to be asked."""
+    (decoder, adapter, rows, base, _), asked = given, config.distill
+    dtype = DTYPES[config.dtype]
+    kept, vocabulary = head_tokens.read(base, decoder.config.vocabulary), decoder.config.vocabulary
+    if asked.keep:
+        head = None if kept is None else Head(kept, vocabulary)
+        key = (__version__, manifest.read(teacher).id, config.dtype, str(None if kept is None else kept.tolist()))
+        memory = remember(
+            run, key, rows, asked.keep, asked.temperature, teacher=lambda: weights.load(teacher, dtype), head=head
+        )
+        return Student(*given, teacher=memory, how=asked)
+    known = weights.load(teacher, dtype)
+    if asked.hidden and known.config.width != decoder.config.width:
+        raise ConfigError("distill.hidden is for a student as wide as its teacher: leave it out")
+    least = min(known.config.layers, decoder.config.layers)
+    if asked.layers >= least:
+        raise ConfigError(f"distill.layers must be below {least}, the blocks of student or teacher")
+    if asked.own and kept is not None:
+        raise ConfigError("distill.own is for models that say all tokens, not for a draft: leave it out")
+    if asked.own and adapter is not None and type(adapter) is not Adapter:
+        raise ConfigError("distill.own is for LoRA, or all weights: leave it out, or set lora.kind to lora")
+    writer = OwnAnswers(decoder, adapter, tokenizer) if asked.own else None
+    return Student(*given, teacher=known, how=asked, writer=writer)
 
 
 def _teacher(folder: Path, base: Path) -> Path:
