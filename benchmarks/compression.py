@@ -217,7 +217,7 @@ def main() -> None:
     show(found, FOLDER / "report.html")
     trained: Found = {}
     for name in own.METHODS if options.own else ():
-        if name == "own bfloat16" or name.removeprefix("own ").startswith(begins):
+        if name == "own bfloat16" or name.startswith(begins) or name.removeprefix("own ").startswith(begins):
             trained[name] = own.measure(name, FOLDER, options.own / "scratch", 20 if options.quick else 400)
             print(f"{name:32} {trained[name]['bytes'] / 1e6:7.1f} MB  {trained[name]['bits_per_byte']:.4f}", flush=True)
     short = shortfalls({**trained, **found})
