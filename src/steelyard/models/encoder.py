@@ -36,6 +36,8 @@ class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     layer_norm_eps: float = 1e-12
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
+    chain: bool = False
+    """Of a tagger: how well labels follow each other is learnt, too."""
     classes: int = 0
     """0: no classifier."""
 

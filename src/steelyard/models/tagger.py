@@ -1,4 +1,7 @@
-"""A tagger: a class for every word of a sentence, by a linear layer on an encoder's state where the word begins."""
+"""A tagger: a class for every word of a sentence, by a linear layer on an encoder's state where the word begins.
+
+With a chain (`chain.py`) what the layer says are a conditional random field's emissions.
+"""
 
 # B rows  L longest row  D width  N words of all rows  C classes
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from steelyard.models.chain import Chain
 from steelyard.models.encoder import Encoder, EncoderConfig
 from steelyard.models.inputs import SHAPES
 
@@ -21,6 +25,7 @@ class EncoderTagger(nn.Module):
         self.shape_embeddings = nn.Embedding(SHAPES, config.hidden_size)
         nn.init.zeros_(self.shape_embeddings.weight)
         self.classifier = nn.Linear(config.hidden_size, config.classes)
+        self.chain = Chain(config.classes) if config.chain else None
 
     @property
     def context(self) -> int | None:

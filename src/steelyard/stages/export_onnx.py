@@ -130,6 +130,8 @@ def _opened(source: Path) -> tuple[_Graph, int | None, tuple[str, ...]]:
         images = torch.zeros(2, inputs.channels, inputs.side, inputs.side, dtype=torch.uint8)
         return _Graph(network, {"images": images}, {"images": (BATCH,)}, "logits"), None, classifier.labels
     if isinstance(inputs, WordInputs):
+        if classifiers.chain_of(classifier) is not None:
+            raise ConfigError(f"'{source}' finds a sentence's tags together, which is not written as ONNX")
         example = {**_rows(), "word_shapes": torch.ones(2, 3, dtype=torch.int64), "word_places": torch.arange(4)}
         axes = {**ROWS, "word_shapes": (BATCH, LENGTH), "word_places": (WORDS,)}
         return _Graph(_Words(network), example, axes, "logits"), inputs.context, classifier.labels

@@ -121,7 +121,7 @@ def join(
     def counted(chosen: Sequence[int], given: Sequence[Fused]) -> Classification:
         scores = classifiers.log_probabilities(classifier, given, lambda done: report(done, len(given)))
         wanted = [truth[number] for number in chosen]
-        return _counted(wanted, classifier.labels, scores, sizes, time.perf_counter() - started)
+        return _counted(wanted, classifier.labels, scores.argmax(1).tolist(), sizes, time.perf_counter() - started)
 
     whole = counted(range(len(rows)), examples.examples)
     ablation = {}
@@ -151,23 +151,24 @@ def tag_words(
     """Tag the words of sentences; `rows` of what comes back counts words. Raises as `tagger.labelled` does."""
     started = time.perf_counter()
     examples = labelled(classifier, rows)
-    scores = classifiers.log_probabilities(classifier, examples.examples, lambda done: report(done, len(rows)))
+    found = classifiers.tagged(classifier, examples.examples, report=lambda done: report(done, len(rows)))
     truth = [label for labels in examples.labels for label in labels]
+    said = [label for paths in found for label in paths[0].labels]
     tokens = sum(map(classifier.inputs.size, examples.examples))
-    return _counted(truth, classifier.labels, scores, tokens, time.perf_counter() - started)
+    return _counted(truth, classifier.labels, said, tokens, time.perf_counter() - started)
 
 
 def _summary(
     rows: Sequence[Conversation | ImageRow], labels: Sequence[str], scores: torch.Tensor, tokens: int, seconds: float
 ) -> Classification:
     truth = [list(labels).index(str(row.label)) for row in rows]
-    return _counted(truth, labels, scores, tokens, seconds)
+    return _counted(truth, labels, scores.argmax(1).tolist(), tokens, seconds)
 
 
 def _counted(
-    truth: Sequence[int], labels: Sequence[str], scores: torch.Tensor, tokens: int, seconds: float
+    truth: Sequence[int], labels: Sequence[str], said: Sequence[int], tokens: int, seconds: float
 ) -> Classification:
-    counts = classification.confusion(truth, scores.argmax(1).tolist(), len(labels))
+    counts = classification.confusion(truth, said, len(labels))
     return Classification(
         rows=len(truth),
         labels=tuple(labels),

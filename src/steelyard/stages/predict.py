@@ -137,13 +137,12 @@ def _tag(
     """Sentences with the tag of each word."""
     sentences = tagged.read(data, format_, tagged=False)
     examples = as_read(classifier, sentences)
-    scores = classifiers.log_probabilities(classifier, examples, lambda done: report(done, len(sentences)))
-    best = iter(scores.argmax(-1).tolist())
+    found = classifiers.tagged(classifier, examples, report=lambda done: report(done, len(sentences)))
     rows = [
         {format_.tokens: list(row.words)} | ({} if row.tags is None else {format_.tags: list(row.tags)})
         for row in sentences
     ]
-    said = ({"prediction": [classifier.labels[next(best)] for _ in row.words]} for row in sentences)
+    said = ({"prediction": [classifier.labels[label] for label in paths[0].labels]} for paths in found)
     return list(enumerate(rows, 1)), said
 
 

@@ -97,9 +97,13 @@ class Classification:
         scores = classifiers.log_probabilities(self.classifier, self._held.examples)
         truth = torch.tensor([label for labels in self._held.labels for label in labels])
         size = len(self.classifier.labels)
-        counts = (truth * size + scores.argmax(1)).bincount(minlength=size * size).view(size, size)
+        counts = (truth * size + self._decided(scores)).bincount(minlength=size * size).view(size, size)
         loss = float(F.nll_loss(scores, truth))
         return {"validation_loss": loss, **{name: metric(counts) for name, metric in self._metrics.items()}}
+
+    def _decided(self, scores: torch.Tensor) -> torch.Tensor:
+        """Which class each of the held rows is given, `[N]`, of its log-probabilities."""
+        return scores.argmax(1)
 
     def save(self, folder: Path) -> None:
         """A classifier of its own."""

@@ -100,6 +100,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The base checkpoint: a folder, or a source that `steelyard pull` takes. Of a classifier, a trained encoder."""
     network: Network | None = None
     """Of a classifier without a base."""
+    chain: bool = False
+    """tagging: which tags follow which is learnt, too (a conditional random field); a sentence's are found together."""
     label_smoothing: float = 0.0
     """classification: share of every target that all classes have alike."""
     output: str
@@ -172,6 +174,8 @@ def check(config: TrainConfig) -> None:
         raise ConfigError('keep_zeros is for all weights of a pruned model: name a model, and set method to "full"')
     augmentation.check(config.augment)
     _check_teacher(config.distill)
+    if config.chain and config.label_smoothing:
+        raise ConfigError("label_smoothing means nothing to a chain: leave one of them out")
     if not 0 <= config.label_smoothing < 1:
         raise ConfigError(f"label_smoothing must be at least 0 and below 1, not {config.label_smoothing}")
     for key, least in (("epochs", 1), ("batch_size", 0), ("micro_batch_tokens", 1), ("checkpoint_every", 1)):
@@ -270,10 +274,12 @@ OF_DECODERS = ("recompute", "beta", "method", "lora")
 """Settings that decoders alone do something with."""
 FOREIGN: dict[str, tuple[str, ...]] = {
     "generation": (
+        "chain",
         *("distill.texts", "data.max_windows", "beta", "label_smoothing", "augment"),
         *(f"data.{name}" for name in ("image", "audio", "bad_files", "tokens", "tags")),
     ),
     "classification": (
+        "chain",
         *(*OF_DECODERS, *(f"distill.{name}" for name in ("hidden", "layers", "keep", "own"))),
         *(f"data.{name}" for name in ("template", "system", "tokens", "tags")),
     ),
@@ -282,18 +288,22 @@ FOREIGN: dict[str, tuple[str, ...]] = {
         *_but("tokens", "tags", "labels"),
     ),
     "masked": (
+        "chain",
         *(*OF_LABELLED_TEXTS, *OF_DECODERS, "label_smoothing", "augment", "data.bad_files", "data.too_long"),
         *_but("format", "text", "columns"),
     ),
     "contrastive": (
+        "chain",
         *(*OF_LABELLED_TEXTS, *OF_DECODERS, "label_smoothing", "augment", "data.bad_files", "data.too_long"),
         *_but("columns"),
     ),
     "transcription": (
+        "chain",
         *(*OF_LABELLED_TEXTS, *OF_DECODERS, "label_smoothing", "data.max_length", "data.too_long"),
         *_but("audio", "text", "columns"),
     ),
     "preference": (
+        "chain",
         *(*OF_LABELLED_TEXTS, "label_smoothing", "augment", "data.too_long", "data.deduplicate", "data.bad_files"),
         *_but(),
     ),

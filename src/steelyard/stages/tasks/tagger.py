@@ -20,6 +20,7 @@ from steelyard.runs import Run
 from steelyard.stages.tasks.prepared import DTYPES, METRICS, Prepared, file_digests, parts
 from steelyard.train.classification import Classification, Labelled
 from steelyard.train.config import TrainConfig
+from steelyard.train.tagging import ChainTagging
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -33,10 +34,10 @@ def prepare(config: TrainConfig) -> Prepared:
     def build(run: Run) -> Classification:
         generator = torch.Generator().manual_seed(config.seed)
         if classifiers.tags_words(base):
-            classifier = classifiers.swap_head(base, labels, generator)
+            classifier = classifiers.swap_head(base, labels, generator, chain=config.chain)
         else:
-            classifier = classifiers.on_encoder(base, labels, generator, EncoderTagger)
-        return Classification(
+            classifier = classifiers.on_encoder(base, labels, generator, EncoderTagger, chain=config.chain)
+        return (ChainTagging if config.chain else Classification)(
             classifier,
             labelled(classifier, learnt),
             labelled(classifier, held),
