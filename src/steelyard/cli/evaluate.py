@@ -35,6 +35,7 @@ def command(
     file: Annotated[Path, typer.Argument(help="The rows.")],
     model: Annotated[str, typer.Option("--model", "-m", help="A model or adapter: a folder or a source.")],
     limit: Annotated[int | None, typer.Option(help="Only the first so many rows.", min=1)] = None,
+    beam: Annotated[int, typer.Option(help="Of recordings: beams of a transcript; 1 is greedy.", min=1, max=256)] = 1,
     report_file: Annotated[Path | None, typer.Option("--report", help="Write an HTML page here.")] = None,
     columns: Annotated[str | None, typer.Option(help="Names of a table's columns if it has no header: a,b")] = None,
     settings: console.Settings = None,
@@ -49,7 +50,9 @@ def command(
     with contextlib.ExitStack() as stack:
         page = None if report_file is None else stack.enter_context(file_aside(report_file))
         with console.counting("evaluating") as report:
-            found = stage.evaluate(checkpoint, file, trained_format(checkpoint, **changed), limit=limit, report=report)
+            found = stage.evaluate(
+                checkpoint, file, trained_format(checkpoint, **changed), limit=limit, beam=beam, report=report
+            )
         if page is not None:
             page.write(stage.page(checkpoint, file, found).html().encode())
     values = msgspec.to_builtins(found)

@@ -31,6 +31,7 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: FILE with .predicted.jsonl")] = None,
     labels: Annotated[str | None, typer.Option(help="Labels to choose from, if the model knows none: a,b")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer to a chat.", min=1)] = 256,
+    beam: Annotated[int, typer.Option(help="Beams of a transcript or an answer; 1 is greedy.", min=1, max=16)] = 1,
     columns: Annotated[str | None, typer.Option(help="Names of a table's columns if it has no header: a,b")] = None,
     settings: console.Settings = None,
     as_json: console.Json = False,
@@ -47,7 +48,13 @@ def command(
     checkpoint = resolve(model)
     with console.counting("predicting") as report:
         count = stage.predict(
-            checkpoint, file, output, trained_format(checkpoint, **changed), max_tokens=max_tokens, report=report
+            checkpoint,
+            file,
+            output,
+            trained_format(checkpoint, **changed),
+            max_tokens=max_tokens,
+            beam=beam,
+            report=report,
         )
     told = f"{count} rows in [bold]{escape(str(output))}[/bold]"
     console.result({"rows": count, "path": str(output)}, as_json, table=told)

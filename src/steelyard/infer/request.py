@@ -50,6 +50,23 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """The same for the prompt's tokens but the first, once for all choices."""
 
 
+class Beam(msgspec.Struct, frozen=True, kw_only=True):
+    """Beam search: the likeliest continuations as a whole."""
+
+    width: int
+    """Beginnings that are kept."""
+    length_penalty: float = 1.0
+    """A continuation's log-probability is divided by its length to this power; above 0 longer ones are favoured."""
+    early_stopping: bool | Literal["never"] = False
+    """True: end when `width` continuations have; False: when none that is as long as now could be better; "never": when
+    none could, however long.
+    """
+    groups: int = 1
+    """Groups that keep their beginnings apart; `width` is a multiple of them."""
+    diversity: float = 0.0
+    """What a group pays for a token that groups before it have chosen at this place."""
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """One prompt and how to continue it."""
 

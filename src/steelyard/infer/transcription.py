@@ -1,4 +1,4 @@
-"""What was said in a recording: Whisper's decoder, greedily, several recordings at a time."""
+"""What was said in a recording: Whisper's decoder, greedily, several recordings at a time, or by beams."""
 
 # B recordings  M mel bands  F frames
 
@@ -14,6 +14,8 @@ import torch
 
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
+from steelyard.infer.decoding.beam import Beams
+from steelyard.infer.request import Beam
 from steelyard.models import seq2seq
 from steelyard.models.mel import HOP, RATE, log_mel
 from steelyard.models.seq2seq import Whisper
@@ -73,14 +75,29 @@ def is_transcriber(folder: Path) -> bool:
 
 @torch.inference_mode()
 def transcribe(
-    transcriber: Transcriber, sounds: Sequence[torch.Tensor], report: Callable[[int], None] = lambda done: None
+    transcriber: Transcriber,
+    sounds: Sequence[torch.Tensor],
+    report: Callable[[int], None] = lambda done: None,
+    *,
+    beam: int = 1,
 ) -> list[str]:
-    """The texts of recordings, each of samples `[S]` float32 of 16 kHz; what is longer than 30 s is heard in pieces."""
+    """The texts of recordings; what is longer than 30 s is heard in pieces.
+
+    Args:
+        transcriber: a Whisper.
+        sounds: each `[S]` float32 of 16 kHz.
+        report: told (recordings done).
+        beam: beginnings that are kept; 1 takes the likeliest token at each place.
+    """
     pieces = ((number, piece) for number in range(len(sounds)) for piece in _pieces(sounds[number]))
     texts = [""] * len(sounds)
     while chosen := list(itertools.islice(pieces, ROWS)):  # no more of them are read than are heard together
         features = torch.stack([_features(piece, transcriber) for _, piece in chosen])
-        for (number, _), tokens in zip(chosen, _greedy(transcriber, features), strict=True):
+        if beam == 1:
+            found = _greedy(transcriber, features)
+        else:
+            found = [_searched(transcriber, row[None], beam) for row in features]
+        for (number, _), tokens in zip(chosen, found, strict=True):
             texts[number] += transcriber.tokenizer.decode(tokens)
         report(chosen[-1][0] + 1)
     return [text.strip() for text in texts]
@@ -142,6 +159,27 @@ def _greedy(transcriber: Transcriber, features: torch.Tensor) -> list[list[int]]
         open_rows = [open_rows[place] for place in going.tolist()]
         token_ids = best[going, None]
     return found
+
+
+def _searched(transcriber: Transcriber, features: torch.Tensor, width: int) -> list[int]:
+    """By the likeliest of the transcripts that `width` beams lead to."""
+    network, end = transcriber.network, transcriber.end
+    memory = network.listen(features.to(network.model.encoder.conv1.weight.dtype))
+    most = network.config.max_target_positions - len(transcriber.start)
+    beams = Beams(Beam(width=width), frozenset({end}), most)
+    token_ids = torch.tensor([transcriber.start])
+    while True:
+        log_probabilities = network(token_ids, memory)[:, -1].log_softmax(-1)
+        log_probabilities[:, transcriber.suppressed] = -torch.inf
+        if memory.length == len(transcriber.start):
+            log_probabilities[:, transcriber.suppressed_first] = -torch.inf
+        steps = beams.advance(log_probabilities)
+        if not steps:
+            break
+        memory.keep(torch.tensor([step.row for step in steps]))
+        token_ids = torch.tensor([[step.token] for step in steps])
+    best = beams.best()
+    return [token for token in best[0].tokens if token != end] if best else []
 
 
 def _token(value: Any, name: str, size: int) -> int:

@@ -24,6 +24,7 @@ from steelyard.errors import CheckpointError
 from steelyard.models import seq2seq, weights
 from steelyard.models.inputs import padded_features
 from steelyard.models.mel import HOP, log_mel
+from steelyard.models.ngram import CharacterModel
 from steelyard.models.seq2seq import WhisperConfig, WhisperEncoder
 
 ARCHITECTURE = "SteelyardSpeechCTC"
@@ -53,6 +54,8 @@ class Recogniser:
 
     network: SpeechCTC
     vocabulary: tuple[str, ...]
+    language: CharacterModel | None = None
+    """Of the texts that it learnt from."""
 
     @property
     def context(self) -> int:
@@ -116,6 +119,8 @@ def save(recogniser: Recogniser, folder: Path) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in recogniser.network.state_dict().items()}
     save_file(tensors, folder / weights.WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+    if recogniser.language is not None:
+        recogniser.language.save(folder)
 
 
 def is_recogniser(folder: Path) -> bool:
@@ -139,7 +144,7 @@ def load(folder: Path) -> Recogniser:
         raise CheckpointError(f"'{folder}/config.json': vocabulary must be a list of characters")
     network = SpeechCTC(WhisperConfig.parse(raw), len(vocabulary or ()))
     weights.fill(network, weights.read_tensors(folder), folder)
-    return Recogniser(network.eval().requires_grad_(False), tuple(vocabulary or ()))
+    return Recogniser(network.eval().requires_grad_(False), tuple(vocabulary or ()), CharacterModel.load(folder))
 
 
 def on_trained(folder: Path, vocabulary: Sequence[str], generator: torch.Generator) -> Recogniser:

@@ -60,6 +60,7 @@ def evaluate(
     format_: FormatConfig,
     *,
     limit: int | None = None,
+    beam: int = 1,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> Classification | Likelihood | Transcription:
     """Measure a checkpoint (a model, or an adapter on its base) on the rows of a file.
@@ -69,6 +70,7 @@ def evaluate(
         data: the rows.
         format_: how they are read.
         limit: only the first so many rows.
+        beam: of recordings: beginnings of a transcript that are kept; 1 is greedy.
         report: told (rows or tokens done, of how many).
 
     Raises:
@@ -76,7 +78,7 @@ def evaluate(
         CheckpointError: the checkpoint is missing or does not fit.
     """
     if transcribes(checkpoint):
-        return _write_down(checkpoint, [row for _, row in audio.listed(data, format_)][:limit], report)
+        return _write_down(checkpoint, [row for _, row in audio.listed(data, format_)][:limit], beam, report)
     if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
         return see_apart(classifiers.load(checkpoint), images.listed(data, format_)[:limit], report)
     if classifiers.reads_several(checkpoint):
@@ -95,11 +97,13 @@ def evaluate(
     return _likelihood(opened, rows[:limit], report)
 
 
-def _write_down(checkpoint: Path, rows: Sequence[Recording], report: Callable[[int, int], None]) -> Transcription:
+def _write_down(
+    checkpoint: Path, rows: Sequence[Recording], beam: int, report: Callable[[int, int], None]
+) -> Transcription:
     for row in rows:
         if row.text is None or not normalised(row.text):
             raise DataError("has no text of what is said", file=row.file, line=row.line)
-    transcribe, started = open_transcriber(checkpoint), time.perf_counter()
+    transcribe, started = open_transcriber(checkpoint, beam), time.perf_counter()
     sounds = [audio.read(row) for row in rows]
     said = [normalised(text) for text in transcribe(sounds, lambda done: report(done, len(rows)))]
     truth = [normalised(str(row.text)) for row in rows]

@@ -35,6 +35,7 @@ def predict(
     format_: FormatConfig,
     *,
     max_tokens: int = 256,
+    beam: int = 1,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> int:
     """Write the rows of `data` to `output` (JSONL) with the model's prediction; returns their number.
@@ -48,6 +49,7 @@ def predict(
         output: replaced whole or left alone.
         format_: how rows are read.
         max_tokens: most tokens of an answer.
+        beam: beginnings of an answer or a transcript that are kept; 1 is greedy.
         report: told (rows done, of how many).
 
     Raises:
@@ -59,7 +61,7 @@ def predict(
     if output.exists() and data.exists() and output.samefile(data):
         raise ConfigError(f"the output '{output}' is the file that is read: name another")
     if transcribes(checkpoint):
-        return _write(output, *_hear(checkpoint, data, format_, report))
+        return _write(output, *_hear(checkpoint, data, format_, beam, report))
     if classifiers.reads_several(checkpoint):
         return _write(output, *_join(classifiers.load(checkpoint), data, format_, report))
     if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
@@ -112,12 +114,12 @@ def _see(
 
 
 def _hear(
-    checkpoint: Path, data: Path, format_: FormatConfig, report: Callable[[int, int], None]
+    checkpoint: Path, data: Path, format_: FormatConfig, beam: int, report: Callable[[int, int], None]
 ) -> tuple[list[tuple[int, dict[str, Any]]], Iterator[dict[str, Any]]]:
     """Rows of recordings with what is said in them."""
     listed = audio.listed(data, format_)
     sounds = audio.Sounds([recording for _, recording in listed])
-    texts = open_transcriber(checkpoint)(sounds, lambda done: report(done, len(listed)))
+    texts = open_transcriber(checkpoint, beam)(sounds, lambda done: report(done, len(listed)))
     return [(number, row) for number, (row, _) in enumerate(listed, 1)], ({"prediction": text} for text in texts)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-CHARACTERS = -12.0
+CHARACTERS = -8.0
 """Log-probability below which a character is not tried at a place, where any is likelier."""
 
 Language = Callable[[tuple[int, ...], int | None], float]
@@ -65,7 +65,6 @@ def beams(
                     entry[1] = _sum(entry[1], onward)
         best = sorted(following, key=lambda text: _sum(*following[text]) + said[text], reverse=True)[:width]
         kept = {text: (following[text][0], following[text][1]) for text in best}
-        said = {text: said[text] for text in best}
     found = [
         Beam(text, _sum(*ends) + said[text] + (0.0 if language is None else language(text, None)))
         for text, ends in kept.items()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from steelyard.data import audio, audio_augmentation, augmentation
 from steelyard.data.audio import Recording
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate.transcription import character_error_rate
-from steelyard.infer import transcription
+from steelyard.infer import recognition, transcription
 from steelyard.models import speech
 from steelyard.models.mel import HOP, RATE
+from steelyard.models.ngram import CharacterModel
 from steelyard.models.seq2seq import WhisperConfig, sines
 from steelyard.models.speech import Recogniser, SpeechCTC, normalised
 from steelyard.runs import Run
@@ -26,8 +27,8 @@ from steelyard.train.config import DataConfig, TrainConfig
 from steelyard.train.networks import SpeechNetwork
 from steelyard.train.transcription import Spoken, Transcription
 
-TOGETHER = 64
-"""Pieces of recordings that are held at a time."""
+ORDER = 5
+"""Of the model of characters."""
 Digested = tuple[Recording, str]
 Transcribe = Callable[[Sequence[torch.Tensor], Callable[[int], None]], list[str]]
 
@@ -37,23 +38,11 @@ def transcribes(folder: Path) -> bool:
     return speech.is_recogniser(folder) or transcription.is_transcriber(folder)
 
 
-def open_transcriber(folder: Path) -> Transcribe:
-    """What turns samples into texts. Raises CheckpointError: the checkpoint's files do not fit each other."""
+def open_transcriber(folder: Path, beam: int = 1) -> Transcribe:
+    """What turns samples into texts, by so many beams. Raises CheckpointError: files that do not fit each other."""
     if transcription.is_transcriber(folder):
-        return partial(transcription.transcribe, transcription.Transcriber.load(folder))
-    recogniser = speech.load(folder)
-
-    def recognise(sounds: Sequence[torch.Tensor], report: Callable[[int], None]) -> list[str]:
-        pieces = ((number, piece) for number in range(len(sounds)) for piece in recogniser.pieces(sounds[number]))
-        texts = [""] * len(sounds)
-        while chosen := list(itertools.islice(pieces, TOGETHER)):
-            logits = speech.logits_of(recogniser, [piece for _, piece in chosen])
-            for (number, _), found in zip(chosen, logits, strict=True):
-                texts[number] = f"{texts[number]} {speech.greedy(found, recogniser.vocabulary)}".strip()
-            report(chosen[-1][0] + 1)
-        return texts
-
-    return recognise
+        return partial(transcription.transcribe, transcription.Transcriber.load(folder), beam=beam)
+    return partial(recognition.recognise, speech.load(folder), beam=beam)
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -66,7 +55,8 @@ def prepare(config: TrainConfig) -> Prepared:
     def build(run: Run) -> Transcription:
         for note in notes:
             run.log(note)
-        recogniser = _recogniser(config, base, vocabulary)
+        texts = (normalised(str(row.text)) for row, _ in learnt)
+        recogniser = replace(_recogniser(config, base, vocabulary), language=CharacterModel.learn(texts, ORDER))
         return Transcription(
             recogniser,
             _spoken(recogniser, learnt, config.data, run),
