@@ -13,9 +13,12 @@ import msgspec
 import torch
 
 from steelyard.errors import CheckpointError, RequestError
+from steelyard.infer import beam_search
 from steelyard.infer.adapters import Adapters
+from steelyard.infer.beam_search import BeamSearch
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling, scoring
+from steelyard.infer.decoding.beam import Ended
 from steelyard.infer.decoding.draft_model import Draft, DraftModel, load_draft
 from steelyard.infer.decoding.prompt_lookup import PromptLookup
 from steelyard.infer.decoding.speculative import Speculation
@@ -121,6 +124,8 @@ class Engine:
         self.adapters = Adapters(self.runner, lambda path: Adapter.load(path, decoder))
         self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running, rows, self.adapters)
         self.speculation = self._speculation(config, draft)
+        self.beam_search = BeamSearch(self.scheduler, self.runner, tokenizer.eos_ids, self.context)
+        self.max_running = config.max_running
         self.sequences: dict[str, list[Sequence]] = {}
         for name, source in (adapters or {}).items():
             self.load_adapter(name, source)
@@ -192,6 +197,8 @@ class Engine:
         if not 1 <= request.n <= MAX_CHOICES:
             raise RequestError(f"n must be 1 to {MAX_CHOICES}", param="n")
         sampling.check(request.sampling)
+        if request.beam is not None:
+            beam_search.check(request, self.max_running)
         adapter = None if request.adapter is None else self.adapters.find(request.adapter)
         if len(request.prompt) + min(1, request.sampling.max_tokens) > self.context:
             raise RequestError(
@@ -206,8 +213,11 @@ class Engine:
             raise RequestError(f"token ids must be 0 to {vocabulary - 1}", param="logit_bias")
         seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed % 2**64
         arrived = time.monotonic() if arrived is None else arrived
-        choices = [Sequence(request, choice, seed, self.tokenizer, adapter, arrived) for choice in range(request.n)]
+        count = request.n if request.beam is None else 1  # it forks after its prompt
+        choices = [Sequence(request, choice, seed, self.tokenizer, adapter, arrived) for choice in range(count)]
         self.sequences[request.id] = choices
+        if request.beam is not None:
+            self.beam_search.begin(choices[0])
         for sequence in choices:
             self.scheduler.add(sequence)
 
@@ -216,6 +226,7 @@ class Engine:
         choices = self.sequences.pop(request_id, None)
         if choices is None:
             return None
+        self.beam_search.forget(request_id)
         for sequence in choices:
             if sequence.finish_reason is None:
                 self._remove(sequence)
@@ -250,7 +261,7 @@ class Engine:
         now = time.monotonic()
         for parts in zip(batch, scored, drawn, strict=True):
             outputs += self._deliver(*parts, now)
-        return outputs
+        return outputs + self._search(now)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Run requests to their end, yielding what each step adds.
@@ -319,13 +330,55 @@ class Engine:
     def _draw(self, batch: list[Scheduled], logits: torch.Tensor) -> list[list[sampling.Drawn | None]]:
         """Of each unit of work, what is drawn after its last token and after every drafted one; all in one call."""
         places: list[int] = []
+        counts: list[int] = []
+        broken: set[Sequence] = set()
         end = 0
         for work in batch:
             end += work.wanted
-            places += range(end - work.draws, end)
-        rows = [_row(work, ahead) for work in batch for ahead in range(work.draws)]
+            searched = work.sequence in self.beam_search
+            if searched and work.draws and not self.beam_search.take(work, logits[end - 1]):
+                broken.add(work.sequence)
+            counts.append(0 if searched else work.draws)
+            places += range(end - counts[-1], end)
+        rows = [_row(work, ahead) for work, count in zip(batch, counts, strict=True) for ahead in range(count)]
         drawn = iter(sampling.draw(logits if len(places) == end else logits[places], rows, self.library))
-        return [list(itertools.islice(drawn, work.draws)) for work in batch]
+        found = [list(itertools.islice(drawn, count)) for count in counts]
+        return [[None] if work.sequence in broken else mine for work, mine in zip(batch, found, strict=True)]
+
+    def _search(self, now: float) -> list[Output | Failure]:
+        """Go on with the requests that are searched for; what has come to its end."""
+        going, found = self.beam_search.advance(now)
+        self.sequences.update(going)
+        outputs: list[Output | Failure] = []
+        for one in found:
+            request = one.first.request
+            del self.sequences[request.id]
+            timeline = msgspec.structs.replace(_timeline([one.first], now), first_token=one.first_token)
+            for choice in range(request.n):
+                ended = one.best[choice] if choice < len(one.best) else None
+                last = choice == request.n - 1
+                output = self._told(one.first, choice, ended)
+                rejected, moments = (one.rejected, timeline) if last else (0, None)
+                outputs.append(msgspec.structs.replace(output, rejected_tokens=rejected, timeline=moments))
+        return outputs
+
+    def _told(self, first: Sequence, choice: int, ended: Ended | None) -> Output:
+        """A continuation that a search came to; None: there is none."""
+        told = Sequence(first.request, choice, first.seed, self.tokenizer, first.adapter)
+        tokens = () if ended is None else ended.tokens
+        text = "".join(told.append(token, self.tokenizer.eos_ids, self.context) for token in tokens)
+        self._generated += len(tokens) if first.request.counted else 0
+        return Output(
+            id=first.request.id,
+            choice=choice,
+            text=text,
+            tokens=list(tokens),
+            finish_reason=told.finish_reason or "stop",
+            prompt_tokens=len(first.request.prompt),
+            completion_tokens=len(tokens),
+            cached_tokens=first.reused,
+            score=None if ended is None else ended.score,
+        )
 
     def _deliver(
         self, work: Scheduled, scored: list[PromptLogprob] | None, drawn: list[sampling.Drawn | None], now: float

@@ -29,6 +29,12 @@ class KVCache:
         """Forget what former holders left in these blocks: a weight of 0 does not hide a value that is not finite."""
         self.values[:, torch.tensor(blocks, dtype=torch.int64)] = 0
 
+    def copy(self, pairs: Items[tuple[int, int]]) -> None:
+        """Let blocks hold what others do: (from, to)."""
+        for tensor in (self.keys, self.values):
+            for source, target in pairs:
+                tensor[:, target] = tensor[:, source]
+
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
         """Memory of one token's keys and values over all layers."""

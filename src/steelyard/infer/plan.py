@@ -67,6 +67,12 @@ class PlanCache:
         memory.populate(self.keys, wanted)
         memory.populate(self.values, wanted)
 
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Let blocks hold what others do: (from, to)."""
+        for tensor in (self.keys, self.values, *(self.scales or ())):
+            for source, target in pairs:
+                tensor[:, target] = tensor[:, source]
+
     def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Keys, values and scales of a layer."""
         scales = None if self.scales is None else (self.scales[0][number], self.scales[1][number])

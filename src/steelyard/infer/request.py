@@ -83,6 +83,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """`batch` runs where `interactive` leaves room."""
     counted: bool = True
     """Whether the engine's figures count it; a canary is nobody's work."""
+    beam: Beam | None = None
+    """Beam search instead of draws; `n` is how many of its continuations come back, the best first, at the end."""
     speculate: bool = True
     """Whether tokens may be guessed and confirmed several at once. They are the same either way."""
 
@@ -191,6 +193,10 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     """Tokens generated so far for this choice, the end token included."""
     cached_tokens: int = 0
     """Prompt tokens that were found in the cache, not computed."""
+    score: float | None = None
+    """Of beam search: the continuation's log-probability over its length to the power of the penalty."""
+    rejected_tokens: int = 0
+    """Of beam search, in the last output of a request: tokens of beginnings that did not come back."""
     timeline: Timeline | None = None
     """In the last output of a request."""
 

@@ -37,6 +37,10 @@ class Runner(Wearer, Protocol):
         """
         ...
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Let blocks of the cache hold what others do: (from, to); none is both."""
+        ...
+
     def populate(self, wanted: Callable[[], bool]) -> None:
         """Have the cache's memory at hand; may run beside everything else, and ends early if not `wanted`."""
         ...
@@ -49,6 +53,10 @@ class ReferenceRunner:
         self.decoder, self.cache = decoder, cache
         self._worn: dict[int, Adapter] = {}
         self._places = Places()
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See `Runner`."""
+        self.cache.copy(pairs)
 
     def populate(self, wanted: Callable[[], bool]) -> None:
         """See `Runner`: this cache is written when it is made."""
@@ -106,6 +114,10 @@ class PlanRunner:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._places = Places()
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See `Runner`."""
+        self.plan.cache.copy(pairs)
 
     def populate(self, wanted: Callable[[], bool]) -> None:
         """See `Runner`."""

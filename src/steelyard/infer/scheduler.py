@@ -156,19 +156,53 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda sequence: len(sequence.tokens) - sequence.computed > 1):
             if sequence not in self.running or budget == 0:
                 continue  # preempted for an older one, or its turn comes next step
+            if sequence.waits:
+                continue
             work = _piece(sequence, sequence.computed, budget, spare)
             if self._make_room(sequence, work.count, batch):
                 batch[sequence] = work
                 budget, spare = budget - work.count, spare - max(0, work.wanted - 1)
-        while budget and len(self.running) < self.max_running:
+        self._let_newcomers_in(batch, budget, spare)
+        holders = [sequence for sequence in self.running if sequence.block_table]
+        if not batch and len(self.waiting) and holders and not self.adapters.reading:
+            self._preempt(holders[-1])  # all wait for one that finds no blocks
+            return self.schedule()
+        return list(batch.values())
+
+    def _let_newcomers_in(self, batch: dict[Sequence, Scheduled], budget: int, spare: int) -> None:
+        """As many of those that wait as there is room for."""
+        while budget:
             newcomer = self.waiting.next()
-            if newcomer is None or not self._let_in(newcomer, budget, spare):
+            places = sum(sequence.places for sequence in self.running)
+            if newcomer is None or places + newcomer.places > self.max_running:
+                break
+            if not self._let_in(newcomer, budget, spare):
                 break
             work = _piece(newcomer, newcomer.computed, budget, spare)
             self._grow(newcomer, work.count)
             batch[newcomer] = work
             budget, spare = budget - work.count, spare - max(0, work.wanted - 1)
-        return list(batch.values())
+
+    def fork(self, parent: Sequence, child: Sequence) -> list[tuple[int, int]]:
+        """Let a sequence that goes on from another run beside it; which blocks are to be copied, (from, to).
+
+        Where there is no block for what the last one holds, that is computed again.
+        """
+        full, rest = divmod(parent.computed, self.block_size)
+        self.adapters.hold(child.adapter)
+        if parent not in self.running or not self.adapters.seat(child.adapter):
+            self.waiting.add(child, self._active(), first=True)
+            return []
+        for block in parent.block_table[:full]:
+            self.pool.hold(block)
+        child.block_table = parent.block_table[:full]
+        child.computed, child.kept = full * self.block_size, min(parent.kept, full)
+        self.running.append(child)
+        if not rest or not self.pool.available:
+            return []
+        child.block_table.append(self.pool.allocate())
+        child.computed = parent.computed
+        return [(parent.block_table[full], child.block_table[full])]
 
     def room(self, batch: list[Scheduled]) -> int:
         """Drafted tokens that a step has room for beside what it computes anyway."""
@@ -259,7 +293,7 @@ class Scheduler:
 
     def _shares(self, sequence: Sequence, other: Sequence) -> bool:
         """Whether another choice of the same request is scoring the prompt, or computing blocks that can be shared."""
-        if sequence.request is not other.request:
+        if sequence.request is not other.request or other.waits:
             return False
         full = (len(sequence.request.prompt) - 1) // self.block_size
         return other.scored < other.to_score or (self.pool.reuse and other.kept < full)
@@ -275,9 +309,10 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, count: int, batch: dict[Sequence, Scheduled]) -> bool:
         """Blocks for `count` more tokens, taken from younger sequences if need be; False if it gave up its own."""
         while self._missing(sequence, count) > self.pool.available:
-            # The youngest of the lowest priority.
-            last = max(self.running, key=lambda other: PRIORITIES.index(other.request.priority))
-            youngest = [other for other in self.running if other.request.priority == last.request.priority][-1]
+            # The youngest of the lowest priority that has any.
+            holders = [other for other in self.running if other.block_table or other is sequence]
+            last = max(holders, key=lambda other: PRIORITIES.index(other.request.priority))
+            youngest = [other for other in holders if other.request.priority == last.request.priority][-1]
             self._preempt(youngest)
             batch.pop(youngest, None)  # it may have had its turn in this step already
             if youngest is sequence:
@@ -288,10 +323,12 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
         sequence.computed = sequence.kept = 0
+        self.preemptions += 1
+        if sequence.waits:
+            return  # it has no use for blocks before others have got on
         self.running.remove(sequence)
         self.adapters.leave(sequence.adapter)
         self.waiting.add(sequence, self._active(), first=True)
-        self.preemptions += 1
 
 
 def _piece(sequence: Sequence, computed: int, budget: int, spare: int) -> Scheduled:

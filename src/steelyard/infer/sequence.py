@@ -43,10 +43,12 @@ class Sequence:
         self.fresh = True  # it has not run yet
         self.arrived, self.scheduled, self.first_token = arrived, 0.0, 0.0  # moments; 0 is not yet
         self.reused = 0  # prompt tokens that were found in the cache when it first ran
-        self.detokenizer = Detokenizer(tokenizer)
+        self._tokenizer, self.detokenizer = tokenizer, Detokenizer(tokenizer)
         self.stop_strings = StopStrings(request.sampling.stop)
         self.counts: dict[int, int] = {}  # how often each token was generated, for the penalties
         self.finish_reason: FinishReason | None = None
+        self.places = 1  # how many of the engine's running sequences it counts as
+        self.waits = False  # it has said what follows, and others of its request have not yet
         scores = request.sampling.prompt_logprobs is not None and choice == 0
         self.to_score = len(request.prompt) - 1 if scores else 0
         self.scored = 0  # of the prompt's tokens, how many have told how likely their successor was
@@ -70,11 +72,24 @@ class Sequence:
             counts[token] = counts.get(token, 0) + 1
         return counts
 
+    def fork(self) -> Sequence:
+        """Another that goes on from here; its blocks are the scheduler's to give."""
+        other = Sequence(self.request, self.choice, self.seed, self._tokenizer, self.adapter, self.arrived)
+        other.tokens, other.counts = list(self.tokens), dict(self.counts)
+        other.root, other.chain = self.root, list(self.chain)
+        other.fresh, other.reused = self.fresh, self.reused
+        other.scheduled, other.first_token, other.scored = self.scheduled, self.first_token, self.scored
+        return other
+
+    def add(self, token: int) -> None:
+        """Take in a token that may be given up again; its text and its end are others' to see."""
+        self.tokens.append(token)
+        self.counts[token] = self.counts.get(token, 0) + 1
+
     def append(self, token: int, end_tokens: frozenset[int], context: int) -> str:
         """Take a drawn token in; returns the text that is now certain and sets `finish_reason` at the end."""
         sampling = self.request.sampling
-        self.tokens.append(token)
-        self.counts[token] = self.counts.get(token, 0) + 1
+        self.add(token)
         ends = token in sampling.stop_token_ids or (token in end_tokens and not sampling.ignore_eos)
         text, stopped = ("", False) if ends else self.stop_strings.push(self.detokenizer.push(token))
         if ends or stopped:

@@ -148,7 +148,7 @@ class Speculation:
     def _limit(self, sequence: Sequence) -> int:
         """Most guesses of use: the draw after the last right one ends the answer or the context at the latest."""
         request = sequence.request
-        if not request.speculate:
+        if not request.speculate or request.beam is not None:
             return 0
         left = min(request.sampling.max_tokens - sequence.generated, self.context - len(sequence.tokens))
         return min(LONGEST, left - 1)
