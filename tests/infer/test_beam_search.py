@@ -129,12 +129,12 @@ def test_aborted_on_the_way(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"width": 65}, "n"),
-        ({"width": 0}, "n"),
+        ({"width": 65}, "beam_width"),
+        ({"width": 0}, "beam_width"),
         ({"width": 2, "n": 3}, "n"),
-        ({"beam": Beam(width=4, groups=3)}, "beam_groups"),
+        ({"beam": Beam(width=4, groups=3)}, "num_beam_groups"),
         ({"beam": Beam(width=4, length_penalty=1e9)}, "length_penalty"),
-        ({"beam": Beam(width=4, diversity=-1.0)}, "beam_diversity"),
+        ({"beam": Beam(width=4, diversity=-1.0)}, "diversity_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_p": 0.5}, "top_p"),
         ({"temperature": 0.5}, "temperature"),

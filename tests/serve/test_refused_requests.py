@@ -63,6 +63,11 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("presence_penalty", [-2.1, 2.1, "0", True]),
     ("frequency_penalty", [-2.1, 2.1, "0", True]),
     ("ignore_eos", [1, "true"]),
+    ("use_beam_search", [1, "true", []]),
+    ("beam_width", [0, 65, True, "4", 4]),  # the last without use_beam_search
+    ("length_penalty", [11, "1", True, 0.5]),
+    ("num_beam_groups", [0, 65, "1", 2]),
+    ("diversity_penalty", [-1, "1", 0.5]),
 ]
 CHAT_WRONG = [
     ("messages", [None, [], {}, "Hello", ["Hello"], [None]]),

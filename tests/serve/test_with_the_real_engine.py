@@ -198,3 +198,46 @@ def test_adapters_are_loaded_swapped_and_dropped_while_a_stream_runs(
             text()
         with pytest.raises(httpx.HTTPStatusError):
             load(3)
+
+
+def test_beams_come_back_the_best_first(real: Service) -> None:
+    """Whole and streamed; every beam is paid for, and usage tells of those that did not come back."""
+    client = real.sdk()
+    options = {"model": "real", "messages": MESSAGES, "max_tokens": 8}
+    extra = {"use_beam_search": True, "ignore_eos": True}
+    whole = client.chat.completions.create(**options, n=3, extra_body={**extra, "beam_width": 5})
+    texts = [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 3
+    rejected = whole.usage.completion_tokens_details.rejected_prediction_tokens
+    assert whole.usage.completion_tokens == 3 * 8 + rejected
+    assert 0 < rejected <= 2 * 8
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**options, n=3, stream=True, extra_body={**extra, "beam_width": 5}):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+    one = client.chat.completions.create(**options, extra_body={**extra, "beam_width": 1})
+    greedy = client.chat.completions.create(**options, temperature=0, extra_body={"ignore_eos": True})
+    assert one.choices[0].message.content == greedy.choices[0].message.content
+    assert one.usage.completion_tokens == greedy.usage.completion_tokens == 8
+    assert client.chat.completions.create(**options, extra_body=extra).usage.completion_tokens > 8  # four beams
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 3, "beam_width": 2}, "n"),
+        ({"beam_width": 65}, "beam_width"),
+        ({"beam_width": 4, "num_beam_groups": 3}, "num_beam_groups"),
+        ({"use_beam_search": False, "beam_width": 4}, "beam_width"),
+        ({"use_beam_search": None, "length_penalty": 0.5}, "length_penalty"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"stop": ["x"]}, "stop"),
+        ({"logprobs": True}, "logprobs"),
+    ],
+)
+def test_what_beams_do_not_do_is_refused(real: Service, fields: dict[str, object], param: str) -> None:
+    body = {"model": "real", "messages": MESSAGES, "max_tokens": 4, "use_beam_search": True, **fields}
+    with pytest.raises(openai.BadRequestError) as caught:
+        real.sdk().post("/chat/completions", body=body, cast_to=object)
+    assert caught.value.param == param

@@ -66,15 +66,15 @@ def check(request: Request, most_running: int) -> None:
     beam, said = request.beam, request.sampling
     assert beam is not None, "see the caller"
     if not 1 <= beam.width <= most_running:
-        raise RequestError(f"the number of beams must be 1 to {most_running}", param="n")
+        raise RequestError(f"the number of beams must be 1 to {most_running}", param="beam_width")
     if beam.groups < 1 or beam.width % beam.groups:
-        raise RequestError(f"{beam.width} beams are not so many groups of equal size", param="beam_groups")
+        raise RequestError(f"{beam.width} beams are not so many groups of equal size", param="num_beam_groups")
     if request.n > beam.width:
         raise RequestError(f"n must be at most the number of beams, {beam.width}", param="n")
     if not -10 <= beam.length_penalty <= 10:
         raise RequestError("length_penalty must be -10 to 10", param="length_penalty")
     if not 0 <= beam.diversity <= 1e6:
-        raise RequestError("the diversity penalty must be 0 to 1000000", param="beam_diversity")
+        raise RequestError("the diversity penalty must be 0 to 1000000", param="diversity_penalty")
     if said.max_tokens == 0:
         raise RequestError("beams are of at least one token", param="max_tokens")
     for name, values in NEUTRAL.items():

@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
+import msgspec
+
 from steelyard.errors import EngineUnavailableError, RequestError
 from steelyard.infer.request import Output, PromptLogprob, Request, Sampling, TokenLogprob
 from steelyard.serve.billing.bill import Bill, Payer
@@ -18,7 +20,7 @@ from steelyard.serve.billing.prices import NANO, Counts
 from steelyard.serve.ids import fresh
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.fields import SamplingFields
-from steelyard.serve.protocol.usage import Finish, PromptTokensDetails, Usage
+from steelyard.serve.protocol.usage import CompletionTokensDetails, Finish, PromptTokensDetails, Usage
 
 SMALLEST_TOP_P = 1e-9  # OpenAI's 0 means the most likely token alone
 FIRST_TOKEN_SECONDS, TOTAL_SECONDS = 300.0, 3600.0
@@ -44,6 +46,8 @@ class Generation:
     """Choices per prompt."""
     bill: Bill
     """Who pays, and what it has come to."""
+    rejected: int = 0
+    """Tokens of beams that did not come back."""
 
     async def outputs(self) -> AsyncGenerator[list[tuple[int, Output]], None]:
         """What the engine answers, as it comes, each with the number of its choice within the whole answer.
@@ -64,6 +68,7 @@ class Generation:
         async with self.bill.metered({request.id: request.n for request in self.requests}) as meter:
             async with contextlib.aclosing(self.served.engine.submit(*self.requests, meter=meter)) as outputs:
                 async for together in _in_time(outputs):
+                    self.rejected += sum(output.rejected_tokens for output in together)
                     numbered = [(first[output.id] + output.choice, output) for output in together]
                     timing.take(numbered)
                     if trace is not None:
@@ -90,6 +95,7 @@ class Generation:
             counts.input_tokens + counts.output_tokens,
             PromptTokensDetails(counts.cached_tokens),
             self.bill.cost / NANO,
+            CompletionTokensDetails(self.rejected) if self.rejected else msgspec.UNSET,
         )
 
 
@@ -196,14 +202,20 @@ def plan(
             adapter=served.adapter,
             project=payer.project,
             priority="interactive" if payer.line is None else "batch",
+            beam=fields.beam,
             speculate=fields.draft is not False,
         )
         for number, prompt in enumerate(prompts)
     ]
     fingerprint = f"fp_{ready.checkpoint_id.removeprefix('sha256:')[:12]}"
-    most = Counts(sum(map(len, prompts)), 0, sum(one.n * one.sampling.max_tokens for one in requests))
+    most = Counts(sum(map(len, prompts)), 0, sum(_sequences(one) * one.sampling.max_tokens for one in requests))
     bill = payer.bill(answer_id, served, most)
     return Generation(answer_id, int(time.time()), served, fingerprint, requests, fields.choices, bill)
+
+
+def _sequences(request: Request) -> int:
+    """How many are computed for a request, each to its end at the most."""
+    return request.n if request.beam is None else request.beam.width
 
 
 def _most(max_tokens: int | None, room: int) -> int:

@@ -51,7 +51,7 @@ class Meter:
         if output.prompt_tokens:
             cached = output.cached_tokens if output.choice == 0 else self._input.get(output.id, (0, 0))[1]
             self._input[output.id] = output.prompt_tokens, cached
-        self._output[output.id, output.choice] = output.completion_tokens
+        self._output[output.id, output.choice] = output.completion_tokens + output.rejected_tokens
         if output.finish_reason is not None:
             self._open[output.id] -= 1
             if self._open[output.id] == 0:

@@ -13,8 +13,10 @@ import pydantic_core
 from pydantic import Field, WithJsonSchema
 
 from steelyard.errors import RequestError
+from steelyard.infer.request import Beam
 
 MAX_CHOICES = 128
+MAX_BEAMS = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1000
 MAX_LOGIT_BIASES = 1024
@@ -45,17 +47,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     # vLLM's.
     "bad_words": ([],),
-    "length_penalty": (1, 1.0),
     "min_tokens": (0,),
     "repetition_penalty": (1, 1.0),
     "stop_token_ids": ([],),
     "structured_outputs": (),
-    "use_beam_search": (False,),
     # Ours.
     "explain": (False,),
 }
 """Fields that are accepted at these values, where nothing is to be done for them, and refused by name at any other."""
 
+OF_BEAMS = {"beam_width": None, "length_penalty": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0}
+"""Fields that mean nothing without beam search, and the values at which they say nothing."""
+USUAL_BEAMS = 4
 STOP_STRING = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 STOP = STOP_STRING | Annotated[list[STOP_STRING], Field(max_length=MAX_STOP_STRINGS)] | None
 LOGIT_BIAS = {
@@ -122,6 +125,16 @@ class SamplingFields(Fields):
     user: Annotated[str, Field(max_length=512)] | None = None
     safety_identifier: Annotated[str, Field(max_length=512)] | None = None
     """Who asks; either: he gets the same model of an alias every time."""
+    use_beam_search: bool | None = None
+    """The likeliest continuations as a whole, instead of draws; `n` come back, the best first, all at the end."""
+    beam_width: Annotated[int, Field(ge=1, le=MAX_BEAMS)] | None = None
+    """Beginnings that are kept; absent: n, or 4 where that is 1."""
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    """A continuation's log-probability is divided by its length to this power."""
+    num_beam_groups: Annotated[int, Field(ge=1, le=MAX_BEAMS)] | None = None
+    """Groups of beams that keep apart."""
+    diversity_penalty: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """What a group pays for a token that groups before it have chosen at the same place."""
     draft: bool | None = None
     """False: tokens are not guessed ahead. Absent or true: they are where it pays. The answer is the same."""
 
@@ -165,6 +178,31 @@ class SamplingFields(Fields):
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("'prompt_logprobs' is not for requests with 'stream': true", param="prompt_logprobs")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _beams(self) -> SamplingFields:
+        for name, neutral in OF_BEAMS.items():
+            value = getattr(self, name)
+            if not self.use_beam_search and value not in (None, neutral):
+                raise RequestError(f"'{name}' is only for requests with 'use_beam_search': true", param=name)
+        if self.use_beam_search and (beam := self.beam) is not None:
+            if self.choices > beam.width:
+                raise RequestError(f"'n' is more than 'beam_width', {beam.width}", param="n")
+            if beam.width % beam.groups:
+                raise RequestError(f"{beam.width} beams are not {beam.groups} equal groups", param="num_beam_groups")
+        return self
+
+    @property
+    def beam(self) -> Beam | None:
+        """How beams are searched; None: tokens are drawn."""
+        if not self.use_beam_search:
+            return None
+        return Beam(
+            width=self.beam_width or (self.choices if self.choices > 1 else USUAL_BEAMS),
+            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
+            groups=self.num_beam_groups or 1,
+            diversity=self.diversity_penalty or 0.0,
+        )
 
     @property
     def include_usage(self) -> bool:

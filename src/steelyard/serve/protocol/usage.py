@@ -15,6 +15,13 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """What completion tokens went to."""
+
+    rejected_prediction_tokens: int
+    """Of beam search: beginnings that did not come back."""
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Tokens of a request: every prompt once, every choice."""
 
@@ -24,3 +31,5 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
     cost: float = 0.0
     """Dollars, of the entry in the ledger; whole nano-dollars."""
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
+    """There if beams were searched."""
