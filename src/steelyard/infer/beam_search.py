@@ -119,7 +119,10 @@ class BeamSearch:
         sequence = work.sequence
         own = logits.float().clone()
         sampling.adjust(own, sampling.Row(sequence.request.sampling, 0, 0, 0, sequence.counts))
-        self._searches[sequence.request.id].said[sequence] = own.log_softmax(-1)
+        own = own.log_softmax(-1)
+        if sequence.grammar is not None:
+            own.masked_fill_(~sequence.grammar.allowed(), -torch.inf)
+        self._searches[sequence.request.id].said[sequence] = own
         sequence.waits = True
         return True
 

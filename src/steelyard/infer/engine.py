@@ -19,6 +19,7 @@ from steelyard.infer.beam_search import BeamSearch
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling, scoring
 from steelyard.infer.decoding.beam import Ended
+from steelyard.infer.decoding.constrained import Grammars, State
 from steelyard.infer.decoding.draft_model import Draft, DraftModel, load_draft
 from steelyard.infer.decoding.prompt_lookup import PromptLookup
 from steelyard.infer.decoding.speculative import Speculation
@@ -126,6 +127,7 @@ class Engine:
         self.speculation = self._speculation(config, draft)
         self.beam_search = BeamSearch(self.scheduler, self.runner, tokenizer.eos_ids, self.context)
         self.max_running = config.max_running
+        self.grammars = Grammars(tokenizer, decoder.config.vocabulary)
         self.sequences: dict[str, list[Sequence]] = {}
         for name, source in (adapters or {}).items():
             self.load_adapter(name, source)
@@ -180,12 +182,13 @@ class Engine:
         """
         self.adapters.drop(name)
 
-    def add(self, request: Request, arrived: float | None = None) -> None:
+    def add(self, request: Request, arrived: float | None = None, grammar: State | None = None) -> None:
         """Queue a request.
 
         Args:
             request: what is asked.
             arrived: when it came, in seconds of the monotonic clock; None: now.
+            grammar: the state before its first token, if its grammar was compiled before.
 
         Raises:
             RequestError: it cannot be computed here; the field is named.
@@ -213,8 +216,15 @@ class Engine:
             raise RequestError(f"token ids must be 0 to {vocabulary - 1}", param="logit_bias")
         seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed % 2**64
         arrived = time.monotonic() if arrived is None else arrived
+        if request.grammar is not None and grammar is None:
+            grammar = self.grammars.begin(request.grammar)
         count = request.n if request.beam is None else 1  # it forks after its prompt
-        choices = [Sequence(request, choice, seed, self.tokenizer, adapter, arrived) for choice in range(count)]
+        choices = [
+            Sequence(
+                request, choice, seed, self.tokenizer, adapter, arrived, None if grammar is None else grammar.copy()
+            )
+            for choice in range(count)
+        ]
         self.sequences[request.id] = choices
         if request.beam is not None:
             self.beam_search.begin(choices[0])
@@ -340,7 +350,7 @@ class Engine:
                 broken.add(work.sequence)
             counts.append(0 if searched else work.draws)
             places += range(end - counts[-1], end)
-        rows = [_row(work, ahead) for work, count in zip(batch, counts, strict=True) for ahead in range(count)]
+        rows = [row for work, count in zip(batch, counts, strict=True) for row in _rows(work, count)]
         drawn = iter(sampling.draw(logits if len(places) == end else logits[places], rows, self.library))
         found = [list(itertools.islice(drawn, count)) for count in counts]
         return [[None] if work.sequence in broken else mine for work, mine in zip(batch, found, strict=True)]
@@ -390,6 +400,10 @@ class Engine:
         if scored is None or (drawn and drawn[0] is None):
             self.abort(sequence.request.id)
             return [Failure(sequence.request.id, "the model's logits are not finite")]
+        if sequence.grammar is not None and sequence.grammar.broken:
+            self.abort(sequence.request.id)
+            reason = "the grammar takes too long to follow here: make it simpler"
+            return [Failure(sequence.request.id, reason, "response_format")]
         text, taken = "", list[sampling.Drawn]()
         for guess, token in itertools.zip_longest(work.draft, drawn):
             if token is None:
@@ -402,6 +416,9 @@ class Engine:
             sequence.first_token = sequence.first_token or now
             self.scheduler.accept(sequence, len(taken) - 1)
             self._count(work, taken)
+            for forced in self._forced(sequence):
+                text += sequence.append(forced, self.tokenizer.eos_ids, self.context)
+                taken.append(sampling.Drawn(forced, None, []))
         elif sequence.request.sampling.max_tokens == 0 and sequence.computed == len(sequence.tokens):
             sequence.finish_reason = "length"
         elif not scored:
@@ -427,6 +444,16 @@ class Engine:
             timeline=timeline,
         )
         return [output]
+
+    def _forced(self, sequence: Sequence) -> Iterator[int]:
+        """Tokens that its grammar leaves no choice about; none where the model is asked how likely it finds them."""
+        if sequence.grammar is None or sequence.request.sampling.logprobs is not None:
+            return
+        for token in sequence.grammar.forced():
+            if sequence.finish_reason is not None:
+                break
+            self._generated += 1 if sequence.request.counted else 0
+            yield token
 
     def _speculation(self, config: EngineConfig, draft: Draft | None) -> Speculation | None:
         planned = has_plan(self.decoder, self.library)
@@ -485,8 +512,20 @@ def _timeline(choices: list[Sequence], now: float) -> Timeline:
     )
 
 
-def _row(work: Scheduled, ahead: int) -> sampling.Row:
-    """What the draw after `ahead` drafted tokens depends on. It counts only if all of them are right."""
+def _rows(work: Scheduled, count: int) -> list[sampling.Row]:
+    """What the draws after none, one, two drafted tokens depend on; one counts only if all before it are right."""
     sequence = work.sequence
-    counts = sequence.counts_after(work.draft[:ahead])
-    return sampling.Row(sequence.request.sampling, sequence.seed, sequence.choice, len(sequence.tokens) + ahead, counts)
+    allowed: list[torch.Tensor] = []
+    if count and sequence.grammar is not None:
+        allowed = sequence.grammar.after(work.draft)
+    return [
+        sampling.Row(
+            sequence.request.sampling,
+            sequence.seed,
+            sequence.choice,
+            len(sequence.tokens) + ahead,
+            sequence.counts_after(work.draft[:ahead]),
+            allowed[ahead] if ahead < len(allowed) else None,
+        )
+        for ahead in range(count)
+    ]

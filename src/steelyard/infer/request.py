@@ -83,6 +83,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """`batch` runs where `interactive` leaves room."""
     counted: bool = True
     """Whether the engine's figures count it; a canary is nobody's work."""
+    grammar: str | None = None
+    """What the answer has to be, as `steelyard.text.grammar` makes it."""
     beam: Beam | None = None
     """Beam search instead of draws; `n` is how many of its continuations come back, the best first, at the end."""
     speculate: bool = True

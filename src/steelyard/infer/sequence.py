@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 from steelyard.infer.adapters import Version
+from steelyard.infer.decoding.constrained import State
 from steelyard.infer.request import FinishReason, Request
 from steelyard.text.detokenizer import Detokenizer
 from steelyard.text.stop import StopStrings
@@ -22,6 +23,7 @@ class Sequence:
         tokenizer: turns its tokens into text.
         adapter: the version that it wears to its end; None is the base model.
         arrived: when the request came, in seconds of the monotonic clock.
+        grammar: where it stands in the grammar that it is held to, which is its own.
     """
 
     def __init__(
@@ -32,9 +34,10 @@ class Sequence:
         tokenizer: Tokenizer,
         adapter: Version | None = None,
         arrived: float = 0.0,
+        grammar: State | None = None,
     ) -> None:
         self.request, self.choice, self.seed, self.adapter = request, choice, seed, adapter
-        self.tokens = list(request.prompt)
+        self.tokens, self.grammar = list(request.prompt), grammar
         self.computed = 0
         self.block_table: list[int] = []
         self.root = b""
@@ -76,6 +79,7 @@ class Sequence:
         """Another that goes on from here; its blocks are the scheduler's to give."""
         other = Sequence(self.request, self.choice, self.seed, self._tokenizer, self.adapter, self.arrived)
         other.tokens, other.counts = list(self.tokens), dict(self.counts)
+        other.grammar = None if self.grammar is None else self.grammar.copy()
         other.root, other.chain = self.root, list(self.chain)
         other.fresh, other.reused = self.fresh, self.reused
         other.scheduled, other.first_token, other.scored = self.scheduled, self.first_token, self.scored
@@ -85,6 +89,8 @@ class Sequence:
         """Take in a token that may be given up again; its text and its end are others' to see."""
         self.tokens.append(token)
         self.counts[token] = self.counts.get(token, 0) + 1
+        if self.grammar is not None:
+            self.grammar.take(token)
 
     def append(self, token: int, end_tokens: frozenset[int], context: int) -> str:
         """Take a drawn token in; returns the text that is now certain and sets `finish_reason` at the end."""
@@ -92,7 +98,7 @@ class Sequence:
         self.add(token)
         ends = token in sampling.stop_token_ids or (token in end_tokens and not sampling.ignore_eos)
         text, stopped = ("", False) if ends else self.stop_strings.push(self.detokenizer.push(token))
-        if ends or stopped:
+        if ends or stopped or (self.grammar is not None and self.grammar.done):
             self.finish_reason = "stop"
         elif self.generated >= sampling.max_tokens or len(self.tokens) >= context:
             self.finish_reason = "length"

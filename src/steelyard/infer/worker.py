@@ -3,9 +3,9 @@
     python -m steelyard.infer.worker CHECKPOINT --model NAME --socket FD [--adapter NAME=PATH ...] [--draft PATH]
         [--kv-cache KIND]
 
-A thread reads messages into a queue; the main thread takes them between steps. Adapters are read by a thread of their
-own, and taken in between steps too. It draws one canary token before it says that it is ready. While it works it says
-once a second what it has done, and once more when it falls idle.
+A thread reads messages into a queue; the main thread takes them between steps. Adapters are read, and grammars
+compiled, by threads of their own, and taken in between steps too. It draws one canary token before it says that it is
+ready. While it works it says once a second what it has done, and once more when it falls idle.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -28,6 +28,7 @@ from steelyard.checkpoint import manifest
 from steelyard.errors import ArtifactError, CheckpointError, RequestError, SteelyardError
 from steelyard.infer import fidelity
 from steelyard.infer.adapters import Prepared
+from steelyard.infer.decoding.constrained import State
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.request import (
     Abort,
@@ -67,7 +68,15 @@ class AdapterRead:
     read: Future[Prepared]
 
 
-Message = Arrived | Abort | LoadAdapter | DropAdapter | AdapterRead
+@dataclass(frozen=True)
+class Compiled:
+    """The thread has compiled a request's grammar, or failed to."""
+
+    arrived: Arrived
+    state: Future[State]
+
+
+Message = Arrived | Compiled | Abort | LoadAdapter | DropAdapter | AdapterRead
 Inbox = queue.SimpleQueue[Message | None]
 
 
@@ -84,6 +93,7 @@ def receive(socket: EngineSocket, inbox: Inbox) -> None:
 def serve(engine: Engine, inbox: Inbox, socket: EngineSocket) -> None:
     """Step while there is work, wait while there is none, until the other side is gone (None)."""
     told = 0.0
+    compiling = Compiling(engine, inbox)
     while True:
         messages: list[Message | None] = [] if engine.busy else [inbox.get()]
         while not inbox.empty():
@@ -91,7 +101,7 @@ def serve(engine: Engine, inbox: Inbox, socket: EngineSocket) -> None:
         for message in messages:
             if message is None:
                 return
-            answer = _take(engine, message, inbox)
+            answer = _take(engine, message, inbox, compiling)
             if answer is not None:
                 socket.send([answer])
         answers: list[FromEngine] = [*engine.step()]
@@ -104,9 +114,35 @@ def serve(engine: Engine, inbox: Inbox, socket: EngineSocket) -> None:
             engine.check_integrity()
 
 
-def _take(engine: Engine, message: Message, inbox: Inbox) -> Aborted | AdapterChanged | Failure | None:
+class Compiling:
+    """Requests whose grammars are being compiled, one after the other."""
+
+    def __init__(self, engine: Engine, inbox: Inbox) -> None:
+        self._engine, self._inbox = engine, inbox
+        self._thread = ThreadPoolExecutor(1, "grammars")
+        self._asked: set[str] = set()
+
+    def begin(self, arrived: Arrived) -> None:
+        """Compile a request's grammar, which then comes to the inbox."""
+        assert arrived.request.grammar is not None, "see the caller"
+        self._asked.add(arrived.request.id)
+        state = self._thread.submit(self._engine.grammars.begin, arrived.request.grammar)
+        state.add_done_callback(lambda state: self._inbox.put(Compiled(arrived, state)))
+
+    def end(self, request_id: str) -> bool:
+        """Whether a request is still wanted, which is here no more."""
+        wanted = request_id in self._asked
+        self._asked.discard(request_id)
+        return wanted
+
+
+def _take(
+    engine: Engine, message: Message, inbox: Inbox, compiling: Compiling
+) -> Aborted | AdapterChanged | Failure | None:
     match message:
         case Abort(id=id):
+            if compiling.end(id):
+                return Aborted(id=id, prompt_tokens=0, cached_tokens=0, completion_tokens=[])
             return engine.abort(id)
         case LoadAdapter(path=path):
             reading = engine.adapters.begin(Path(path))
@@ -116,13 +152,18 @@ def _take(engine: Engine, message: Message, inbox: Inbox) -> Aborted | AdapterCh
             return _put(engine, asked, read)
         case DropAdapter():
             return _drop(engine, message)
+        case Arrived(request=request) if request.grammar is not None:
+            compiling.begin(message)
+            return None
         case Arrived(request=request, at=arrived):
             return _add(engine, request, arrived)
+        case Compiled(arrived=asked, state=state):
+            return _add(engine, asked.request, asked.at, state) if compiling.end(asked.request.id) else None
 
 
-def _add(engine: Engine, request: Request, arrived: float) -> Failure | None:
+def _add(engine: Engine, request: Request, arrived: float, grammar: Future[State] | None = None) -> Failure | None:
     try:
-        engine.add(request, arrived)
+        engine.add(request, arrived, None if grammar is None else grammar.result())
     except RequestError as error:
         return Failure(request.id, str(error), error.param, error.code)
     return None

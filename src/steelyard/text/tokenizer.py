@@ -75,6 +75,11 @@ class Tokenizer:
         inner.no_padding()
         return cls(inner, Spelling.of(decoder), bos_id=_bos_id(folder, inner), eos_ids=_eos_ids(folder, inner))
 
+    @property
+    def serialized(self) -> str:
+        """The tokenizer as `tokenizer.json` has it."""
+        return str(self._inner.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; control tokens spelled out in it become control tokens.
 

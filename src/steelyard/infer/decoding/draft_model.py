@@ -31,8 +31,6 @@ from steelyard.text.tokenizer import Tokenizer
 CATCH_UP = 128
 """Most tokens that it reads before a guess, over all sequences: long prompts are read over several steps."""
 BLOCK_SIZE = 32
-NEVER = -1e9
-"""The logit of a token that the head has no row for; finite, as all have to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,9 @@ class DraftModel:
         self.runner = open_runner(draft.decoder, sizes, tokens=tokens, rows=most_running, library=library)
         self.share = _read(draft.decoder) / _read(target)
         self._tokens = draft.tokens
-        self._logits = torch.full((0 if draft.tokens is None else most_running, target.config.vocabulary), NEVER)
+        self._logits = torch.full(
+            (0 if draft.tokens is None else most_running, target.config.vocabulary), sampling.NEVER
+        )
         self._followers: dict[Sequence, Follower] = {}
 
     def row_cost(self, rows: int) -> float:

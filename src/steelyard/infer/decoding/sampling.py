@@ -21,6 +21,8 @@ from steelyard.kernels.library import Library
 
 MAX = (1 << 31) - 1
 TINY = torch.finfo(torch.float32).tiny  # a lower temperature is greedy
+NEVER = -1e9
+"""A logit that is never drawn; finite, as all have to be."""
 RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (0, MAX),
     "temperature": (0, MAX),
@@ -45,6 +47,8 @@ class Row:
     position: int
     counts: Mapping[int, int]
     """How often each token was generated in this choice."""
+    allowed: torch.Tensor | None = None
+    """`[V]` bool: the tokens that may be drawn; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +120,14 @@ def _logprobs(logits: torch.Tensor, wanted: int | None) -> tuple[torch.Tensor, l
 
 
 def adjust(logits: torch.Tensor, row: Row) -> None:
-    """Add a row's biases to its logits `[V]` and take off the penalties for what was generated (OpenAI's formula)."""
+    """Add a row's biases to its logits `[V]`, take off the penalties for what was generated (OpenAI's formula), and
+    leave no chance to what is not allowed.
+    """
     for token, bias in row.sampling.logit_bias.items():
         logits[token] += bias
     if row.counts and (row.sampling.presence_penalty or row.sampling.frequency_penalty):
         tokens = torch.tensor(list(row.counts))
         counts = torch.tensor(list(row.counts.values()), dtype=torch.float32)
         logits[tokens] -= row.sampling.frequency_penalty * counts + row.sampling.presence_penalty
+    if row.allowed is not None:
+        logits.masked_fill_(~row.allowed, NEVER)

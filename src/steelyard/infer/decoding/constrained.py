@@ -1,0 +1,115 @@
+"""Constrained decoding: which tokens may come next, so that an answer is what a grammar says, whatever is drawn.
+
+A grammar is compiled once and kept for others who ask for it. Its state after each sequence's tokens says which tokens
+are allowed; where only one text can follow, its tokens are taken as they are, and not drawn.
+"""
+
+# V vocabulary
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import cached_property
+from threading import Lock
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+
+from steelyard.errors import RequestError
+from steelyard.text.grammar import LIMITS
+from steelyard.text.tokenizer import Tokenizer
+
+KEPT = 64
+"""Compiled grammars."""
+
+
+class State:
+    """Where a sequence stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+
+    def copy(self) -> State:
+        """Another that goes on from here."""
+        return State(self._matcher.deep_copy(), self._vocabulary)
+
+    def allowed(self) -> torch.Tensor:
+        """`[V]` bool: the tokens that may come next; of a `broken` one, whichever."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        found = np.zeros(self._vocabulary, np.bool_)
+        unpacked = np.unpackbits(bits, bitorder="little")[: self._vocabulary]
+        found[: len(unpacked)] = unpacked
+        return torch.from_numpy(found)
+
+    def after(self, drafts: list[int] | tuple[int, ...]) -> list[torch.Tensor]:
+        """What is allowed now, and after each of some guesses, as far as they are allowed."""
+        found, taken = [self.allowed()], 0
+        for token in drafts:
+            if not bool(found[-1][token]) or self._matcher.try_consume_tokens([token]) != 1:
+                break
+            taken += 1
+            found.append(self.allowed())
+        if taken:
+            self._matcher.rollback(taken)
+        return found
+
+    def take(self, token: int) -> None:
+        """A token was drawn; one that is not allowed ends nothing but this state."""
+        self._matcher.consume_token(token)
+
+    @property
+    def broken(self) -> bool:
+        """Whether finding out what is allowed took more than there is for it."""
+        return self._matcher.is_error()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing can follow."""
+        return self._matcher.is_stopped()
+
+    def forced(self) -> list[int]:
+        """Tokens of the text that has to follow; taken in by `take`, like all others."""
+        return list(self._matcher.compute_ff_tokens())
+
+
+class Grammars:
+    """Compiled grammars of one model.
+
+    Args:
+        tokenizer: the model's.
+        vocabulary: V, which may be more than the tokenizer has.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
+        self._plain, self._vocabulary = tokenizer, vocabulary
+        self._known: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = Lock()
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        """The vocabulary as a tree, which takes a third of a second to grow."""
+        return LLTokenizer(self._plain.serialized, n_vocab=self._vocabulary, eos_token=sorted(self._plain.eos_ids))
+
+    def begin(self, grammar: str) -> State:
+        """The state before the first token. Any thread may ask.
+
+        Args:
+            grammar: as `steelyard.text.grammar` makes it.
+
+        Raises:
+            RequestError: it does not compile within its limits, or the model has no end token to say that it is over.
+        """
+        if not self._plain.eos_ids:
+            raise RequestError("this model has no token that ends an answer, which grammars need")
+        with self._lock:
+            if grammar not in self._known:
+                matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+                if matcher.is_error():
+                    told = " ".join(matcher.get_error().split())[:300]
+                    raise RequestError(f"the grammar does not compile: {told}", param="response_format")
+                self._known[grammar] = matcher
+                while len(self._known) > KEPT:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(grammar)
+            return State(self._known[grammar].deep_copy(), self._vocabulary)

@@ -1,0 +1,61 @@
+"""What an answer may be: a JSON schema, a pattern, a choice or a grammar, as one text that an engine compiles.
+
+llguidance reads them all, with limits on what each may cost. Knows neither models nor HTTP; no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits
+
+from steelyard.errors import RequestError
+
+MOST_CHARACTERS = 1 << 16
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+"""Some 20 ms each, and tens of megabytes."""
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON on one line, as models have mostly seen it: free space is where small ones get lost."""
+
+
+def of_schema(schema: dict[str, Any], param: str) -> str:
+    """JSON of a schema.
+
+    Raises:
+        RequestError: a keyword that is not kept here, by name, or a schema that is none.
+    """
+    return _checked(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT), param)  # type: ignore[arg-type]
+
+
+def of_pattern(pattern: str, param: str) -> str:
+    """What a regular expression matches as a whole. Raises as `of_schema` does."""
+    return _checked(LLMatcher.grammar_from_regex(pattern), param)
+
+
+def of_choice(texts: Sequence[str], param: str) -> str:
+    """One of these texts. Raises as `of_schema` does."""
+    either = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+    return _checked(LLMatcher.grammar_from_lark(f"start: {either}"), param)
+
+
+def of_rules(rules: str, param: str) -> str:
+    """What Lark's rules say, from `start` on. Raises as `of_schema` does."""
+    return _checked(LLMatcher.grammar_from_lark(rules), param)
+
+
+def _checked(grammar: str, param: str) -> str:
+    if len(grammar) > MOST_CHARACTERS:
+        raise RequestError(f"'{param}' is longer than {MOST_CHARACTERS} characters", param=param)
+    if reason := LLMatcher.validate_grammar(grammar, limits=LIMITS):
+        told = " ".join(reason.split())[:300]
+        raise RequestError(f"'{param}' is nothing that an answer can be held to: {told}", param=param)
+    return grammar

@@ -1,0 +1,181 @@
+"""Answers that are what a grammar says, whatever is drawn: with guesses, beams, others, and where all is forced."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steelyard.compress.quantize.decoders import QuantizeConfig
+from steelyard.errors import RequestError
+from steelyard.infer.decoding.constrained import Grammars
+from steelyard.infer.engine import Engine, EngineConfig
+from steelyard.infer.request import Beam, Output, Request, Sampling
+from steelyard.stages.compress import quantize
+from steelyard.text import grammar
+from steelyard.text.tokenizer import Tokenizer
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["ham", "spam"]},
+        "score": {"type": "integer", "minimum": 0, "maximum": 99},
+        "words": {"type": "array", "items": {"type": "string", "maxLength": 4}, "maxItems": 3},
+    },
+    "required": ["kind", "score", "words"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def int8(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("constrained") / "int8"
+    quantize(tiny_model, folder, QuantizeConfig(), accept=True)
+    return folder
+
+
+def asked(number: int, rules: str, **fields: Any) -> Request:
+    n, beam = fields.pop("n", 1), fields.pop("beam", None)
+    sampling = Sampling(**{"max_tokens": 120, "seed": number, **fields})
+    return Request(id=str(number), prompt=[5, 6, 7 + number], grammar=rules, sampling=sampling, n=n, beam=beam)
+
+
+def texts(engine: Engine, requests: list[Request]) -> dict[tuple[str, int], tuple[str, str]]:
+    """Of each choice its text and why it ended."""
+    found: dict[tuple[str, int], tuple[str, str]] = {}
+    for output in engine.run(requests):
+        key = output.id, output.choice
+        text, _ = found.get(key, ("", ""))
+        found[key] = text + output.text, output.finish_reason or ""
+    assert engine.pool.available == engine.pool.blocks
+    engine.check_integrity()
+    return found
+
+
+def holds(text: str) -> bool:
+    row = json.loads(text)
+    short = all(isinstance(word, str) and len(word) <= 4 for word in row["words"])
+    whole = list(row) == ["kind", "score", "words"] and row["kind"] in ("ham", "spam")
+    return whole and 0 <= row["score"] <= 99 and short and len(row["words"]) <= 3
+
+
+@pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(token_budget=40, max_running=3, speculate="off")])
+def test_json_of_a_schema(int8: Path, config: EngineConfig) -> None:
+    """By a model that was never trained, drawn at random; alone and beside others, guessed ahead or not: the same."""
+    rules = grammar.of_schema(SCHEMA, "response_format")
+    engine = Engine.load(int8, config=config)
+    found = texts(engine, [asked(number, rules, n=2) for number in range(12)])
+    ended = [text for text, reason in found.values() if reason == "stop"]
+    assert len(ended) >= 20
+    assert all(map(holds, ended))
+    assert len(set(ended)) > 15
+    alone = texts(Engine.load(int8, config=EngineConfig(reuse=False)), [asked(3, rules, n=2)])
+    assert all(found[key] == value for key, value in alone.items())
+
+
+def test_what_is_forced_is_not_drawn(int8: Path) -> None:
+    """Fewer steps than tokens, and the same text where each is drawn because log-probabilities are wanted."""
+    rules = grammar.of_choice(["the steelyard weighs exactly what it is given", "nothing"], "choice")
+    engine = Engine.load(int8, config=EngineConfig(speculate="off"))
+    bias = dict.fromkeys(engine.tokenizer.encode_plain("the")[:1], 50.0)
+    (text, reason) = texts(engine, [asked(0, rules, logit_bias=bias)])["0", 0]
+    assert (text, reason) == ("the steelyard weighs exactly what it is given", "stop")
+    stats = engine.stats()
+    assert stats.steps <= 3 < stats.generated_tokens
+    other = Engine.load(int8)
+    outputs = list(other.run([asked(1, rules, logit_bias=bias, logprobs=2)]))
+    assert "".join(output.text for output in outputs) == text
+    logprobs = [one for output in outputs for one in output.logprobs or []]
+    assert len(logprobs) == sum(len(output.tokens) for output in outputs)
+    assert all(one.logprob < 0 for one in logprobs)  # the model's own, whatever was allowed
+
+
+@pytest.mark.parametrize("pattern", [r"[0-9]{3}-[0-9]{4}", r"(ab|cd)+e", r"[A-Z][a-z]{2,5}\.", r"\$\d{1,3}(,\d{3})*"])
+def test_what_a_pattern_matches(int8: Path, pattern: str) -> None:
+    rules = grammar.of_pattern(pattern, "regex")
+    found = texts(Engine.load(int8), [asked(number, rules) for number in range(6)])
+    ended = [text for text, reason in found.values() if reason == "stop"]
+    assert ended
+    assert all(re.fullmatch(pattern, text) for text in ended)
+
+
+def test_choices_have_all_characters(int8: Path) -> None:
+    choices = ['a"b', "line\nbreak", "Grüße 😀", r"\d", "{}", "<|im_end|>"]
+    rules = grammar.of_choice(choices, "choice")
+    found = {text for text, _ in texts(Engine.load(int8), [asked(number, rules) for number in range(40)]).values()}
+    assert found <= set(choices)
+    assert len(found) >= 4
+
+
+def test_rules(int8: Path) -> None:
+    rules = grammar.of_rules('start: sum\nsum: NUMBER ("+" NUMBER)*\nNUMBER: /[1-9][0-9]?/', "grammar")
+    found = texts(Engine.load(int8), [asked(number, rules) for number in range(6)])
+    ended = [text for text, reason in found.values() if reason == "stop"]
+    assert ended
+    assert all(re.fullmatch(r"[1-9]\d?(\+[1-9]\d?)*", text) for text in ended)
+
+
+def test_beams_within_a_grammar(tiny_model: Path) -> None:
+    """Against all that can be said: the likeliest choices by the sum of their tokens' log-probabilities."""
+    engine = Engine.load(tiny_model, dtype=torch.float32)
+    choices = ["yes", "no", "maybe so", "never", "I do not know"]
+    rules = grammar.of_choice(choices, "choice")
+    beam = Beam(width=40, length_penalty=0.0, early_stopping="never")
+    outputs = list(engine.run([asked(0, rules, temperature=0, beam=beam, n=40)]))
+    said = {output.text: output for output in reversed(outputs) if output.tokens}  # the best way to spell each
+    assert set(said) == set(choices)
+    for output in said.values():
+        scored = list(
+            engine.run(
+                [
+                    Request(
+                        id="again",
+                        prompt=[5, 6, 7, *output.tokens],
+                        sampling=Sampling(max_tokens=0, prompt_logprobs=0),
+                    )
+                ]
+            )
+        )
+        known = [one.logprob for each in scored for one in each.prompt_logprobs or []][2:]
+        assert output.score == pytest.approx(sum(known), abs=1e-3)
+
+
+def test_what_is_no_grammar_is_refused(tiny_model: Path) -> None:
+    for make in (
+        lambda: grammar.of_schema({"type": "string", "contentEncoding": "x", "not": {}}, "response_format"),
+        lambda: grammar.of_pattern("(?=a)b", "response_format"),
+        lambda: grammar.of_pattern("(", "response_format"),
+        lambda: grammar.of_rules("start: nothing", "response_format"),
+        lambda: grammar.of_pattern("a" * 100_000, "response_format"),
+    ):
+        with pytest.raises(RequestError, match="response_format"):
+            make()
+    with pytest.raises(RequestError, match='"not"'):
+        grammar.of_schema({"not": {"type": "string"}}, "response_format")
+    engine = Engine.load(tiny_model)
+    with pytest.raises(RequestError, match="does not compile"):
+        engine.add(asked(0, "start: nothing"))
+    assert not engine.busy
+
+
+def test_few_compiled_grammars_are_kept(tiny_model: Path) -> None:
+    grammars = Grammars(Tokenizer.load(tiny_model), 512)
+    first = grammar.of_choice(["first"], "choice")
+    for number in range(100):
+        grammars.begin(grammar.of_choice([str(number)], "choice"))
+        grammars.begin(first)
+    assert len(grammars._known) == 64
+    assert first in grammars._known
+
+
+def test_an_output_is_whole(int8: Path) -> None:
+    """Tokens of outputs are those of the text, forced ones among them."""
+    engine = Engine.load(int8)
+    outputs: list[Output] = list(engine.run([asked(0, grammar.of_schema(SCHEMA, "x"))]))
+    tokens = [token for output in outputs for token in output.tokens]
+    assert engine.tokenizer.decode(tokens) == "".join(output.text for output in outputs)
+    assert outputs[-1].completion_tokens == len(tokens)
