@@ -63,6 +63,8 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("presence_penalty", [-2.1, 2.1, "0", True]),
     ("frequency_penalty", [-2.1, 2.1, "0", True]),
     ("ignore_eos", [1, "true"]),
+    ("response_format", ["json", [], {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "text", "other": 1}]),
+    ("structured_outputs", ["json", [], {}, {"regex": 1}, {"regex": "a", "choice": ["b"]}, {"json_object": False}]),
     ("use_beam_search", [1, "true", []]),
     ("beam_width", [0, 65, True, "4", 4]),  # the last without use_beam_search
     ("length_penalty", [11, "1", True, 0.5]),

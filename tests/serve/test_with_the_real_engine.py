@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 from running_service import Service, eventually, serving
 
@@ -241,3 +245,86 @@ def test_what_beams_do_not_do_is_refused(real: Service, fields: dict[str, object
     with pytest.raises(openai.BadRequestError) as caught:
         real.sdk().post("/chat/completions", body=body, cast_to=object)
     assert caught.value.param == param
+
+
+class Verdict(pydantic.BaseModel):
+    kind: Literal["ham", "spam"]
+    score: Annotated[int, pydantic.Field(ge=0, le=9)]
+
+
+def test_the_sdk_parses_what_a_schema_says(real: Service) -> None:
+    """By a model that was never trained; whole, streamed by its events, with log-probabilities and by beams."""
+    client = real.sdk()
+    options: dict[str, Any] = {"model": "real", "messages": MESSAGES, "max_tokens": 60}
+    parsed = client.chat.completions.parse(**options, n=3, seed=1, response_format=Verdict)
+    assert all(isinstance(choice.message.parsed, Verdict) for choice in parsed.choices)
+    assert all(choice.finish_reason == "stop" for choice in parsed.choices)
+    scored = client.chat.completions.parse(**options, seed=1, logprobs=True, response_format=Verdict).choices[0]
+    assert "".join(token.token for token in scored.logprobs.content) == scored.message.content
+    beams = client.chat.completions.parse(**options, response_format=Verdict, extra_body={"use_beam_search": True})
+    assert isinstance(beams.choices[0].message.parsed, Verdict)
+    with client.chat.completions.stream(**options, seed=1, response_format=Verdict) as stream:
+        events = [event.type for event in stream]
+        final = stream.get_final_completion().choices[0].message
+    assert isinstance(final.parsed, Verdict)
+    assert final.content == parsed.choices[0].message.content
+    assert "content.done" in events
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pattern"),
+    [
+        ({"regex": "[0-9]{3}-[0-9]{2}"}, r"[0-9]{3}-[0-9]{2}"),
+        ({"choice": ["yes", "no, never"]}, "yes|no, never"),
+        ({"grammar": 'start: "a" "b"+ "c"'}, "ab+c"),
+        ({"json": {"type": "integer", "minimum": 10, "maximum": 99}}, "[1-9][0-9]"),
+        ({"json_object": True}, r"\{.*\}"),
+    ],
+)
+def test_structured_outputs(real: Service, wanted: dict[str, Any], pattern: str) -> None:
+    options: dict[str, Any] = {"model": "real", "max_tokens": 100, "extra_body": {"structured_outputs": wanted}}
+    told = real.sdk().completions.create(prompt="The steelyard", n=4, **options).choices
+    chatted = real.sdk().chat.completions.create(messages=MESSAGES, n=4, **options).choices
+    texts = [(one.text, one.finish_reason) for one in told]
+    texts += [(one.message.content, one.finish_reason) for one in chatted]
+    ended = [text for text, reason in texts if reason == "stop"]
+    assert ended or "json_object" in wanted
+    assert all(re.fullmatch(pattern, text, re.DOTALL) for text in ended)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"grammar": "begin: x"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+    ],
+)
+def test_what_no_answer_can_be_held_to_is_refused(real: Service, fields: dict[str, Any], param: str) -> None:
+    body = {"model": "real", "messages": MESSAGES, "max_tokens": 4, **fields}
+    with pytest.raises(openai.BadRequestError) as caught:
+        real.sdk().post("/chat/completions", body=body, cast_to=object)
+    assert caught.value.param == param
+
+
+def test_given_up_while_its_grammar_is_compiled(real: Service) -> None:
+    """The engine goes on, and holds nothing of it."""
+    words = ["".join(random.Random(number).choices("abcdefghij", k=30)) for number in range(1000)]
+    body = {"model": "real", "messages": MESSAGES, "max_tokens": 50, "structured_outputs": {"choice": words}}
+    for _ in range(5):
+        with contextlib.suppress(httpx.TimeoutException), real.http() as client:
+            client.post("/v1/chat/completions", json=body, timeout=0.02)
+    told = real.sdk().completions.create(model="real", prompt="The", max_tokens=3, extra_body={"ignore_eos": True})
+    assert told.usage.completion_tokens == 3

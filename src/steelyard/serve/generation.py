@@ -19,7 +19,7 @@ from steelyard.serve.billing.bill import Bill, Payer
 from steelyard.serve.billing.prices import NANO, Counts
 from steelyard.serve.ids import fresh
 from steelyard.serve.models import ServedModel
-from steelyard.serve.protocol.fields import SamplingFields
+from steelyard.serve.protocol.sampling import SamplingFields
 from steelyard.serve.protocol.usage import CompletionTokensDetails, Finish, PromptTokensDetails, Usage
 
 SMALLEST_TOP_P = 1e-9  # OpenAI's 0 means the most likely token alone
@@ -155,6 +155,7 @@ def plan(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     echo: bool = False,
+    grammar: str | None = None,
 ) -> Generation:
     """What to ask of the engine.
 
@@ -169,6 +170,7 @@ def plan(
         logprobs: as in `Sampling`.
         prompt_logprobs: as in `Sampling`.
         echo: every choice of the answer repeats its prompt.
+        grammar: what an answer has to be.
 
     Raises:
         RequestError: a prompt is empty or leaves no room in the context, a token is beyond the vocabulary, or the
@@ -203,6 +205,7 @@ def plan(
             project=payer.project,
             priority="interactive" if payer.line is None else "batch",
             beam=fields.beam,
+            grammar=grammar,
             speculate=fields.draft is not False,
         )
         for number, prompt in enumerate(prompts)

@@ -39,6 +39,7 @@ async def create(service: Service, request: Request) -> Response:
     """Answer a conversation."""
     body = parse(ChatRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
+    grammar = await asyncio.to_thread(lambda: body.grammar) if body.structured else None
     prompt = await while_connected(request.receive, asyncio.to_thread(_prompt, served, body.messages))
     generation = plan(
         body,
@@ -50,6 +51,7 @@ async def create(service: Service, request: Request) -> Response:
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
+        grammar=grammar,
     )
     keep = partial(_keep, service, body, generation) if body.store else None
     if body.stream:

@@ -37,6 +37,7 @@ async def create(service: Service, request: Request) -> Response:
     """Continue prompts."""
     body = parse(CompletionRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
+    grammar = await asyncio.to_thread(lambda: body.grammar) if body.structured else None
     prompts = await while_connected(request.receive, asyncio.to_thread(_prompts, served, body.prompt))
     generation = plan(
         body,
@@ -49,6 +50,7 @@ async def create(service: Service, request: Request) -> Response:
         logprobs=body.logprobs,
         prompt_logprobs=body.scored,
         echo=bool(body.echo),
+        grammar=grammar,
     )
     if body.stream:
         return EventStream(_events(generation, body, prompts), request.state.request_id)

@@ -10,8 +10,9 @@ from pydantic import Field, WithJsonSchema
 
 from steelyard.errors import RequestError
 from steelyard.infer.request import TokenLogprob
-from steelyard.serve.protocol.fields import Metadata, SamplingFields, accept_neutral, neutral_properties
+from steelyard.serve.protocol.fields import Metadata, accept_neutral, neutral_properties
 from steelyard.serve.protocol.prompt_logprobs import PromptLogprobs
+from steelyard.serve.protocol.sampling import SamplingFields
 from steelyard.serve.protocol.usage import Finish, Usage
 from steelyard.text.tokenizer import Tokenizer
 

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from steelyard.errors import RequestError
 from steelyard.infer.request import PromptLogprob, TokenLogprob
-from steelyard.serve.protocol.fields import SamplingFields
 from steelyard.serve.protocol.prompt_logprobs import PromptLogprobs
+from steelyard.serve.protocol.sampling import SamplingFields
 from steelyard.serve.protocol.usage import Finish, Usage
 from steelyard.text.detokenizer import Detokenizer
 from steelyard.text.tokenizer import Tokenizer
