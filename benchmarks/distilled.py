@@ -78,7 +78,7 @@ def blocks(base: Path, collection: Path, quick: bool, most: int | None) -> dict[
     run: dict[str, Any] = {
         "method": "full",
         "epochs": 1,
-        "batch_size": 8,
+        "batch_size": 4,
         "data": {"train": str(rows), "max_length": 512, "too_long": "truncate"},
         "distill": {"weight": 0.9, "temperature": 1.0},
         "optimizer": {"name": "adamw", "learning_rate": 3e-4},

@@ -40,9 +40,11 @@ from steelyard.serve.endpoints import (
     batches,
     chat,
     completions,
+    embeddings,
     files,
     health,
     jobs,
+    labels,
     ledger,
     metrics,
     openapi,
@@ -91,6 +93,18 @@ from steelyard.serve.protocol.organization import (
     SpendLimitRequest,
 )
 from steelyard.serve.protocol.parameters import storable
+from steelyard.serve.protocol.reading import (
+    Classes,
+    ClassifyRequest,
+    Embeddings,
+    EmbeddingsRequest,
+    Ranking,
+    RerankRequest,
+    ScoreRequest,
+    Scores,
+    Tagged,
+    TagRequest,
+)
 from steelyard.serve.service import Service, export_head, open_service
 from steelyard.serve.tracing import open_tracing
 from steelyard.store.database import opened, sqlite_url
@@ -150,6 +164,11 @@ ENDPOINTS = (
     Endpoint(
         "POST", "/v1/completions", completions.create, "inference", Completion, CompletionRequest, events=Completion
     ),
+    Endpoint("POST", "/v1/embeddings", embeddings.create, "inference", Embeddings, EmbeddingsRequest),
+    Endpoint("POST", "/v1/score", embeddings.score, "inference", Scores, ScoreRequest),
+    Endpoint("POST", "/v1/rerank", embeddings.rerank, "inference", Ranking, RerankRequest),
+    Endpoint("POST", "/v1/classify", labels.classify, "inference", Classes, ClassifyRequest),
+    Endpoint("POST", "/v1/tag", labels.tag, "inference", Tagged, TagRequest),
     Endpoint("GET", "/v1/models", model_endpoints.list_models, "inference", ModelList),
     Endpoint("GET", "/v1/models/{model_id:path}", model_endpoints.retrieve, "inference", Model),
     Endpoint("DELETE", "/v1/models/{model_id:path}", model_endpoints.delete, "fine_tuning", ModelDeleted),

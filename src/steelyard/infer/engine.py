@@ -197,6 +197,8 @@ class Engine:
             raise RequestError(f"request id '{request.id}' is in use", param="id")
         if not request.prompt:
             raise RequestError("the prompt is empty", param="prompt")
+        if request.words is not None:
+            raise RequestError("this model tags no words", param="model")
         if not 1 <= request.n <= MAX_CHOICES:
             raise RequestError(f"n must be 1 to {MAX_CHOICES}", param="n")
         sampling.check(request.sampling)
@@ -247,6 +249,11 @@ class Engine:
             cached_tokens=first.reused,
             completion_tokens=[sequence.generated for sequence in choices],
         )
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return self.decoder.config.vocabulary
 
     @property
     def busy(self) -> bool:

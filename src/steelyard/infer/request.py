@@ -13,6 +13,8 @@ import msgspec
 
 FinishReason = Literal["stop", "length"]
 Priority = Literal["interactive", "batch"]
+Task = Literal["generate", "embed", "classify", "tag"]
+"""What a model does with what it is given."""
 CacheKind = Literal["bfloat16", "int8"]
 """How an engine keeps keys and values."""
 
@@ -83,6 +85,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """`batch` runs where `interactive` leaves room."""
     counted: bool = True
     """Whether the engine's figures count it; a canary is nobody's work."""
+    words: list[str] | None = None
+    """Of a tagger: the words of a sentence; `prompt` then only says how many tokens they are."""
+    paths: int = 1
+    """Of a tagger: how many sequences of tags are wanted."""
     grammar: str | None = None
     """What the answer has to be, as `steelyard.text.grammar` makes it."""
     beam: Beam | None = None
@@ -178,6 +184,13 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
         return self.last_token - self.first_token
 
 
+class LabelPath(msgspec.Struct, frozen=True):
+    """A sequence of labels, one a word, by their numbers, and its log-probability."""
+
+    labels: list[int]
+    logprob: float
+
+
 class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     """What one step added to one choice of one request."""
 
@@ -189,6 +202,10 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[PromptLogprob] | None = None
     """The next tokens of the prompt, from the second on; in outputs of choice 0, before any other choice's first."""
+    values: list[float] | None = None
+    """Of what reads alone: an embedding; log-probabilities of the classes; or of each word's tag, by itself."""
+    paths: list[LabelPath] | None = None
+    """Of a tagger, the best first."""
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -222,6 +239,11 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Most tokens that prompt and completion may have together."""
     vocabulary: int
     """Number of token ids: logit_bias and token prompts must be below it."""
+    task: Task = "generate"
+    labels: list[str] = []
+    """Of a classifier or a tagger."""
+    width: int = 0
+    """Of embeddings."""
 
 
 class Fatal(msgspec.Struct, frozen=True, kw_only=True, tag="fatal"):

@@ -11,17 +11,15 @@ nothing is lost but time. Knows nothing of tensors.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import msgspec
 
 from steelyard.infer.adapters import Adapters
 from steelyard.infer.blocks import BlockPool
-from steelyard.infer.request import Priority
 from steelyard.infer.sequence import Sequence
+from steelyard.infer.waiting import PRIORITIES, Waiting
 
-PRIORITIES: tuple[Priority, ...] = ("interactive", "batch")
 GENERATED = 2  # a generated token counts as two of a prompt: it takes a step of its own
 
 
@@ -49,62 +47,6 @@ class Scheduled(msgspec.Struct, frozen=True):
         return 1 + len(self.draft) if reached and self.sequence.request.sampling.max_tokens else 0
 
 
-class Waiting:
-    """Who waits: a queue per priority and project, and how much each project has been served."""
-
-    def __init__(self) -> None:
-        self._queues: dict[Priority, dict[str, deque[Sequence]]] = {priority: {} for priority in PRIORITIES}
-        self.served: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return sum(len(queue) for queues in self._queues.values() for queue in queues.values())
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return (sequence for queues in self._queues.values() for queue in queues.values() for sequence in queue)
-
-    def add(self, sequence: Sequence, active: set[str], *, first: bool = False) -> None:
-        """Queue a sequence, at the end or (one that was preempted) at the beginning.
-
-        Args:
-            sequence: who waits.
-            active: projects that run something.
-            first: at the beginning of its project's queue.
-        """
-        project = sequence.request.project
-        busy = [self.served[other] for other in active | self._projects() if other != project and other in self.served]
-        if project not in active | self._projects():
-            # Who was away has saved nothing up: he begins where the least served of the others is.
-            self.served[project] = max(self.served.get(project, 0), min(busy, default=0))
-        queue = self._queues[sequence.request.priority].setdefault(project, deque())
-        if first:
-            queue.appendleft(sequence)
-        else:
-            queue.append(sequence)
-
-    def next(self) -> Sequence | None:
-        """Whose turn it is; he stays in the queue."""
-        for queues in self._queues.values():
-            if queues:
-                return queues[min(queues, key=lambda project: self.served[project])][0]
-        return None
-
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out of its queue."""
-        queues = self._queues[sequence.request.priority]
-        project = sequence.request.project
-        queues[project].remove(sequence)
-        if not queues[project]:
-            del queues[project]
-
-    def forget(self, active: set[str]) -> None:
-        """Drop the counters when nobody is left to compare with."""
-        if not active and not len(self):
-            self.served.clear()
-
-    def _projects(self) -> set[str]:
-        return {project for queues in self._queues.values() for project in queues}
-
-
 class Scheduler:
     """The queues and the running set.
 
@@ -122,7 +64,7 @@ class Scheduler:
         assert logit_rows >= max_running, "every running sequence may draw"
         self.pool, self.block_size, self.adapters = pool, pool.block_size, adapters
         self.token_budget, self.max_running, self.logit_rows = token_budget, max_running, logit_rows
-        self.waiting = Waiting()
+        self.waiting: Waiting[Sequence] = Waiting()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.prompt_tokens = 0

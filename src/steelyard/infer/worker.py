@@ -29,6 +29,7 @@ from steelyard.errors import ArtifactError, CheckpointError, RequestError, Steel
 from steelyard.infer import fidelity
 from steelyard.infer.adapters import Prepared
 from steelyard.infer.decoding.constrained import State
+from steelyard.infer.encoder_engine import EncoderEngine, open_reader
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.request import (
     Abort,
@@ -90,7 +91,10 @@ def receive(socket: EngineSocket, inbox: Inbox) -> None:
     inbox.put(None)
 
 
-def serve(engine: Engine, inbox: Inbox, socket: EngineSocket) -> None:
+AnyEngine = Engine | EncoderEngine
+
+
+def serve(engine: AnyEngine, inbox: Inbox, socket: EngineSocket) -> None:
     """Step while there is work, wait while there is none, until the other side is gone (None)."""
     told = 0.0
     compiling = Compiling(engine, inbox)
@@ -117,7 +121,7 @@ def serve(engine: Engine, inbox: Inbox, socket: EngineSocket) -> None:
 class Compiling:
     """Requests whose grammars are being compiled, one after the other."""
 
-    def __init__(self, engine: Engine, inbox: Inbox) -> None:
+    def __init__(self, engine: AnyEngine, inbox: Inbox) -> None:
         self._engine, self._inbox = engine, inbox
         self._thread = ThreadPoolExecutor(1, "grammars")
         self._asked: set[str] = set()
@@ -125,6 +129,7 @@ class Compiling:
     def begin(self, arrived: Arrived) -> None:
         """Compile a request's grammar, which then comes to the inbox."""
         assert arrived.request.grammar is not None, "see the caller"
+        assert self._engine.grammars is not None, "see the caller"
         self._asked.add(arrived.request.id)
         state = self._thread.submit(self._engine.grammars.begin, arrived.request.grammar)
         state.add_done_callback(lambda state: self._inbox.put(Compiled(arrived, state)))
@@ -137,31 +142,41 @@ class Compiling:
 
 
 def _take(
-    engine: Engine, message: Message, inbox: Inbox, compiling: Compiling
+    engine: AnyEngine, message: Message, inbox: Inbox, compiling: Compiling
 ) -> Aborted | AdapterChanged | Failure | None:
     match message:
         case Abort(id=id):
             if compiling.end(id):
                 return Aborted(id=id, prompt_tokens=0, cached_tokens=0, completion_tokens=[])
             return engine.abort(id)
-        case LoadAdapter(path=path):
-            reading = engine.adapters.begin(Path(path))
-            reading.add_done_callback(lambda read: inbox.put(AdapterRead(message, read)))
-            return None
-        case AdapterRead(asked=asked, read=read):
-            return _put(engine, asked, read)
-        case DropAdapter():
-            return _drop(engine, message)
-        case Arrived(request=request) if request.grammar is not None:
+        case Arrived(request=request) if request.grammar is not None and engine.grammars is not None:
             compiling.begin(message)
             return None
         case Arrived(request=request, at=arrived):
             return _add(engine, request, arrived)
         case Compiled(arrived=asked, state=state):
             return _add(engine, asked.request, asked.at, state) if compiling.end(asked.request.id) else None
+        case _:
+            return _change(engine, message, inbox)
 
 
-def _add(engine: Engine, request: Request, arrived: float, grammar: Future[State] | None = None) -> Failure | None:
+def _change(
+    engine: AnyEngine, message: LoadAdapter | DropAdapter | AdapterRead, inbox: Inbox
+) -> AdapterChanged | Failure | None:
+    match message:
+        case LoadAdapter(path=path) if isinstance(engine, Engine):
+            reading = engine.adapters.begin(Path(path))
+            reading.add_done_callback(lambda read: inbox.put(AdapterRead(message, read)))
+            return None
+        case AdapterRead(asked=asked, read=read) if isinstance(engine, Engine):
+            return _put(engine, asked, read)
+        case DropAdapter() if isinstance(engine, Engine):
+            return _drop(engine, message)
+        case LoadAdapter(id=id) | DropAdapter(id=id) | AdapterRead(asked=LoadAdapter(id=id)):
+            return Failure(id, "this model wears no adapters", "lora_name", "invalid_adapter")
+
+
+def _add(engine: AnyEngine, request: Request, arrived: float, grammar: Future[State] | None = None) -> Failure | None:
     try:
         engine.add(request, arrived, None if grammar is None else grammar.result())
     except RequestError as error:
@@ -189,8 +204,18 @@ def _put(engine: Engine, asked: LoadAdapter, read: Future[Prepared]) -> AdapterC
 
 def start(
     checkpoint: Path, adapters: dict[str, Path], draft: Path | None = None, config: EngineConfig | None = None
-) -> Engine:
+) -> AnyEngine:
     """Load the engine, see that it computes what was certified, and draw a canary token from it and each adapter."""
+    if (reader := open_reader(checkpoint)) is not None:
+        if adapters or draft is not None:
+            raise CheckpointError(f"'{checkpoint}' reads and does not write: it wears no adapters and has no draft")
+        reading = EncoderEngine(reader)
+        reading.add(Request(id="canary", prompt=[0], counted=False))
+        while reading.busy:
+            for output in reading.step():
+                if isinstance(output, Failure):
+                    raise CheckpointError(output.message)
+        return reading
     engine = Engine.load(checkpoint, adapters, config, draft=draft)
     fidelity.recheck(engine, checkpoint)
     for name in (None, *adapters):
@@ -200,8 +225,10 @@ def start(
     return engine
 
 
-def _populate(engine: Engine, ending: threading.Event) -> None:
+def _populate(engine: AnyEngine, ending: threading.Event) -> None:
     """Take the cache's memory from the system where the processor has nothing better to do."""
+    if isinstance(engine, EncoderEngine):
+        return  # it has none
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     engine.runner.populate(lambda: not ending.is_set())
@@ -231,7 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checkpoint_id=manifest.read(options.checkpoint).id,
         adapters=list(adapters),
         context=engine.context,
-        vocabulary=engine.decoder.config.vocabulary,
+        vocabulary=engine.vocabulary,
+        task=engine.reader.task if isinstance(engine, EncoderEngine) else "generate",
+        labels=list(engine.reader.labels) if isinstance(engine, EncoderEngine) else [],
+        width=engine.reader.width if isinstance(engine, EncoderEngine) else 0,
     )
     socket.send([ready])
     ending = threading.Event()

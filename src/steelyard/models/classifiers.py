@@ -386,17 +386,21 @@ def of_texts(
     Of a text that is read in windows the mean over its tokens, normalised. Raises as `log_probabilities` does.
     """
     inputs = classifier.text
-    examples: list[list[int]] = []
-    owners: list[int] = []
-    for number, text in enumerate(texts):
-        rows = inputs.windows(inputs.all_tokens(text))
-        examples += rows
-        owners += [number] * len(rows)
+    windows = [inputs.windows(inputs.all_tokens(text)) for text in texts]
+    return of_windows(classifier, windows, report), sum(len(row) for rows in windows for row in rows)
+
+
+def of_windows(
+    classifier: Classifier, texts: Sequence[Sequence[list[int]]], report: Callable[[int], None] = lambda done: None
+) -> torch.Tensor:
+    """The same of texts as their windows' tokens: `[R, C]`."""
+    examples = [row for rows in texts for row in rows]
+    owners = torch.tensor([number for number, rows in enumerate(texts) for _ in rows])
     scores = log_probabilities(classifier, examples, lambda done: report(done * len(texts) // len(examples)))
-    sizes = torch.tensor([len(row) for row in examples])
-    weighed = torch.zeros(len(texts), scores.shape[1]).index_add_(0, torch.tensor(owners), scores * sizes[:, None])
-    shared = weighed / torch.zeros(len(texts)).index_add_(0, torch.tensor(owners), sizes.float())[:, None]
-    return shared.log_softmax(-1), int(sizes.sum())
+    sizes = torch.tensor([len(row) for row in examples]).float()
+    weighed = torch.zeros(len(texts), scores.shape[1]).index_add_(0, owners, scores * sizes[:, None])
+    shared = weighed / torch.zeros(len(texts)).index_add_(0, owners, sizes)[:, None]
+    return shared.log_softmax(-1)
 
 
 def _places(inputs: Inputs, examples: Sequence[Any]) -> list[int]:

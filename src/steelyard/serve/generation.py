@@ -21,6 +21,7 @@ from steelyard.serve.ids import fresh
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.sampling import SamplingFields
 from steelyard.serve.protocol.usage import CompletionTokensDetails, Finish, PromptTokensDetails, Usage
+from steelyard.serve.reading import demand
 
 SMALLEST_TOP_P = 1e-9  # OpenAI's 0 means the most likely token alone
 FIRST_TOKEN_SECONDS, TOTAL_SECONDS = 300.0, 3600.0
@@ -177,7 +178,7 @@ def plan(
             answer would hold too much of the prompts.
         EngineUnavailableError: the engine is not ready.
     """
-    ready = served.ready()
+    ready = demand(served, "generate")
     for prompt in prompts:
         if not prompt:
             raise RequestError(f"'{param}' has no tokens: write something", param=param)

@@ -15,7 +15,7 @@ from steelyard.serve.owned import find
 from steelyard.store import tables
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 WINDOW_SECONDS = 86400
 MOST_LINES = 50_000
 MOST_CUSTOM_ID = 512

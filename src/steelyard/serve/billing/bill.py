@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from steelyard.serve.billing.ledger import Reservation
+from steelyard.serve.billing.ledger import Reservation, Service
 from steelyard.serve.billing.metering import Meter, Metering
 from steelyard.serve.billing.prices import Counts, Price, PriceList, Quote
 from steelyard.serve.meters import RequestMeters
@@ -46,11 +46,11 @@ class Payer:
     trace: RequestTrace | None = None
     """Where OpenTelemetry is told what the engine did for the request; None: it is not."""
 
-    def bill(self, id: str, served: ServedModel, most: Counts) -> Bill:
+    def bill(self, id: str, served: ServedModel, most: Counts, service: Service = "completions") -> Bill:
         """A bill for what comes to `most` at most, at the prices of now."""
         quote = Quote(0, Price()) if self.free else self.prices.quote(*served.names, batch=self.line is not None)
         id = self.line or id
-        reservation = Reservation(id, self.project, self.key_id, served.id, "completions", quote, quote.most(most))
+        reservation = Reservation(id, self.project, self.key_id, served.id, service, quote, quote.most(most))
         return Bill(self, reservation, most)
 
 

@@ -1,0 +1,87 @@
+"""`POST /v1/classify` and `/v1/tag`: the class of a text, the tag of every word."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from steelyard.errors import RequestError
+from steelyard.infer.request import Output
+from steelyard.serve.connection import while_connected
+from steelyard.serve.protocol.errors import json_response
+from steelyard.serve.protocol.fields import parse
+from steelyard.serve.protocol.reading import (
+    Class,
+    Classes,
+    ClassifyRequest,
+    Tagged,
+    TaggedText,
+    TaggedWord,
+    TagRequest,
+    TagSequence,
+)
+from steelyard.serve.reading import Text, read
+from steelyard.serve.service import Service
+
+WORD = re.compile(r"\w+(?:[-'’.]\w+)*|[^\w\s]")
+"""Words with what joins them, and every other sign by itself."""
+Words = list[tuple[str, int, int]]
+"""Each with where it begins and ends."""
+
+
+async def classify(service: Service, request: Request) -> Response:
+    """The class of each text."""
+    body = parse(ClassifyRequest, await request.body())
+    served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    asked = read(served, payer, [Text(text) for text in texts], "classify", prefix="classify-", param="input")
+    answer = await while_connected(request.receive, asked)
+    labels = answer.ready.labels
+    data = []
+    for number, output in enumerate(answer.outputs):
+        shares = [math.exp(value) for value in output.values or []]
+        best = max(range(len(labels)), key=shares.__getitem__)
+        data.append(Class(number, labels[best], shares, len(labels)))
+    return json_response(Classes(answer.id, answer.created, served.id, data, answer.usage))
+
+
+async def tag(service: Service, request: Request) -> Response:
+    """The tag of each word, and the likeliest sequences of tags."""
+    body = parse(TagRequest, await request.body())
+    served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
+    given = [body.input] if isinstance(body.input, str) else body.input
+    parted = [_words(one) for one in given]
+    for number, words in enumerate(parted):
+        if not words:
+            raise RequestError(f"'input[{number}]' has no word: write something", param="input")
+    texts = [Text(words=[word for word, _, _ in words]) for words in parted]
+    asked = read(served, payer, texts, "tag", prefix="tag-", param="input", paths=body.n or 1)
+    answer = await while_connected(request.receive, asked)
+    data = [
+        _tagged(number, words, output, answer.ready.labels)
+        for number, (words, output) in enumerate(zip(parted, answer.outputs, strict=True))
+    ]
+    return json_response(Tagged(answer.id, answer.created, served.id, data, answer.usage))
+
+
+def _words(given: str | list[str]) -> Words:
+    if isinstance(given, str):
+        return [(match[0], match.start(), match.end()) for match in WORD.finditer(given)]
+    found, at = Words(), 0
+    for word in given:
+        found.append((word, at, at + len(word)))
+        at += len(word) + 1
+    return found
+
+
+def _tagged(number: int, words: Words, output: Output, labels: list[str]) -> TaggedText:
+    paths, shares = output.paths or [], output.values or []
+    told = [
+        TaggedWord(word, labels[label], math.exp(share), start, end)
+        for (word, start, end), label, share in zip(words, paths[0].labels, shares, strict=True)
+    ]
+    sequences = [TagSequence([labels[label] for label in path.labels], path.logprob) for path in paths]
+    return TaggedText(number, told, sequences)
