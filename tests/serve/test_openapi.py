@@ -38,6 +38,11 @@ NAMES = {
 }
 SPENDING = {"threshold_amount": 1, "currency": "USD", "interval": "month"}
 RIGHT: dict[str, dict[str, Any]] = {
+    "EmbeddingsRequest": {"model": "tiny", "input": "Hello"},
+    "ScoreRequest": {"model": "tiny", "text_1": "Hello", "text_2": ["Hello", "there"]},
+    "RerankRequest": {"model": "tiny", "query": "Hello", "documents": ["Hello", "there"]},
+    "ClassifyRequest": {"model": "tiny", "input": "Hello"},
+    "TagRequest": {"model": "tiny", "input": "Hello"},
     "ChatRequest": {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]},
     "CompletionRequest": {"model": "tiny", "prompt": "Hello"},
     "JobRequest": {"model": "tiny", "training_file": "file-x"},

@@ -291,6 +291,8 @@ def open_reader(folder: Path) -> Reader | None:
     Raises:
         CheckpointError: one whose files do not fit each other, or that reads what is not served yet.
     """
+    if not (folder / "config.json").is_file():
+        return None  # whoever opens it as something else says what is missing
     kind = classifiers.architecture(folder)
     if kind in classifiers.ENCODERS:
         return SentenceReader(classifiers.load_encoder(folder), Tokenizer.load(folder))
