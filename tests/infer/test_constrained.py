@@ -18,6 +18,7 @@ from steelyard.infer.request import Beam, Output, Request, Sampling
 from steelyard.stages.compress import quantize
 from steelyard.text import grammar
 from steelyard.text.tokenizer import Tokenizer
+from steelyard.text.tool_calls import Arguments, Begun, CallReader
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -179,3 +180,40 @@ def test_an_output_is_whole(int8: Path) -> None:
     tokens = [token for output in outputs for token in output.tokens]
     assert engine.tokenizer.decode(tokens) == "".join(output.text for output in outputs)
     assert outputs[-1].completion_tokens == len(tokens)
+
+
+def test_calls_of_tools(int8: Path) -> None:
+    """At random, by a model that was never trained: text or calls, whose arguments are what their schemas say."""
+    place = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+    place["additionalProperties"] = False
+    count = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 5}}, "required": ["n"]}
+    count["additionalProperties"] = False
+    tools = [("weather", place, "tools[0]"), ("count", count, "tools[1]")]
+    engine = Engine.load(int8)
+    either = grammar.of_calls(tools, text=False, several=True, param="tools")
+    begins = engine.tokenizer.encode_plain("<")[0]
+    found = texts(engine, [asked(number, either) for number in range(20)])
+    auto = grammar.of_calls(tools, text=True, several=False, param="tools")
+    found |= {
+        (f"auto {id}", 0): value
+        for (id, _), value in texts(
+            engine, [asked(number, auto, logit_bias={begins: 3.0}) for number in range(30)]
+        ).items()
+    }
+    called = 0
+    for (id, _), (text, reason) in found.items():
+        reader, calls = CallReader(), list[list[str]]()
+        for piece in reader.push(text):
+            if isinstance(piece, Begun):
+                calls.append([piece.name, ""])
+            elif isinstance(piece, Arguments):
+                calls[piece.number][1] += piece.text
+        if reason != "stop":
+            continue
+        assert reader.whole == len(calls), text
+        assert calls or id.startswith("auto")
+        for name, given in calls:
+            called += 1
+            row = json.loads(given)
+            assert row in ({"city": "Rome"}, {"city": "Oslo"}) if name == "weather" else row["n"] in range(1, 6)
+    assert called >= 10

@@ -202,7 +202,7 @@ def test_bytes_that_are_no_request_are_refused(content: bytes) -> None:
     ("message", "param"),
     [
         ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[0].tool_call_id"),
-        ({"role": "tool", "content": "x"}, "messages[0].role"),
+        ({"role": "tool", "content": "x"}, "messages[0].tool_call_id"),
         ({"role": "function", "content": "x"}, "messages[0].role"),
         ({"role": ["user"], "content": "x"}, "messages[0].role"),
         ({"content": "x"}, "messages[0].role"),
@@ -216,7 +216,7 @@ def test_bytes_that_are_no_request_are_refused(content: bytes) -> None:
         ({"role": "user", "content": [{"type": "text", "text": "x", "more": 1}]}, "messages[0].content[0].more"),
         ({"role": "user", "content": "x", "name": "Bob"}, "messages[0].name"),
         ({"role": "user", "content": "x", "weight": 1}, "messages[0].weight"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls[0]"),
         ({"role": "assistant", "tool_calls": []}, "messages[0].content"),
     ],
 )

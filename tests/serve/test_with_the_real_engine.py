@@ -36,7 +36,7 @@ def real(make_checkpoint: Callable[[str], Path]) -> Iterator[Service]:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=2048,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     for file in ("config.json", "model.safetensors"):
@@ -328,3 +328,109 @@ def test_given_up_while_its_grammar_is_compiled(real: Service) -> None:
             client.post("/v1/chat/completions", json=body, timeout=0.02)
     told = real.sdk().completions.create(model="real", prompt="The", max_tokens=3, extra_body={"ignore_eos": True})
     assert told.usage.completion_tokens == 3
+
+
+class Weather(pydantic.BaseModel):
+    """What the weather is like."""
+
+    city: Literal["Rome", "Oslo"]
+    days: Annotated[int, pydantic.Field(ge=1, le=9)]
+
+
+class Add(pydantic.BaseModel):
+    a: Annotated[int, pydantic.Field(ge=0, le=99)]
+    b: Annotated[int, pydantic.Field(ge=0, le=99)]
+
+
+TOOLS = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Add)]
+
+
+def test_tools_are_called_as_their_schemas_say(real: Service) -> None:
+    """By a model that was never trained: required, by name, one or several; parsed by the SDK; streamed alike."""
+    client = real.sdk()
+    options: dict[str, Any] = {"model": "real", "messages": MESSAGES, "max_tokens": 80, "tools": TOOLS}
+    for seed in range(4):
+        told = client.chat.completions.parse(
+            **options, seed=seed, tool_choice="required", parallel_tool_calls=False
+        ).choices[0]
+        (call,) = told.message.tool_calls
+        assert isinstance(call.function.parsed_arguments, {"Weather": Weather, "Add": Add}[call.function.name])
+        assert (told.finish_reason, told.message.content) == ("tool_calls", None)
+        with client.chat.completions.stream(
+            **options, seed=seed, tool_choice="required", parallel_tool_calls=False
+        ) as stream:
+            kinds = {event.type for event in stream}
+            (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
+        assert "tool_calls.function.arguments.delta" in kinds
+        assert streamed.function.arguments == call.function.arguments
+        assert streamed.function.name == call.function.name
+        assert streamed.id.startswith("call_")
+    named = {"type": "function", "function": {"name": "Add"}}
+    told = client.chat.completions.create(**options, seed=1, tool_choice=named, logprobs=True).choices[0]
+    assert [call.function.name for call in told.message.tool_calls] == ["Add"]
+    assert told.logprobs.content
+    several = [
+        client.chat.completions.create(**{**options, "max_tokens": 180}, seed=seed, tool_choice="required").choices[0]
+        for seed in range(12)
+    ]
+    counts = [len(one.message.tool_calls) for one in several if one.finish_reason == "tool_calls"]
+    assert counts
+    assert max(len(one.message.tool_calls) for one in several) > 1
+    ids = [call.id for one in several for call in one.message.tool_calls]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_conversation_with_tools_goes_on(real: Service) -> None:
+    """An answer of ours is sent back with its results; the model may also just speak."""
+    client = real.sdk()
+    options: dict[str, Any] = {"model": "real", "max_tokens": 60, "tools": TOOLS}
+    asked = client.chat.completions.create(messages=MESSAGES, **options, tool_choice="required", seed=3, store=True)
+    message = asked.choices[0].message
+    results = [{"role": "tool", "tool_call_id": call.id, "content": '{"degrees": 21}'} for call in message.tool_calls]
+    history = [*MESSAGES, message.model_dump(exclude_none=True), *results]
+    told = client.chat.completions.create(messages=history, **options, seed=1).choices[0]
+    assert told.message.content or told.message.tool_calls
+    quiet = client.chat.completions.create(messages=history, **options, tool_choice="none", seed=1)
+    assert quiet.choices[0].message.tool_calls is None
+    plain = client.chat.completions.create(messages=MESSAGES, model="real", max_tokens=60, seed=1)
+    offered = client.chat.completions.create(messages=MESSAGES, **options, seed=1)
+    assert offered.usage.prompt_tokens > plain.usage.prompt_tokens + 50
+    kept = client.chat.completions.retrieve(asked.id)
+    assert kept.choices[0].message.tool_calls == message.tool_calls
+
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "Add", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]},
+            "tools[0].function.parameters",
+        ),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "tools"),
+        ({"tools": TOOLS, "ignore_eos": True}, "ignore_eos"),
+        ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "y"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0]"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "a", "arguments": "{"}}]}
+                ]
+            },
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+    ],
+)
+def test_what_tools_cannot_be_is_refused(real: Service, fields: dict[str, object], param: str) -> None:
+    body = {"model": "real", "messages": MESSAGES, "max_tokens": 4, **fields}
+    with pytest.raises(openai.BadRequestError) as caught:
+        real.sdk().post("/chat/completions", body=body, cast_to=object)
+    assert caught.value.param == param

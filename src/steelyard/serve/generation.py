@@ -130,6 +130,8 @@ class Choice:
     prompt_logprobs: list[PromptLogprob] = field(default_factory=list)
     """Of the first choice of a prompt, where they are asked for."""
     finish_reason: Finish = "length"
+    call_ids: list[str] = field(default_factory=list)
+    """Of the calls of tools in its text, as far as they were told."""
 
     def add(self, output: Output) -> None:
         """Take in what a step added."""

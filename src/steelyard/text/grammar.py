@@ -12,6 +12,7 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits
 
 from steelyard.errors import RequestError
+from steelyard.text import tool_calls
 
 MOST_CHARACTERS = 1 << 16
 LIMITS = LLParserLimits(
@@ -50,6 +51,35 @@ def of_choice(texts: Sequence[str], param: str) -> str:
 def of_rules(rules: str, param: str) -> str:
     """What Lark's rules say, from `start` on. Raises as `of_schema` does."""
     return _checked(LLMatcher.grammar_from_lark(rules), param)
+
+
+def of_calls(tools: Sequence[tuple[str, dict[str, Any], str]], *, text: bool, several: bool, param: str) -> str:
+    """Calls of tools as `tool_calls` reads them.
+
+    Args:
+        tools: of each its name, the schema of its arguments, and the field that this came from.
+        text: there may be text before calls, or instead of any.
+        several: there may be more than one.
+        param: the field of all.
+
+    Raises:
+        RequestError: a schema's keyword that is not kept here, by the tool's field.
+    """
+    calls, rules = [], []
+    for number, (name, schema, own) in enumerate(tools):
+        of_schema(schema, own)
+        calls.append(f"call_{number}")
+        arguments = json.dumps({**schema, "x-guidance": LAYOUT})
+        begin, end = json.dumps(tool_calls.head(name)), json.dumps("}" + tool_calls.CLOSE)
+        rules.append(f"call_{number}: {begin} %json {arguments} {end}")
+    mark = json.dumps(tool_calls.OPEN)
+    either = f"({' | '.join(calls)})"
+    more = "+" if several else ""
+    if text:
+        lines = [f"start: TEXT | (head {either}){more}", f"head[lazy]: TEXT {mark}", r"TEXT: /(.|\n)*/"]
+    else:
+        lines = [f"start: ({mark} {either}){more}"]
+    return _checked("%llguidance {}\n" + "\n".join([*lines, *rules]), param)
 
 
 def _checked(grammar: str, param: str) -> str:

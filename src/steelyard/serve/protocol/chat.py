@@ -13,6 +13,7 @@ from steelyard.infer.request import TokenLogprob
 from steelyard.serve.protocol.fields import Metadata, accept_neutral, neutral_properties
 from steelyard.serve.protocol.prompt_logprobs import PromptLogprobs
 from steelyard.serve.protocol.sampling import SamplingFields
+from steelyard.serve.protocol.tools import MOST_TOOLS, ToolCall, ToolCallDelta, ToolFields, spoken
 from steelyard.serve.protocol.usage import Finish, Usage
 from steelyard.text.tokenizer import Tokenizer
 
@@ -37,25 +38,66 @@ TEXT_PART = {
     "required": ["type", "text"],
     "additionalProperties": False,
 }
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": TEXT_PART}]}
+CALL = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "arguments": {"type": "string", "contentMediaType": "application/json"},
+            },
+            "required": ["name", "arguments"],
+        },
+    },
+    "required": ["id", "function"],
+}
+
+
+def _shape(role: Any, content: Any, required: list[str], **others: Any) -> dict[str, Any]:
+    neutral = neutral_properties(MESSAGE_NEUTRAL)
+    return {
+        "type": "object",
+        "properties": {**neutral, "role": role, "content": content, **others},
+        "required": ["role", *required],
+        "additionalProperties": False,
+    }
+
+
 MESSAGES = {
     "type": "array",
     "minItems": 1,
     "maxItems": MAX_MESSAGES,
     "items": {
-        "type": "object",
-        "properties": {
-            "role": {"enum": list(ROLES)},
-            "content": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": TEXT_PART}]},
-            **neutral_properties(MESSAGE_NEUTRAL),
-        },
-        "required": ["role", "content"],
-        "additionalProperties": False,
+        "anyOf": [
+            _shape({"enum": list(ROLES)}, CONTENT, ["content"]),
+            _shape(
+                {"const": "assistant"},
+                {"anyOf": [*CONTENT["anyOf"], {"type": "null"}]},
+                ["tool_calls"],
+                tool_calls={"type": "array", "minItems": 1, "maxItems": MOST_TOOLS, "items": CALL},
+            ),
+            {
+                "type": "object",
+                "properties": {
+                    "role": {"const": "tool"},
+                    "content": CONTENT,
+                    "tool_call_id": {"type": "string"},
+                    "name": {"type": "null"},
+                },
+                "required": ["role", "content", "tool_call_id"],
+                "additionalProperties": False,
+            },
+        ]
     },
 }
 """Messages as they are written."""
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, ToolFields):
     """A conversation to continue."""
 
     store: bool | None = None
@@ -72,7 +114,8 @@ class ChatRequest(SamplingFields):
     def _messages(cls, value: object) -> list[dict[str, str]]:
         if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
             raise RequestError(f"'messages' must be a list of 1 to {MAX_MESSAGES} messages", param="messages")
-        return [_message(message, f"messages[{number}]") for number, message in enumerate(value)]
+        called: set[str] = set()
+        return [_message(message, f"messages[{number}]", called) for number, message in enumerate(value)]
 
     @pydantic.model_validator(mode="after")
     def _agree(self) -> ChatRequest:
@@ -82,18 +125,51 @@ class ChatRequest(SamplingFields):
             raise RequestError("'top_logprobs' is only for requests with 'logprobs': true", param="top_logprobs")
         if self.metadata and not self.store:
             raise RequestError("'metadata' is only for requests with 'store': true", param="metadata")
+        if self.offered and self.structured:
+            raise RequestError("'tools' and a form of the answer exclude each other: leave one out", param="tools")
+        if self.offered and self.ignore_eos:
+            raise RequestError("'ignore_eos' is not for answers that end where they are whole", param="ignore_eos")
         return self
 
+    @property
+    def form(self) -> str | None:
+        """What an answer has to be, calls of tools included. Raises as `grammar` does."""
+        return self.calls_grammar if self.offered else self.grammar
 
-def _message(message: object, path: str) -> dict[str, str]:
+
+def _message(message: object, path: str, called: set[str]) -> dict[str, str]:
+    """A message as the chat template is given it; calls of tools and their results are text.
+
+    `called` are the ids of the calls before it, and gains its own.
+    """
     if not isinstance(message, dict):
         raise RequestError(f"'{path}' must be an object with 'role' and 'content'", param=path)
-    kept = accept_neutral(message, MESSAGE_NEUTRAL, ("role", "content"), f"{path}.")
-    role = kept.get("role")
+    role = message.get("role")
+    if role == "tool":
+        return _result(message, path, called)
+    known = (
+        ("role", "content", "tool_calls") if role == "assistant" and message.get("tool_calls") else ("role", "content")
+    )
+    kept = accept_neutral(message, MESSAGE_NEUTRAL, known, f"{path}.")
     if not isinstance(role, str) or role not in ROLES:
         wrong = f", not '{role[:40]}'" if isinstance(role, str) else ""
-        raise RequestError(f"'{path}.role' must be one of {', '.join(ROLES)}{wrong}", param=f"{path}.role")
-    return {"role": ROLES[role], "content": _content(kept.get("content"), f"{path}.content")}
+        raise RequestError(f"'{path}.role' must be one of {', '.join([*ROLES, 'tool'])}{wrong}", param=f"{path}.role")
+    if "tool_calls" not in kept:
+        return {"role": ROLES[role], "content": _content(kept.get("content"), f"{path}.content")}
+    text, ids = spoken(kept["tool_calls"], f"{path}.tool_calls")
+    called.update(ids)
+    before = "" if kept.get("content") in (None, "") else _content(kept["content"], f"{path}.content") + "\n"
+    return {"role": ROLES[role], "content": before + text}
+
+
+def _result(message: dict[str, Any], path: str, called: set[str]) -> dict[str, str]:
+    """What a tool said, as a user's turn: so models that were not told of tools read it as well."""
+    kept = accept_neutral(message, {"name": ()}, ("role", "content", "tool_call_id"), f"{path}.")
+    if kept.get("tool_call_id") not in called:
+        reason = f"'{path}.tool_call_id' is the id of no call in the messages before it"
+        raise RequestError(reason, param=f"{path}.tool_call_id")
+    content = _content(kept.get("content"), f"{path}.content")
+    return {"role": "user", "content": f"<tool_response>{content}</tool_response>"}
 
 
 def _content(content: object, path: str) -> str:
@@ -140,9 +216,11 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 class Message(msgspec.Struct, frozen=True):
     """What the assistant says."""
 
-    content: str
+    content: str | None
+    """None: it only calls tools."""
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -173,6 +251,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):

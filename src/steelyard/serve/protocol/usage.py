@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
