@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -96,6 +97,26 @@ def test_the_same_beside_others_and_alone(tiny_model: Path, tmp_path: Path) -> N
         for key, output in alone.items():
             assert (output.text, output.score) == (together[key].text, together[key].score)
             assert output.tokens == together[key].tokens or request.beam is None
+
+
+def test_searches_that_take_each_others_place(tiny_model: Path) -> None:
+    """Widths that together are more than may run, of two projects, with hardly any blocks: all come to their end."""
+    config = EngineConfig(kv_bytes=9 * 4 * 512, block_size=4, max_running=4, reuse=False)
+    engine = Engine.load(tiny_model, config=config, dtype=torch.float32)
+    requests = [
+        msgspec.structs.replace(asked(number, prompt, width=3, n=1, max_tokens=14), project=f"p{number % 2}")
+        for number, prompt in enumerate(prompts(12, 9))
+    ]
+    waiting, ended, steps = list(requests), 0, 0
+    while waiting or engine.busy:
+        if waiting and steps % 2 == 0:
+            engine.add(waiting.pop(0))
+        ended += sum(isinstance(output, Output) and output.finish_reason is not None for output in engine.step())
+        engine.check_integrity()
+        steps += 1
+        assert steps < 5000, "nothing goes on any more"
+    assert ended == 12
+    assert engine.scheduler.preemptions > 0
 
 
 def test_what_comes_back(tiny_model: Path) -> None:

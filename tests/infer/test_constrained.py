@@ -12,8 +12,8 @@ import torch
 
 from steelyard.compress.quantize.decoders import QuantizeConfig
 from steelyard.errors import RequestError
-from steelyard.infer.decoding.constrained import Grammars
 from steelyard.infer.engine import Engine, EngineConfig
+from steelyard.infer.grammars import Grammars
 from steelyard.infer.request import Beam, Output, Request, Sampling
 from steelyard.stages.compress import quantize
 from steelyard.text import grammar
@@ -126,7 +126,7 @@ def test_beams_within_a_grammar(tiny_model: Path) -> None:
     choices = ["yes", "no", "maybe so", "never", "I do not know"]
     rules = grammar.of_choice(choices, "choice")
     beam = Beam(width=40, length_penalty=0.0, early_stopping="never")
-    outputs = list(engine.run([asked(0, rules, temperature=0, beam=beam, n=40)]))
+    outputs = list(engine.run([asked(0, rules, temperature=0, beam=beam, n=5)]))
     said = {output.text: output for output in reversed(outputs) if output.tokens}  # the best way to spell each
     assert set(said) == set(choices)
     for output in said.values():
@@ -217,3 +217,30 @@ def test_calls_of_tools(int8: Path) -> None:
             row = json.loads(given)
             assert row in ({"city": "Rome"}, {"city": "Oslo"}) if name == "weather" else row["n"] in range(1, 6)
     assert called >= 10
+
+
+def test_what_is_written_by_hand_has_few_rules() -> None:
+    """The library follows rules by recursion: thousands in a row end the process."""
+    chain = "start: a0\n" + "\n".join(f"a{n}: a{n + 1}" for n in range(5000)) + '\na5000: "x"'
+    with pytest.raises(RequestError, match="more than 256 rules"):
+        grammar.of_rules(chain[: 1 << 15], "structured_outputs.grammar")
+    short = "start: a0\n" + "\n".join(f"a{n}: a{n + 1}" for n in range(250)) + '\na250: "x"'
+    assert grammar.of_rules(short, "structured_outputs.grammar")
+
+
+def test_choices_of_any_character(int8: Path) -> None:
+    choices = ["".join(map(chr, range(first, first + 16))) for first in (0, 0x70, 0x2020, 0xFF00, 0x1F600)]
+    rules = grammar.of_choice(choices, "choice")
+    found = texts(Engine.load(int8), [asked(number, rules) for number in range(20)])
+    assert {text for text, reason in found.values() if reason == "stop"} <= set(choices)
+
+
+def test_fewer_ways_than_are_asked_for(tiny_model: Path) -> None:
+    """Beams within a grammar of two texts: three are refused by name."""
+    engine = Engine.load(tiny_model, dtype=torch.float32)
+    rules = grammar.of_pattern("[xy]", "regex")
+    request = asked(0, rules, temperature=0, beam=Beam(width=8, early_stopping="never"), n=8)
+    with pytest.raises(RequestError, match="continuations are possible here") as caught:
+        list(engine.run([request]))
+    assert caught.value.param == "n"
+    assert not engine.busy

@@ -101,7 +101,11 @@ def test_what_begins_before_it_goes_on() -> None:
         for before, after in zip(["O", *said], said, strict=False):
             assert not after.startswith("I-") or before in (f"B-{after[2:]}", after)
     assert torch.isfinite(chain.log_marginals(scores, emissions, torch.tensor([9])).exp()).all()
-    assert chain.constrained(free, ["nn", "vb", "at", "in", "jj"]) is free
+    assert chain.obeys([["O", "B-place", "I-place"], ["B-name"]])
+    assert not chain.obeys([["O", "I-place"]])  # as some write what begins
+    assert not chain.obeys([["B-place", "I-name"]])
+    assert not chain.obeys([["nn", "vb"], ["I-x"]])
+    assert not chain.obeys([["O", "B-place"]])  # nothing ever goes on
 
 
 def test_a_hidden_markov_model_reads_tags() -> None:

@@ -209,7 +209,8 @@ def test_tags_in_a_chain(encoder: Path, tmp_path: Path) -> None:
 def test_what_goes_on_has_begun(encoder: Path) -> None:
     """Begin-inside-outside labels, without a chain that was learnt."""
     labels = ["B-name", "I-name", "O"]
-    tagger = classifiers.on_encoder(encoder, labels, torch.Generator().manual_seed(1), classifiers.EncoderTagger)
+    kind, draw_ = classifiers.EncoderTagger, torch.Generator().manual_seed(1)
+    tagger = classifiers.on_encoder(encoder, labels, draw_, kind, bio=True)
     tagger.network.eval()
     tagger.network.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(2))  # type: ignore[union-attr,operator]
     draw = random.Random(0)

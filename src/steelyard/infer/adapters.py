@@ -177,11 +177,6 @@ class Adapters:
             self._tidy(version)
         return failed
 
-    @property
-    def reading(self) -> bool:
-        """Whether any is being read."""
-        return bool(self._reading)
-
     def wait(self) -> None:
         """Wait until something has been read, if anything is being read."""
         futures.wait(self._reading.values(), return_when=futures.FIRST_COMPLETED)

@@ -8,6 +8,7 @@ those of like length, so that little of a forward pass is padding. It knows neit
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from steelyard.errors import CheckpointError, RequestError
-from steelyard.infer.decoding.constrained import State
+from steelyard.infer.grammars import State
 from steelyard.infer.request import Aborted, EngineStats, Failure, LabelPath, Output, Request, Task, Timeline
 from steelyard.infer.waiting import Waiting
 from steelyard.models import classifiers
@@ -25,14 +26,15 @@ from steelyard.models.encoder import Encoder
 from steelyard.models.inputs import padded
 from steelyard.text.tokenizer import Tokenizer
 
+log = logging.getLogger("steelyard.engine")
 ROWS, TOKENS = 64, 4096
 """Of a forward pass, padding included; a longer row runs alone."""
 LIKE = 0.6
 """Of the longest row of a pass; shorter ones wait for others."""
 ENOUGH = 512
 """Tokens of a pass that even unlike rows join, since fewer take as long."""
-ANY_LENGTH = 1 << 17
-"""Most tokens of a text that is read in parts."""
+ANY_LENGTH = 4096
+"""Most tokens of a row where the network has no limit."""
 MOST_PATHS = 64
 
 
@@ -131,14 +133,15 @@ class EncoderEngine:
         if not jobs:
             return []
         scheduled = time.monotonic()
-        try:
-            answers = self.reader.answer([job.request for job in jobs], [job.rows for job in jobs])
-        except CheckpointError as error:  # figures that are not finite
-            return [self._end(job, Failure(job.request.id, str(error))) for job in jobs]
+        answers = self._answers(jobs)
         self._steps += 1
         now = time.monotonic()
         outputs: list[Output | Failure] = []
-        for job, (values, paths) in zip(jobs, answers, strict=True):
+        for job, answer in zip(jobs, answers, strict=True):
+            if isinstance(answer, str):
+                outputs.append(self._end(job, Failure(job.request.id, answer)))
+                continue
+            values, paths = answer
             self._tokens += len(job.request.prompt) if job.request.counted else 0
             timeline = Timeline(arrived=job.arrived, scheduled=scheduled, first_token=now, last_token=now)
             output = Output(
@@ -154,6 +157,16 @@ class EncoderEngine:
             )
             outputs.append(self._end(job, output))
         return outputs
+
+    def _answers(self, jobs: list[Job]) -> list[tuple[list[float], list[LabelPath]] | str]:
+        """What is said of each job, or why nothing is. Of several, one that fails leaves the others alone."""
+        try:
+            return list(self.reader.answer([job.request for job in jobs], [job.rows for job in jobs]))
+        except Exception as error:  # a text may be anything: others do not end for it
+            if len(jobs) > 1:
+                return [found for job in jobs for found in self._answers([job])]
+            log.exception("request %s", jobs[0].request.id)
+            return [str(error) if isinstance(error, CheckpointError) else f"it cannot be read: {type(error).__name__}"]
 
     def stats(self) -> EngineStats:
         """What it has done, and is doing."""
@@ -172,7 +185,8 @@ class EncoderEngine:
         for job in self._waiting:
             most, count = max(longest, job.longest), rows + len(job.rows)
             alike = min(longest, job.longest) >= LIKE * most or most * count <= ENOUGH
-            if job is first or not alike or count > ROWS or most * count > TOKENS:
+            same = job.request.paths == first.request.paths
+            if job is first or not alike or not same or count > ROWS or most * count > TOKENS:
                 continue
             chosen.append(job)
             longest, rows = most, count
@@ -229,7 +243,8 @@ class ClassReader:
     def __init__(self, classifier: Classifier) -> None:
         self._classifier, self._inputs = classifier, classifier.text
         self.labels, self.tokenizer = classifier.labels, classifier.text.tokenizer
-        self.context = ANY_LENGTH if self._inputs.window else self._inputs.context or ANY_LENGTH
+        window = self._inputs.window
+        self.context = ROWS * window // 2 if window else self._inputs.context or ANY_LENGTH  # in one pass
 
     def rows(self, request: Request) -> list[Any]:
         """See `Reader`."""
@@ -293,13 +308,19 @@ def open_reader(folder: Path) -> Reader | None:
     """
     if not (folder / "config.json").is_file():
         return None  # whoever opens it as something else says what is missing
-    kind = classifiers.architecture(folder)
-    if kind in classifiers.ENCODERS:
-        return SentenceReader(classifiers.load_encoder(folder), Tokenizer.load(folder))
-    if not classifiers.is_classifier(folder):
+    reader: Reader
+    if classifiers.architecture(folder) in classifiers.ENCODERS:
+        encoder = classifiers.load_encoder(folder)
+        reader, known = SentenceReader(encoder, Tokenizer.load(folder)), encoder.config.vocab_size
+    elif not classifiers.is_classifier(folder):
         return None
-    if classifiers.tags_words(folder):
-        return WordReader(classifiers.load(folder))
-    if classifiers.reads_texts(folder):
-        return ClassReader(classifiers.load(folder))
-    raise CheckpointError(f"'{folder}' reads images, which are not served yet: use `steelyard predict`")
+    elif classifiers.tags_words(folder) or classifiers.reads_texts(folder):
+        classifier = classifiers.load(folder)
+        reader = (WordReader if classifiers.tags_words(folder) else ClassReader)(classifier)
+        config: Any = classifier.network.config
+        known = config.vocab_size
+    else:
+        raise CheckpointError(f"'{folder}' reads images, which are not served yet: use `steelyard predict`")
+    if reader.tokenizer.vocabulary > known:
+        raise CheckpointError(f"'{folder}': the tokenizer has more tokens than the model; pull it again")
+    return reader

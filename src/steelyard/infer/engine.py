@@ -19,10 +19,10 @@ from steelyard.infer.beam_search import BeamSearch
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling, scoring
 from steelyard.infer.decoding.beam import Ended
-from steelyard.infer.decoding.constrained import Grammars, State
 from steelyard.infer.decoding.draft_model import Draft, DraftModel, load_draft
 from steelyard.infer.decoding.prompt_lookup import PromptLookup
 from steelyard.infer.decoding.speculative import Speculation
+from steelyard.infer.grammars import Grammars, State
 from steelyard.infer.packed import PackedWeights, packed_file
 from steelyard.infer.request import (
     Aborted,
@@ -370,19 +370,21 @@ class Engine:
         for one in found:
             request = one.first.request
             del self.sequences[request.id]
+            if len(one.best) < request.n:
+                reason = f"{len(one.best)} continuations are possible here: ask for no more"
+                outputs.append(Failure(request.id, reason, "n"))
+                continue
             timeline = msgspec.structs.replace(_timeline([one.first], now), first_token=one.first_token)
             for choice in range(request.n):
-                ended = one.best[choice] if choice < len(one.best) else None
                 last = choice == request.n - 1
-                output = self._told(one.first, choice, ended)
+                output = self._told(one.first, choice, one.best[choice])
                 rejected, moments = (one.rejected, timeline) if last else (0, None)
                 outputs.append(msgspec.structs.replace(output, rejected_tokens=rejected, timeline=moments))
         return outputs
 
-    def _told(self, first: Sequence, choice: int, ended: Ended | None) -> Output:
-        """A continuation that a search came to; None: there is none."""
-        told = Sequence(first.request, choice, first.seed, self.tokenizer, first.adapter)
-        tokens = () if ended is None else ended.tokens
+    def _told(self, first: Sequence, choice: int, ended: Ended) -> Output:
+        """A continuation that a search came to."""
+        told, tokens = Sequence(first.request, choice, first.seed, self.tokenizer, first.adapter), ended.tokens
         text = "".join(told.append(token, self.tokenizer.eos_ids, self.context) for token in tokens)
         self._generated += len(tokens) if first.request.counted else 0
         return Output(
@@ -394,7 +396,7 @@ class Engine:
             prompt_tokens=len(first.request.prompt),
             completion_tokens=len(tokens),
             cached_tokens=first.reused,
-            score=None if ended is None else ended.score,
+            score=ended.score,
         )
 
     def _deliver(

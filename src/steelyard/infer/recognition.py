@@ -84,7 +84,7 @@ def _language(model: CharacterModel, vocabulary: Sequence[str]) -> ctc.Language:
 
 
 def words(recogniser: Recogniser, logits: torch.Tensor, text: str, begin: float = 0.0) -> list[Word]:
-    """When each word of a text is said, by the likeliest way to spell it; empty where the sound is too short for it.
+    """When each word of a text is said, by the likeliest way to spell it; empty where that is none.
 
     Args:
         recogniser: see `recognise`.
@@ -93,6 +93,8 @@ def words(recogniser: Recogniser, logits: torch.Tensor, text: str, begin: float 
         begin: seconds before the sound.
     """
     numbers = {letter: number for number, letter in enumerate(recogniser.vocabulary, 1)}
+    if not text or not numbers.keys() >= set(text):
+        return []
     found = ctc.align(logits.log_softmax(-1), [numbers[letter] for letter in text])
     if found is None:
         return []

@@ -105,10 +105,6 @@ class Scheduler:
                 batch[sequence] = work
                 budget, spare = budget - work.count, spare - max(0, work.wanted - 1)
         self._let_newcomers_in(batch, budget, spare)
-        holders = [sequence for sequence in self.running if sequence.block_table]
-        if not batch and len(self.waiting) and holders and not self.adapters.reading:
-            self._preempt(holders[-1])  # all wait for one that finds no blocks
-            return self.schedule()
         return list(batch.values())
 
     def _let_newcomers_in(self, batch: dict[Sequence, Scheduled], budget: int, spare: int) -> None:
@@ -255,6 +251,9 @@ class Scheduler:
             holders = [other for other in self.running if other.block_table or other is sequence]
             last = max(holders, key=lambda other: PRIORITIES.index(other.request.priority))
             youngest = [other for other in holders if other.request.priority == last.request.priority][-1]
+            idle = [other for other in holders if other.waits]
+            if youngest is sequence and idle:
+                youngest = idle[-1]  # who waits for it has no use for blocks before it
             self._preempt(youngest)
             batch.pop(youngest, None)  # it may have had its turn in this step already
             if youngest is sequence:
@@ -266,8 +265,8 @@ class Scheduler:
         self.pool.release(sequence.block_table)
         sequence.computed = sequence.kept = 0
         self.preemptions += 1
-        if sequence.waits:
-            return  # it has no use for blocks before others have got on
+        if sequence.request.beam is not None:
+            return  # its place is its search's, so that this always goes on
         self.running.remove(sequence)
         self.adapters.leave(sequence.adapter)
         self.waiting.add(sequence, self._active(), first=True)

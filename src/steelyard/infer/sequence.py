@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 from steelyard.infer.adapters import Version
-from steelyard.infer.decoding.constrained import State
+from steelyard.infer.grammars import State
 from steelyard.infer.request import FinishReason, Request
 from steelyard.text.detokenizer import Detokenizer
 from steelyard.text.stop import StopStrings

@@ -28,9 +28,9 @@ from steelyard.checkpoint import manifest
 from steelyard.errors import ArtifactError, CheckpointError, RequestError, SteelyardError
 from steelyard.infer import fidelity
 from steelyard.infer.adapters import Prepared
-from steelyard.infer.decoding.constrained import State
 from steelyard.infer.encoder_engine import EncoderEngine, open_reader
 from steelyard.infer.engine import Engine, EngineConfig
+from steelyard.infer.grammars import State
 from steelyard.infer.request import (
     Abort,
     Aborted,
@@ -181,6 +181,9 @@ def _add(engine: AnyEngine, request: Request, arrived: float, grammar: Future[St
         engine.add(request, arrived, None if grammar is None else grammar.result())
     except RequestError as error:
         return Failure(request.id, str(error), error.param, error.code)
+    except Exception as error:  # a request may be anything: running ones do not end for it
+        log.exception("a request could not be taken in")
+        return Failure(request.id, f"the request cannot be taken in: {type(error).__name__}", "model")
     return None
 
 

@@ -10,7 +10,7 @@ with log-probabilities for scores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -116,7 +116,8 @@ def _summed(logs: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
 
     What is less than the smallest number beside the greatest term counts as that, so that gradients stay finite.
     """
-    most, greatest = logs.amax(1, keepdim=True), step.amax()
+    most, greatest = logs.amax(1, keepdim=True), step.amax(0)
+    greatest = greatest.where(greatest.isfinite(), 0)  # of a label that never follows
     sums = (logs - most).exp() @ (step - greatest).exp()
     return sums.clamp(min=torch.finfo(sums.dtype).tiny).log() + most + greatest
 
@@ -160,17 +161,11 @@ def best(scores: Scores, emissions: torch.Tensor, lengths: torch.Tensor, k: int 
 
 
 def constrained(scores: Scores, labels: Sequence[str]) -> Scores:
-    """The same, without what begin-inside-outside labels cannot say (Ramshaw and Marcus 1995).
-
-    I-X only follows B-X or I-X. Of labels that are not all O, B-... or I-... nothing is changed.
+    """The same, without what begin-inside-outside labels cannot say (Ramshaw and Marcus 1995): I-X only follows B-X or
+    I-X.
     """
-    if not is_bio(labels):
-        return scores
     inside = torch.tensor([label.startswith("I-") for label in labels])
-    kind = [label[2:] for label in labels]
-    follows = torch.tensor(
-        [[before[:1] != "O" and kind[a] == kind[b] for b in range(len(labels))] for a, before in enumerate(labels)]
-    )
+    follows = torch.tensor([[_goes_on(before, label) for label in labels] for before in labels])
     return Scores(
         scores.start.masked_fill(inside, -torch.inf),
         scores.step.masked_fill(inside & ~follows, -torch.inf),
@@ -178,8 +173,19 @@ def constrained(scores: Scores, labels: Sequence[str]) -> Scores:
     )
 
 
-def is_bio(labels: Sequence[str]) -> bool:
-    """Whether labels mark where something begins and goes on."""
-    return any(label.startswith("I-") for label in labels) and all(
-        label == "O" or label.startswith(("B-", "I-")) for label in labels
-    )
+def _goes_on(before: str, label: str) -> bool:
+    return before[:2] in ("B-", "I-") and before[2:] == label[2:]
+
+
+def obeys(sentences: Iterable[Sequence[str]]) -> bool:
+    """Whether labels mark where something begins and goes on, and no sentence has what `constrained` takes away."""
+    goes_on = False
+    for labels in sentences:
+        for before, label in zip(["O", *labels], labels, strict=False):
+            if label.startswith("I-"):
+                goes_on = True
+                if not _goes_on(before, label):
+                    return False
+            elif label != "O" and not label.startswith("B-"):
+                return False
+    return goes_on

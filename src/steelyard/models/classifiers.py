@@ -223,11 +223,12 @@ def on_encoder(
     kind: type[EncoderClassifier] | type[EncoderTagger] = EncoderClassifier,
     *,
     chain: bool = False,
+    bio: bool = False,
 ) -> Classifier:
     """A classifier or tagger on a trained encoder, its last layer new. Raises as `load_encoder` does."""
     encoder = load_encoder(folder)
     quantized.demand_dense(encoder, folder)
-    network = kind(msgspec.structs.replace(encoder.config, classes=len(labels), chain=chain))
+    network = kind(msgspec.structs.replace(encoder.config, classes=len(labels), chain=chain, bio=bio))
     network.encoder = encoder.requires_grad_(True)
     _begin(network.classifier, generator)
     return Classifier(network, inputs_of(network, folder), tuple(labels), folder)
@@ -238,7 +239,9 @@ def on_trained(folder: Path, labels: Sequence[str], generator: torch.Generator) 
     return (swap_head if is_classifier(folder) else on_encoder)(folder, labels, generator)
 
 
-def swap_head(folder: Path, labels: Sequence[str], generator: torch.Generator, *, chain: bool = False) -> Classifier:
+def swap_head(
+    folder: Path, labels: Sequence[str], generator: torch.Generator, *, chain: bool = False, bio: bool = False
+) -> Classifier:
     """A trained classifier with other classes: its last layer new unless the labels are its own. Raises as `load`.
 
     A tagger's `chain` is new where it had none.
@@ -247,9 +250,10 @@ def swap_head(folder: Path, labels: Sequence[str], generator: torch.Generator, *
     quantized.demand_dense(opened.network, folder)
     network = opened.network.requires_grad_(True)
     same = opened.labels == tuple(labels)
-    if isinstance(network, EncoderTagger) and (network.config.chain != chain or not same):
-        network.config = msgspec.structs.replace(network.config, chain=chain)
-        network.chain = Chain(len(labels)) if chain else None
+    if isinstance(network, EncoderTagger):
+        if network.config.chain != chain or not same:
+            network.chain = Chain(len(labels)) if chain else None
+        network.config = msgspec.structs.replace(network.config, chain=chain, bio=bio)
     if same:
         return opened
     if isinstance(network, FusionClassifier):
@@ -356,8 +360,8 @@ def chain_of(classifier: Classifier) -> Scores | None:
     if not isinstance(network, EncoderTagger):
         return None
     learnt = None if network.chain is None else network.chain.scores
-    if learnt is None and not chains.is_bio(classifier.labels):
-        return None
+    if not network.config.bio:
+        return learnt
     return chains.constrained(learnt or chains.free(len(classifier.labels)), classifier.labels)
 
 

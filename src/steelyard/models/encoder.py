@@ -38,6 +38,8 @@ class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     hidden_dropout_prob: float = 0.1
     chain: bool = False
     """Of a tagger: how well labels follow each other is learnt, too."""
+    bio: bool = False
+    """Of a tagger: its labels say where something begins and goes on, in all sentences that it learnt from."""
     classes: int = 0
     """0: no classifier."""
 

@@ -33,6 +33,8 @@ class HiddenMarkov:
         ends: dict[str, Counter[str]] = defaultdict(Counter)
         pairs, firsts, lasts = Counter[tuple[str, str]](), Counter[str](), Counter[str]()
         for said, tags in sentences:
+            if not tags:
+                continue
             firsts[tags[0]] += 1
             lasts[tags[-1]] += 1
             pairs.update(itertools.pairwise(tags))

@@ -221,8 +221,9 @@ class EngineClient:
                 while isinstance(item, Output):
                     outputs.append(item)
                     if item.finish_reason is not None:
-                        open_choices -= Counter([item.id])
-                        if item.id not in open_choices:
+                        open_choices[item.id] -= 1
+                        if not open_choices[item.id]:
+                            del open_choices[item.id]
                             self._inboxes.pop(item.id, None)
                     if not open_choices or inbox.empty():  # what follows a whole answer is nothing to its reader
                         break

@@ -68,7 +68,7 @@ class Generation:
         trace = None if payer.trace is None else payer.trace.generation(self.served.id, self.id)
         async with self.bill.metered({request.id: request.n for request in self.requests}) as meter:
             async with contextlib.aclosing(self.served.engine.submit(*self.requests, meter=meter)) as outputs:
-                async for together in _in_time(outputs):
+                async for together in _in_time(outputs, searched=any(one.beam is not None for one in self.requests)):
                     self.rejected += sum(output.rejected_tokens for output in together)
                     numbered = [(first[output.id] + output.choice, output) for output in together]
                     timing.take(numbered)
@@ -100,14 +100,18 @@ class Generation:
         )
 
 
-async def _in_time(outputs: AsyncGenerator[list[Output], None]) -> AsyncGenerator[list[Output], None]:
-    """The same, as long as they come in time.
+async def _in_time(
+    outputs: AsyncGenerator[list[Output], None], *, searched: bool
+) -> AsyncGenerator[list[Output], None]:
+    """The same, as long as they come in time; what is `searched` for comes at its end.
 
     Raises:
         EngineUnavailableError: the first, or the last, did not.
     """
     now = asyncio.get_running_loop().time()
     what, deadline, last = "first token", now + FIRST_TOKEN_SECONDS, now + TOTAL_SECONDS
+    if searched:
+        what, deadline = "end", last
     while True:
         try:
             async with asyncio.timeout_at(deadline):  # wait_for can lose a cancellation

@@ -6,6 +6,7 @@ llguidance reads them all, with limits on what each may cost. Knows neither mode
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,12 @@ from steelyard.errors import RequestError
 from steelyard.text import tool_calls
 
 MOST_CHARACTERS = 1 << 16
+MOST_RULES = 256
+"""Of a grammar that is written by hand: the library follows them by recursion."""
 LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
     max_lexer_states=20_000,
     max_grammar_size=100_000,
     verbose_errors=False,
@@ -26,6 +29,9 @@ LIMITS = LLParserLimits(
 """Some 20 ms each, and tens of megabytes."""
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON on one line, as models have mostly seen it: free space is where small ones get lost."""
+
+
+_RULE = re.compile(r"(?:^|\n)[^\n:]*:")
 
 
 def of_schema(schema: dict[str, Any], param: str) -> str:
@@ -44,12 +50,19 @@ def of_pattern(pattern: str, param: str) -> str:
 
 def of_choice(texts: Sequence[str], param: str) -> str:
     """One of these texts. Raises as `of_schema` does."""
-    either = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-    return _checked(LLMatcher.grammar_from_lark(f"start: {either}"), param)
+    either = "|".join("".join(map(_literal, text)) for text in texts)
+    return _checked(LLMatcher.grammar_from_regex(f"(?:{either})"), param)
+
+
+def _literal(sign: str) -> str:
+    """A character as a pattern has it."""
+    return sign if sign.isascii() and sign.isalnum() else f"\\x{{{ord(sign):X}}}"
 
 
 def of_rules(rules: str, param: str) -> str:
     """What Lark's rules say, from `start` on. Raises as `of_schema` does."""
+    if len(_RULE.findall(rules)) > MOST_RULES:
+        raise RequestError(f"'{param}' has more than {MOST_RULES} rules", param=param)
     return _checked(LLMatcher.grammar_from_lark(rules), param)
 
 

@@ -19,6 +19,8 @@ import torch
 CHARACTERS = -8.0
 """Log-probability below which a character is not tried at a place, where any is likelier."""
 
+REMEMBERED = 1 << 14
+"""Beginnings of which it is known what the language model says."""
 Language = Callable[[tuple[int, ...], int | None], float]
 """What is added to a beginning's score for a character after it, or for ending (None)."""
 
@@ -65,6 +67,8 @@ def beams(
                     entry[1] = _sum(entry[1], onward)
         best = sorted(following, key=lambda text: _sum(*following[text]) + said[text], reverse=True)[:width]
         kept = {text: (following[text][0], following[text][1]) for text in best}
+        if len(said) > REMEMBERED:
+            said = {text: said[text] for text in best}
     found = [
         Beam(text, _sum(*ends) + said[text] + (0.0 if language is None else language(text, None)))
         for text, ends in kept.items()
@@ -98,6 +102,8 @@ def align(log_probabilities: torch.Tensor, characters: Sequence[int]) -> tuple[l
     Returns:
         None: there are too few places for so many characters.
     """
+    if not len(log_probabilities):
+        return None if characters else ([], 0.0)
     states = torch.zeros(2 * len(characters) + 1, dtype=torch.int64)  # blanks around every character
     states[1::2] = torch.tensor(characters, dtype=torch.int64)
     # From two states before only to a character that differs from the one there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import math
 from array import array
@@ -37,6 +38,10 @@ async def create(service: Service, request: Request) -> Response:
     """Embeddings of texts."""
     body = parse(EmbeddingsRequest, await request.body())
     answer = await _read(service, request, body, [Text(text) for text in body.texts], "embd-", "input", body.dimensions)
+    return await asyncio.to_thread(_embeddings, body, answer)
+
+
+def _embeddings(body: EmbeddingsRequest, answer: Answer) -> Response:
     vectors = [_vector(output.values or [], body.dimensions) for output in answer.outputs]
     coded = body.encoding_format == "base64"
     data = [Embedding(number, _coded(vector) if coded else vector) for number, vector in enumerate(vectors)]
@@ -50,8 +55,9 @@ async def score(service: Service, request: Request) -> Response:
     answer = await _read(service, request, body, [Text(text) for text in (*first, *second)], "score-", "text_1")
     vectors = [output.values or [] for output in answer.outputs]
     ours, theirs = vectors[: len(first)], vectors[len(first) :]
-    pairs = zip(ours * len(theirs) if len(ours) == 1 else ours, theirs, strict=True)
-    data = [Score(number, _cosine(*pair)) for number, pair in enumerate(pairs)]
+    pairs = list(zip(ours * len(theirs) if len(ours) == 1 else ours, theirs, strict=True))
+    likeness = await asyncio.to_thread(lambda: [_cosine(*pair) for pair in pairs])
+    data = [Score(number, value) for number, value in enumerate(likeness)]
     return json_response(Scores(answer.id, answer.created, answer.served.id, data, answer.usage))
 
 
@@ -61,9 +67,10 @@ async def rerank(service: Service, request: Request) -> Response:
     texts = [Text(body.query), *map(Text, body.documents)]
     answer = await _read(service, request, body, texts, "rerank-", "documents")
     asked, *vectors = [output.values or [] for output in answer.outputs]
+    likeness = await asyncio.to_thread(lambda: [_cosine(asked, vector) for vector in vectors])
     found = [
-        Ranked(number, Document(document), _cosine(asked, vector))
-        for number, (document, vector) in enumerate(zip(body.documents, vectors, strict=True))
+        Ranked(number, Document(document), value)
+        for number, (document, value) in enumerate(zip(body.documents, likeness, strict=True))
     ]
     ranked = sorted(found, key=lambda one: -one.relevance_score)[: body.top_n or None]
     return json_response(Ranking(answer.id, answer.served.id, ranked, answer.usage))

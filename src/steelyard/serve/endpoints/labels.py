@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 
@@ -28,6 +29,8 @@ from steelyard.serve.service import Service
 
 WORD = re.compile(r"\w+(?:[-'’.]\w+)*|[^\w\s]")
 """Words with what joins them, and every other sign by itself."""
+MOST_TAGS = 1 << 17
+"""Of an answer, of all its sequences."""
 Words = list[tuple[str, int, int]]
 """Each with where it begins and ends."""
 
@@ -53,17 +56,21 @@ async def tag(service: Service, request: Request) -> Response:
     body = parse(TagRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     given = [body.input] if isinstance(body.input, str) else body.input
-    parted = [_words(one) for one in given]
+    parted = await asyncio.to_thread(lambda: [_words(one) for one in given])
+    size = (body.n or 1) * sum(map(len, parted))
+    if size > MOST_TAGS:
+        reason = f"the answer would hold {size} tags, {MOST_TAGS} are the limit: send fewer words, or lower 'n'"
+        raise RequestError(reason, param="input")
     for number, words in enumerate(parted):
         if not words:
             raise RequestError(f"'input[{number}]' has no word: write something", param="input")
     texts = [Text(words=[word for word, _, _ in words]) for words in parted]
     asked = read(served, payer, texts, "tag", prefix="tag-", param="input", paths=body.n or 1)
     answer = await while_connected(request.receive, asked)
-    data = [
-        _tagged(number, words, output, answer.ready.labels)
-        for number, (words, output) in enumerate(zip(parted, answer.outputs, strict=True))
-    ]
+    pairs = list(enumerate(zip(parted, answer.outputs, strict=True)))
+    data = await asyncio.to_thread(
+        lambda: [_tagged(number, words, output, answer.ready.labels) for number, (words, output) in pairs]
+    )
     return json_response(Tagged(answer.id, answer.created, served.id, data, answer.usage))
 
 

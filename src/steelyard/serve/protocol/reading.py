@@ -12,9 +12,11 @@ from steelyard.errors import RequestError
 from steelyard.serve.protocol.fields import Fields
 
 MOST_TEXTS = 2048
+MOST_PAIRS = 1024
 MOST_PATHS = 64
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
+Pairs = Annotated[list[Text], Field(min_length=1, max_length=MOST_PAIRS)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
 Several = Texts | Tokens | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_TEXTS)]
 Words = Annotated[list[Text], Field(min_length=1, max_length=4096)]
@@ -55,8 +57,8 @@ class ClassifyRequest(ReadingFields):
 class ScoreRequest(ReadingFields):
     """Pairs of texts whose likeness is wanted: one with each of several, or one by one."""
 
-    text_1: Text | Texts
-    text_2: Text | Texts
+    text_1: Text | Pairs
+    text_2: Text | Pairs
 
     @pydantic.model_validator(mode="after")
     def _pairs(self) -> ScoreRequest:
@@ -81,7 +83,7 @@ class RerankRequest(ReadingFields):
     """Documents in the order of their likeness to a question."""
 
     query: Text
-    documents: Texts
+    documents: Pairs
     top_n: Annotated[int, Field(ge=0)] | None = None
     """Absent or 0: all."""
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steelyard.infer.engine import Engine, EngineConfig
+from steelyard.infer.kv_cache import KVCache
 from steelyard.infer.request import Request, Sampling
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.text.tokenizer import Tokenizer
 
 NAME = "learning"
-SIZES = EngineConfig(kv_bytes=1 << 28, plan=False, reuse=False, speculate="off")
-"""What changes at every step is neither packed nor kept."""
+LEAST = 1 << 28
+"""Bytes for keys and values, and for so many rows of the longest at least:"""
+ROWS = 2
 
 
 class OwnAnswers:
@@ -22,10 +24,14 @@ class OwnAnswers:
         decoder: what is trained, or the base of an adapter that is.
         adapter: that.
         tokenizer: knows what ends an answer.
+        longest: tokens of a row with its answer.
     """
 
-    def __init__(self, decoder: Decoder, adapter: Adapter | None, tokenizer: Tokenizer) -> None:
-        self._engine = Engine(decoder, tokenizer, None if adapter is None else {NAME: adapter}, SIZES)
+    def __init__(self, decoder: Decoder, adapter: Adapter | None, tokenizer: Tokenizer, longest: int) -> None:
+        row = KVCache.bytes_per_token(decoder.config, decoder.dtype) * (longest + EngineConfig().block_size)
+        # What changes at every step is neither packed nor kept.
+        sizes = EngineConfig(kv_bytes=max(LEAST, ROWS * row), plan=False, reuse=False, speculate="off")
+        self._engine = Engine(decoder, tokenizer, None if adapter is None else {NAME: adapter}, sizes)
         self._adapter = adapter
 
     def __call__(self, prompts: Sequence[list[int]], tokens: Sequence[int], seed: int) -> list[list[int]]:
@@ -43,8 +49,10 @@ class OwnAnswers:
         training = self._adapter is not None and self._adapter.training
         if self._adapter is not None:
             self._adapter.training = False
-        for output in self._engine.run(requests):
-            answers[int(output.id)] += output.tokens
-        if self._adapter is not None:
-            self._adapter.training = training
+        try:
+            for output in self._engine.run(requests):
+                answers[int(output.id)] += output.tokens
+        finally:
+            if self._adapter is not None:
+                self._adapter.training = training
         return answers

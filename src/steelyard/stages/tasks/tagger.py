@@ -13,7 +13,7 @@ from steelyard.checkpoint.sources import resolve
 from steelyard.data import tagged
 from steelyard.data.tagged import TaggedSentence
 from steelyard.errors import DataError
-from steelyard.models import classifiers
+from steelyard.models import chain, classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.tagger import EncoderTagger
 from steelyard.runs import Run
@@ -33,10 +33,11 @@ def prepare(config: TrainConfig) -> Prepared:
 
     def build(run: Run) -> Classification:
         generator = torch.Generator().manual_seed(config.seed)
+        bio = chain.obeys(row.tags for row in (*learnt, *held) if row.tags is not None)
         if classifiers.tags_words(base):
-            classifier = classifiers.swap_head(base, labels, generator, chain=config.chain)
+            classifier = classifiers.swap_head(base, labels, generator, chain=config.chain, bio=bio)
         else:
-            classifier = classifiers.on_encoder(base, labels, generator, EncoderTagger, chain=config.chain)
+            classifier = classifiers.on_encoder(base, labels, generator, EncoderTagger, chain=config.chain, bio=bio)
         return (ChainTagging if config.chain else Classification)(
             classifier,
             labelled(classifier, learnt),

@@ -101,10 +101,15 @@ class Grammars:
             RequestError: it does not compile within its limits, or the model has no end token to say that it is over.
         """
         if not self._plain.eos_ids:
-            raise RequestError("this model has no token that ends an answer, which grammars need")
+            reason = "this model has no token that ends an answer, which grammars need"
+            raise RequestError(reason, param="response_format")
         with self._lock:
             if grammar not in self._known:
-                matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+                try:
+                    matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+                except ValueError as error:  # of the tokenizer
+                    reason = f"this model's tokenizer is none that grammars know: {error}"
+                    raise RequestError(reason, param="response_format") from None
                 if matcher.is_error():
                     told = " ".join(matcher.get_error().split())[:300]
                     raise RequestError(f"the grammar does not compile: {told}", param="response_format")
