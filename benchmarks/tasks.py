@@ -43,7 +43,8 @@ from steelyard.checkpoint.sources.cache import default_cache
 from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
 from steelyard.demo import sms
-from steelyard.models import classifiers, inputs
+from steelyard.models import chain, classifiers, inputs
+from steelyard.models.hmm import HiddenMarkov
 from steelyard.models.speech import normalised
 from steelyard.stages.evaluate import evaluate
 from steelyard.stages.predict import predict
@@ -246,7 +247,29 @@ def brown(folder: Path, seeds: list[int], quick: bool) -> Found:
             optimizer=OptimizerConfig(name="adamw", learning_rate=5e-4, weight_decay=0.01, layer_decay=0.9),
         ), held
 
-    return over_seeds(run, seeds, 0.975)
+    found = over_seeds(run, seeds, 0.975)
+    learnt, held = task_data.brown_sentences(folder / f"brown-{seeds[0]}", seeds[0], 1000 if quick else None)
+    found["hidden_markov_model"] = _counted(learnt, held)
+    print(f"hidden Markov model: {found['hidden_markov_model']:.4f}", flush=True)
+    return found
+
+
+def _counted(learnt: Path, held: Path) -> float:
+    """Accuracy of a hidden Markov model that counts the learnt sentences, by Viterbi."""
+    known, asked = (
+        [(row["tokens"], row["tags"]) for row in map(json.loads, path.read_text().splitlines())]
+        for path in (learnt, held)
+    )
+    model, right, words = HiddenMarkov(known), 0, 0
+    asked.sort(key=lambda row: len(row[0]))
+    for begin in range(0, len(asked), 64):
+        rows = asked[begin : begin + 64]
+        lengths = [len(said) for said, _ in rows]
+        emissions = chain.padded(torch.cat([model.emissions(said) for said, _ in rows]), lengths)
+        for (path, *_), (_, tags) in zip(chain.best(model.scores, emissions, torch.tensor(lengths)), rows, strict=True):
+            right += sum(model.tags[label] == tag for label, tag in zip(path.labels, tags, strict=True))
+        words += sum(lengths)
+    return right / words
 
 
 def speech(folder: Path, seeds: list[int], quick: bool) -> Found:
@@ -265,8 +288,8 @@ def speech(folder: Path, seeds: list[int], quick: bool) -> Found:
             optimizer=OptimizerConfig(name="adamw", learning_rate=5e-4, weight_decay=0.01, layer_decay=0.9),
         )
         done, minutes = trained(config)
-        row = asdict(evaluate(Path(str(done.path)), held, FormatConfig()))
-        found[language] = {**row, "minutes": minutes, "report": done.report}
+        row, beams = (asdict(evaluate(Path(str(done.path)), held, FormatConfig(), beam=beam)) for beam in (1, 16))
+        found[language] = {**row, "by_16_beams": beams, "minutes": minutes, "report": done.report}
         print(language, found[language], flush=True)
     worst = max(row["character_error_rate"] for row in found.values())
     return {**found, "target": 0.0, "value": 1 - worst}

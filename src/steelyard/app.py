@@ -94,15 +94,16 @@ from steelyard.serve.protocol.organization import (
 )
 from steelyard.serve.protocol.parameters import storable
 from steelyard.serve.protocol.reading import (
-    Classes,
+    Class,
     ClassifyRequest,
     Embeddings,
     EmbeddingsRequest,
     Ranking,
+    Readings,
     RerankRequest,
+    Score,
     ScoreRequest,
-    Scores,
-    Tagged,
+    TaggedText,
     TagRequest,
 )
 from steelyard.serve.service import Service, export_head, open_service
@@ -165,10 +166,10 @@ ENDPOINTS = (
         "POST", "/v1/completions", completions.create, "inference", Completion, CompletionRequest, events=Completion
     ),
     Endpoint("POST", "/v1/embeddings", embeddings.create, "inference", Embeddings, EmbeddingsRequest),
-    Endpoint("POST", "/v1/score", embeddings.score, "inference", Scores, ScoreRequest),
+    Endpoint("POST", "/v1/score", embeddings.score, "inference", Readings[Score], ScoreRequest),
     Endpoint("POST", "/v1/rerank", embeddings.rerank, "inference", Ranking, RerankRequest),
-    Endpoint("POST", "/v1/classify", labels.classify, "inference", Classes, ClassifyRequest),
-    Endpoint("POST", "/v1/tag", labels.tag, "inference", Tagged, TagRequest),
+    Endpoint("POST", "/v1/classify", labels.classify, "inference", Readings[Class], ClassifyRequest),
+    Endpoint("POST", "/v1/tag", labels.tag, "inference", Readings[TaggedText], TagRequest),
     Endpoint("GET", "/v1/models", model_endpoints.list_models, "inference", ModelList),
     Endpoint("GET", "/v1/models/{model_id:path}", model_endpoints.retrieve, "inference", Model),
     Endpoint("DELETE", "/v1/models/{model_id:path}", model_endpoints.delete, "fine_tuning", ModelDeleted),

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from running_service import Service, serving
+from running_service import Service, eventually, serving
 
 from steelyard.serve.engine_client import worker_command
 
@@ -212,6 +212,29 @@ def test_usage_is_that_of_embeddings(sentences: Service) -> None:
     before = _counted(sentences)
     told = sentences.sdk().embeddings.create(model="sentences", input=TEXTS)
     assert _counted(sentences) == before + told.usage.prompt_tokens
+
+
+def test_a_batch_of_embeddings(sentences: Service) -> None:
+    client = sentences.sdk()
+    lines = [
+        {
+            "custom_id": str(number),
+            "method": "POST",
+            "url": "/v1/embeddings",
+            "body": {"model": "sentences", "input": text},
+        }
+        for number, text in enumerate(TEXTS)
+    ]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    file = client.files.create(file=("rows.jsonl", content), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
+    done = eventually(lambda: (found := client.batches.retrieve(batch.id)).status == "completed" and found, 30)
+    told = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
+    expected = client.embeddings.create(model="sentences", input=TEXTS, encoding_format="float").data
+    assert len(told) == len(TEXTS)
+    for line in told:
+        (one,) = line["response"]["body"]["data"]
+        assert one["embedding"] == pytest.approx(expected[int(line["custom_id"])].embedding, abs=1e-5)
 
 
 def _counted(service: Service) -> int:

@@ -303,6 +303,10 @@ def test_structured_outputs(real: Service, wanted: dict[str, Any], pattern: str)
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
             "response_format.json_schema.schema",
         ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "description": "said to nobody"}}},
+            "response_format.json_schema.description",
+        ),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),

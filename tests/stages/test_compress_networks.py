@@ -263,6 +263,8 @@ def test_its_figures() -> None:
     assert found.divergence == pytest.approx(float(each.mean()))
     assert found.divergence_max == pytest.approx(float(each.max()))
     assert not found.passed
+    never = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]).log()  # as taggers have what cannot follow
+    assert certify(never, never, vectors=False, parent="p", sizes=(10, 5)).divergence == 0
     vectors = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
     same = certify(vectors, vectors, vectors=True, parent="p", sizes=(10, 5))
     assert same.passed

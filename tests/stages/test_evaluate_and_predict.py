@@ -166,6 +166,23 @@ def test_chats_are_answered_greedily_and_in_order(tiny_model: Path, tmp_path: Pa
         assert json.loads((tmp_path / "one.out").read_text("utf-8"))["prediction"] == found[n]["prediction"]
 
 
+def test_answers_by_beams(tiny_model: Path, tmp_path: Path) -> None:
+    """As likely as the greedy ones or likelier; refused where nothing is written."""
+    row = {"messages": [{"role": "user", "content": "question"}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(row) + "\n")
+    said = {}
+    for beam in (1, 6):
+        predict(tiny_model, tmp_path / "chats.jsonl", tmp_path / "out", FormatConfig(), max_tokens=6, beam=beam)
+        said[beam] = json.loads((tmp_path / "out").read_text("utf-8"))["prediction"]
+    assert said[1] != said[6]  # of an untrained model the greedy answer is not the likeliest
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a", "label": "x"}) + "\n")
+    format_ = FormatConfig(labels=("x", "y"))
+    with pytest.raises(ConfigError, match="beam is for transcripts"):
+        predict(tiny_model, tmp_path / "rows.jsonl", tmp_path / "out", format_, beam=2)
+    with pytest.raises(ConfigError, match="beam is for models that write down"):
+        evaluate(tiny_model, tmp_path / "rows.jsonl", FormatConfig(), beam=2)
+
+
 LONG = "The steelyard weighs " * 200
 USER = {"role": "user", "content": "hi"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -22,8 +23,11 @@ from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import ConfigError, DataError
 from steelyard.evaluate.transcription import edits, error_rate
+from steelyard.infer import recognition
 from steelyard.models import speech
-from steelyard.models.speech import normalised
+from steelyard.models.ngram import CharacterModel
+from steelyard.models.seq2seq import WhisperConfig
+from steelyard.models.speech import Recogniser, SpeechCTC, normalised
 from steelyard.stages.evaluate import Transcription, evaluate
 from steelyard.stages.predict import predict
 from steelyard.stages.train import train
@@ -75,6 +79,40 @@ def test_from_nothing_to_a_text(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sum(normalised(row["text"]) == row["prediction"] for row in rows) == round(found.exact * 20)
     assert predict(Path(str(done.path)), tmp_path / "held", tmp_path / "folder.jsonl", FormatConfig()) == 20
+    beams = evaluate(Path(str(done.path)), held, FormatConfig(), beam=8)
+    assert isinstance(beams, Transcription)
+    assert beams.character_error_rate < 0.15
+    assert predict(Path(str(done.path)), held, tmp_path / "beams.jsonl", FormatConfig(), beam=8) == 20
+
+
+def test_beams_ask_the_model_of_characters() -> None:
+    """Where the sound leaves two letters alike, what was learnt of letters decides; and each word has its time."""
+    sizes = WhisperConfig.parse(
+        {
+            "vocab_size": 5,
+            "d_model": 8,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 1,
+            "decoder_attention_heads": 1,
+            "encoder_ffn_dim": 8,
+            "decoder_ffn_dim": 8,
+        }
+    )
+    language = CharacterModel.learn(["ab ab", "ab", "ab ab ab"], 3)
+    recogniser = Recogniser(SpeechCTC(sizes, 4), (" ", "a", "b", "c"), language)
+    places = ["", "a", "a", "?", "", " ", "", "a", "?", ""]  # of ?, c is a little likelier than b
+    logits = torch.full((len(places), 5), -9.0)
+    for place, letter in enumerate(places):
+        for number, value in {"": {0: 0.0}, "?": {3: 0.0, 4: 0.1}}.get(letter, {" abc".find(letter) + 1: 0.0}).items():
+            logits[place, number] = value
+    assert speech.greedy(logits, recogniser.vocabulary) == "ac ac"
+    assert recognition.searched(dataclasses.replace(recogniser, language=None), logits, 4) == "ac ac"
+    assert recognition.searched(recogniser, logits, 4) == "ab ab"
+    words = recognition.words(recogniser, logits, "ab ab", begin=1.0)
+    assert [(word.word, word.start, word.end) for word in words] == [("ab", 1.02, 1.08), ("ab", 1.14, 1.18)]
+    assert recognition.words(recogniser, logits[:3], "ab ab") == []  # too short a sound
+    assert recognition.words(recogniser, logits, "xyz") == []  # letters that it does not know
 
 
 def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:

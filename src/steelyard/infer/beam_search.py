@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
 from steelyard.errors import RequestError
 from steelyard.infer.decoding import sampling
 from steelyard.infer.decoding.beam import Beams, Ended
-from steelyard.infer.request import Request
+from steelyard.infer.request import Failure, Output, Request, Timeline
 from steelyard.infer.runner import Runner
 from steelyard.infer.scheduler import Scheduled, Scheduler
 from steelyard.infer.sequence import Sequence
+from steelyard.text.tokenizer import Tokenizer
 
 NEUTRAL = {
     "top_p": (1.0,),
@@ -45,16 +47,8 @@ class Search:
     """Of those that have been computed what follows: log-probabilities `[V]`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a request came to."""
-
-    first: Sequence
-    """The sequence as which it began."""
-    best: list[Ended]
-    first_token: float
-    rejected: int
-    """Tokens of beginnings that are none of these."""
+Said = list[Output | Failure]
+"""What a request came to: an output for each continuation, or why there is none."""
 
 
 def check(request: Request, most_running: int) -> None:
@@ -88,12 +82,12 @@ class BeamSearch:
     Args:
         scheduler: runs their sequences.
         runner: copies blocks.
-        ends: the model's end tokens.
+        tokenizer: the model's.
         context: most tokens of a sequence.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, ends: frozenset[int], context: int) -> None:
-        self._scheduler, self._runner, self._ends, self._context = scheduler, runner, ends, context
+    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer, context: int) -> None:
+        self._scheduler, self._runner, self._tokenizer, self._context = scheduler, runner, tokenizer, context
         self._searches: dict[str, Search] = {}
 
     def __contains__(self, sequence: Sequence) -> bool:
@@ -103,7 +97,7 @@ class BeamSearch:
         """A new request's only sequence so far."""
         request, given = sequence.request, sequence.request.sampling
         assert request.beam is not None, "it asks for beams"
-        ends = frozenset(given.stop_token_ids) | (frozenset() if given.ignore_eos else self._ends)
+        ends = frozenset(given.stop_token_ids) | (frozenset() if given.ignore_eos else self._tokenizer.eos_ids)
         most = min(given.max_tokens, self._context - len(request.prompt))
         sequence.places = request.beam.width
         self._searches[request.id] = Search(Beams(request.beam, ends, most), [sequence])
@@ -126,13 +120,14 @@ class BeamSearch:
         sequence.waits = True
         return True
 
-    def advance(self, now: float) -> tuple[dict[str, list[Sequence]], list[Found]]:
+    def advance(self, now: float) -> tuple[dict[str, list[Sequence]], list[tuple[Sequence, Said]]]:
         """Go on with every request that can.
 
         Returns:
-            The sequences of those that go on, by request; what the others came to, whose sequences are gone.
+            The sequences of those that go on, by request; of the others, whose sequences are gone, the first, and what
+            the request came to.
         """
-        going, found = dict[str, list[Sequence]](), list[Found]()
+        going, found = dict[str, list[Sequence]](), list[tuple[Sequence, Said]]()
         copies: list[tuple[int, int]] = []
         for id, search in list(self._searches.items()):
             if len(search.said) < len(search.members):
@@ -151,12 +146,39 @@ class BeamSearch:
             for member in search.members:
                 self._scheduler.remove(member)
             del self._searches[id]
-            best = search.beams.best()[: first.request.n]
-            rejected = max(0, search.drawn - sum(len(ended.tokens) for ended in best))
-            found.append(Found(first, best, search.first_token, rejected))
+            found.append((first, self._said(first, search, now)))
         if copies:
             self._runner.copy_blocks(copies)
         return going, found
+
+    def _said(self, first: Sequence, search: Search, now: float) -> Said:
+        request, best = first.request, search.beams.best()[: first.request.n]
+        if len(best) < request.n:
+            return [Failure(request.id, f"{len(best)} continuations are possible here: ask for no more", "n")]
+        said: Said = [self._told(first, choice, ended) for choice, ended in enumerate(best[:-1])]
+        moments = {"arrived": first.arrived, "scheduled": first.scheduled, "first_token": search.first_token}
+        last = msgspec.structs.replace(
+            self._told(first, request.n - 1, best[-1]),
+            rejected_tokens=max(0, search.drawn - sum(len(ended.tokens) for ended in best)),
+            timeline=Timeline(**moments, last_token=now),
+        )
+        return [*said, last]
+
+    def _told(self, first: Sequence, choice: int, ended: Ended) -> Output:
+        """A continuation that a search came to."""
+        told, tokens = Sequence(first.request, choice, first.seed, self._tokenizer, first.adapter), ended.tokens
+        text = "".join(told.append(token, self._tokenizer.eos_ids, self._context) for token in tokens)
+        return Output(
+            id=first.request.id,
+            choice=choice,
+            text=text,
+            tokens=list(tokens),
+            finish_reason=told.finish_reason or "stop",
+            prompt_tokens=len(first.request.prompt),
+            completion_tokens=len(tokens),
+            cached_tokens=first.reused,
+            score=ended.score,
+        )
 
     def _follow(
         self, members: list[Sequence], steps: list[tuple[int, int]], copies: list[tuple[int, int]]

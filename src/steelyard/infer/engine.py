@@ -18,7 +18,6 @@ from steelyard.infer.adapters import Adapters
 from steelyard.infer.beam_search import BeamSearch
 from steelyard.infer.blocks import BlockPool
 from steelyard.infer.decoding import sampling, scoring
-from steelyard.infer.decoding.beam import Ended
 from steelyard.infer.decoding.draft_model import Draft, DraftModel, load_draft
 from steelyard.infer.decoding.prompt_lookup import PromptLookup
 from steelyard.infer.decoding.speculative import Speculation
@@ -125,7 +124,7 @@ class Engine:
         self.adapters = Adapters(self.runner, lambda path: Adapter.load(path, decoder))
         self.scheduler = Scheduler(self.pool, config.token_budget, config.max_running, rows, self.adapters)
         self.speculation = self._speculation(config, draft)
-        self.beam_search = BeamSearch(self.scheduler, self.runner, tokenizer.eos_ids, self.context)
+        self.beam_search = BeamSearch(self.scheduler, self.runner, tokenizer, self.context)
         self.max_running = config.max_running
         self.grammars = Grammars(tokenizer, decoder.config.vocabulary)
         self.sequences: dict[str, list[Sequence]] = {}
@@ -367,37 +366,12 @@ class Engine:
         going, found = self.beam_search.advance(now)
         self.sequences.update(going)
         outputs: list[Output | Failure] = []
-        for one in found:
-            request = one.first.request
-            del self.sequences[request.id]
-            if len(one.best) < request.n:
-                reason = f"{len(one.best)} continuations are possible here: ask for no more"
-                outputs.append(Failure(request.id, reason, "n"))
-                continue
-            timeline = msgspec.structs.replace(_timeline([one.first], now), first_token=one.first_token)
-            for choice in range(request.n):
-                last = choice == request.n - 1
-                output = self._told(one.first, choice, one.best[choice])
-                rejected, moments = (one.rejected, timeline) if last else (0, None)
-                outputs.append(msgspec.structs.replace(output, rejected_tokens=rejected, timeline=moments))
+        for first, said in found:
+            del self.sequences[first.request.id]
+            outputs += said
+            if first.request.counted:
+                self._generated += sum(one.completion_tokens for one in said if isinstance(one, Output))
         return outputs
-
-    def _told(self, first: Sequence, choice: int, ended: Ended) -> Output:
-        """A continuation that a search came to."""
-        told, tokens = Sequence(first.request, choice, first.seed, self.tokenizer, first.adapter), ended.tokens
-        text = "".join(told.append(token, self.tokenizer.eos_ids, self.context) for token in tokens)
-        self._generated += len(tokens) if first.request.counted else 0
-        return Output(
-            id=first.request.id,
-            choice=choice,
-            text=text,
-            tokens=list(tokens),
-            finish_reason=told.finish_reason or "stop",
-            prompt_tokens=len(first.request.prompt),
-            completion_tokens=len(tokens),
-            cached_tokens=first.reused,
-            score=ended.score,
-        )
 
     def _deliver(
         self, work: Scheduled, scored: list[PromptLogprob] | None, drawn: list[sampling.Drawn | None], now: float
@@ -425,7 +399,8 @@ class Engine:
             sequence.first_token = sequence.first_token or now
             self.scheduler.accept(sequence, len(taken) - 1)
             self._count(work, taken)
-            for forced in self._forced(sequence):
+            for forced in _forced(sequence):
+                self._generated += 1 if sequence.request.counted else 0
                 text += sequence.append(forced, self.tokenizer.eos_ids, self.context)
                 taken.append(sampling.Drawn(forced, None, []))
         elif sequence.request.sampling.max_tokens == 0 and sequence.computed == len(sequence.tokens):
@@ -453,16 +428,6 @@ class Engine:
             timeline=timeline,
         )
         return [output]
-
-    def _forced(self, sequence: Sequence) -> Iterator[int]:
-        """Tokens that its grammar leaves no choice about; none where the model is asked how likely it finds them."""
-        if sequence.grammar is None or sequence.request.sampling.logprobs is not None:
-            return
-        for token in sequence.grammar.forced():
-            if sequence.finish_reason is not None:
-                break
-            self._generated += 1 if sequence.request.counted else 0
-            yield token
 
     def _speculation(self, config: EngineConfig, draft: Draft | None) -> Speculation | None:
         planned = has_plan(self.decoder, self.library)
@@ -519,6 +484,16 @@ def _timeline(choices: list[Sequence], now: float) -> Timeline:
         first_token=min(choice.first_token or now for choice in choices),
         last_token=now,
     )
+
+
+def _forced(sequence: Sequence) -> Iterator[int]:
+    """Tokens that its grammar leaves no choice about; none where the model is asked how likely it finds them."""
+    if sequence.grammar is None or sequence.request.sampling.logprobs is not None:
+        return
+    for token in sequence.grammar.forced():
+        if sequence.finish_reason is not None:
+            return
+        yield token
 
 
 def _rows(work: Scheduled, count: int) -> list[sampling.Row]:

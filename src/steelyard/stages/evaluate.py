@@ -14,7 +14,7 @@ from steelyard.data.audio import RATE, Recording
 from steelyard.data.chat import FormatConfig
 from steelyard.data.rows import Conversation
 from steelyard.data.tokenize import tokenize
-from steelyard.errors import CheckpointError, DataError
+from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.evaluate import classification, likelihood
 from steelyard.evaluate.transcription import error_rate
 from steelyard.models import classifiers
@@ -76,9 +76,12 @@ def evaluate(
     Raises:
         DataError: a row; file, line and field are named.
         CheckpointError: the checkpoint is missing or does not fit.
+        ConfigError: beams for a model that transcribes nothing.
     """
     if transcribes(checkpoint):
         return _write_down(checkpoint, [row for _, row in audio.listed(data, format_)][:limit], beam, report)
+    if beam > 1:
+        raise ConfigError("beam is for models that write down what is said: leave it out")
     if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
         return see_apart(classifiers.load(checkpoint), images.listed(data, format_)[:limit], report)
     if classifiers.reads_several(checkpoint):

@@ -19,7 +19,7 @@ from steelyard.data.tokenize import prompts
 from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.infer.engine import Engine
-from steelyard.infer.request import Request, Sampling
+from steelyard.infer.request import Beam, Request, Sampling
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.opening import Opened, open_checkpoint
@@ -54,7 +54,7 @@ def predict(
 
     Raises:
         DataError: a row; file, line and field are named.
-        ConfigError: rows with a text, and no labels known; or an output that is the input.
+        ConfigError: rows with a text, and no labels known; an output that is the input; beams where nothing is written.
         CheckpointError: the checkpoint is missing or does not fit.
         TemplateError: the chat template fails on a row, by file and line.
     """
@@ -62,6 +62,8 @@ def predict(
         raise ConfigError(f"the output '{output}' is the file that is read: name another")
     if transcribes(checkpoint):
         return _write(output, *_hear(checkpoint, data, format_, beam, report))
+    if beam > 1 and classifiers.is_classifier(checkpoint):
+        raise ConfigError("beam is for transcripts and answers to chats: this model writes none, leave it out")
     if classifiers.reads_several(checkpoint):
         return _write(output, *_join(classifiers.load(checkpoint), data, format_, report))
     if classifiers.is_classifier(checkpoint) and classifiers.reads_images(checkpoint):
@@ -78,8 +80,11 @@ def predict(
         return _write(output, rows, found)
     opened = open_checkpoint(checkpoint)
     chats = "messages" in rows[0][1]
-    found = _answer(opened, rows, data, max_tokens, report) if chats else _label(opened, rows, data, format_, report)
-    return _write(output, rows, found)
+    if chats:
+        return _write(output, rows, _answer(opened, rows, data, max_tokens, beam, report))
+    if beam > 1:
+        raise ConfigError("beam is for transcripts and answers to chats: these rows ask for labels, leave it out")
+    return _write(output, rows, _label(opened, rows, data, format_, report))
 
 
 def _write(output: Path, rows: list[tuple[int, dict[str, Any]]], found: Iterator[dict[str, Any]]) -> int:
@@ -184,6 +189,7 @@ def _answer(
     rows: list[tuple[int, dict[str, Any]]],
     data: Path,
     max_tokens: int,
+    beam: int,
     report: Callable[[int, int], None],
 ) -> Iterator[dict[str, Any]]:
     if opened.template is None:
@@ -205,7 +211,8 @@ def _answer(
         if len(prompt) >= engine.context:
             reason = f"{len(prompt)} tokens; the model's context holds {engine.context}, the answer included"
             raise DataError(reason, file=data, line=rows[index][0])
-        requests.append(Request(id=str(index), prompt=prompt, sampling=sampling, adapter=next(iter(adapters), None)))
+        worn, searched = next(iter(adapters), None), Beam(width=beam) if beam > 1 else None
+        requests.append(Request(id=str(index), prompt=prompt, sampling=sampling, adapter=worn, beam=searched))
     for output in engine.run(requests):
         texts[int(output.id)] += output.text
         if output.finish_reason is not None:

@@ -25,8 +25,6 @@ class Ended(NamedTuple):
     """What was generated, the end token included."""
     score: float
     """See the module."""
-    log_probability: float
-    """Of all tokens together."""
 
 
 class Step(NamedTuple):
@@ -54,8 +52,7 @@ class Beams:
     """
 
     def __init__(self, beam: Beam, ends: frozenset[int], most: int) -> None:
-        self._beam, self._ends, self._most = beam, ends, most
-        width = beam.width // beam.groups
+        self._beam, width = beam, beam.width // beam.groups
         self._groups = [_Group(beam, width, ends, most) for _ in range(beam.groups)]
         self._rows: list[list[int]] = [[0] for _ in self._groups]  # all begin from the prompt, which is one row
 
@@ -63,11 +60,6 @@ class Beams:
     def done(self) -> bool:
         """Whether nothing that goes on could be better."""
         return all(group.done for group in self._groups)
-
-    @property
-    def length(self) -> int:
-        """Tokens of each beginning."""
-        return max(group.length for group in self._groups)
 
     def advance(self, log_probabilities: torch.Tensor) -> list[Step]:
         """Take in what follows each beginning, `[B, V]` float32, in the order of the last steps; at first one row.
@@ -133,15 +125,14 @@ class _Group:
     def all(self) -> list[Ended]:
         """What has ended, and if it is too little, what has not."""
         missing = self._width - len(self._ended)
-        unfinished = [Ended(one.tokens, self._score(one), one.log_probability) for one in self._kept[: max(0, missing)]]
-        return self._ended + unfinished
+        return self._ended + [Ended(one.tokens, self._score(one)) for one in self._kept[: max(0, missing)]]
 
     @property
     def _full(self) -> bool:
         return len(self._ended) == self._width
 
     def _end(self, one: Beginning) -> None:
-        self._ended.append(Ended(one.tokens, self._score(one), one.log_probability))
+        self._ended.append(Ended(one.tokens, self._score(one)))
         self._ended.sort(key=lambda ended: -ended.score)
         del self._ended[self._width :]
 

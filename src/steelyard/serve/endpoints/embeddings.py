@@ -23,10 +23,10 @@ from steelyard.serve.protocol.reading import (
     Ranked,
     Ranking,
     ReadingFields,
+    Readings,
     RerankRequest,
     Score,
     ScoreRequest,
-    Scores,
 )
 from steelyard.serve.reading import Answer, Text, demand, read
 from steelyard.serve.service import Service
@@ -58,7 +58,7 @@ async def score(service: Service, request: Request) -> Response:
     pairs = list(zip(ours * len(theirs) if len(ours) == 1 else ours, theirs, strict=True))
     likeness = await asyncio.to_thread(lambda: [_cosine(*pair) for pair in pairs])
     data = [Score(number, value) for number, value in enumerate(likeness)]
-    return json_response(Scores(answer.id, answer.created, answer.served.id, data, answer.usage))
+    return json_response(Readings(answer.id, answer.created, answer.served.id, data, answer.usage))
 
 
 async def rerank(service: Service, request: Request) -> Response:

@@ -16,9 +16,8 @@ from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.reading import (
     Class,
-    Classes,
     ClassifyRequest,
-    Tagged,
+    Readings,
     TaggedText,
     TaggedWord,
     TagRequest,
@@ -48,7 +47,7 @@ async def classify(service: Service, request: Request) -> Response:
         shares = [math.exp(value) for value in output.values or []]
         best = max(range(len(labels)), key=shares.__getitem__)
         data.append(Class(number, labels[best], shares, len(labels)))
-    return json_response(Classes(answer.id, answer.created, served.id, data, answer.usage))
+    return json_response(Readings(answer.id, answer.created, served.id, data, answer.usage))
 
 
 async def tag(service: Service, request: Request) -> Response:
@@ -71,7 +70,7 @@ async def tag(service: Service, request: Request) -> Response:
     data = await asyncio.to_thread(
         lambda: [_tagged(number, words, output, answer.ready.labels) for number, (words, output) in pairs]
     )
-    return json_response(Tagged(answer.id, answer.created, served.id, data, answer.usage))
+    return json_response(Readings(answer.id, answer.created, served.id, data, answer.usage))
 
 
 def _words(given: str | list[str]) -> Words:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
 import pydantic
@@ -134,17 +134,6 @@ class Class(msgspec.Struct, frozen=True):
     num_classes: int
 
 
-class Classes(msgspec.Struct, frozen=True):
-    """Of all texts, in their order."""
-
-    id: str
-    created: int
-    model: str
-    data: list[Class]
-    usage: ReadingUsage
-    object: Literal["list"] = "list"
-
-
 class Score(msgspec.Struct, frozen=True):
     """Of one pair."""
 
@@ -152,17 +141,6 @@ class Score(msgspec.Struct, frozen=True):
     score: float
     """Cosine of both embeddings."""
     object: Literal["score"] = "score"
-
-
-class Scores(msgspec.Struct, frozen=True):
-    """Of all pairs, in their order."""
-
-    id: str
-    created: int
-    model: str
-    data: list[Score]
-    usage: ReadingUsage
-    object: Literal["list"] = "list"
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -216,12 +194,15 @@ class TaggedText(msgspec.Struct, frozen=True):
     sequences: list[TagSequence]
 
 
-class Tagged(msgspec.Struct, frozen=True):
-    """Of all texts, in their order."""
+Item = TypeVar("Item")
+
+
+class Readings(msgspec.Struct, Generic[Item], frozen=True):
+    """What was found, a row for each text or pair in their order."""
 
     id: str
     created: int
     model: str
-    data: list[TaggedText]
+    data: list[Item]
     usage: ReadingUsage
     object: Literal["list"] = "list"

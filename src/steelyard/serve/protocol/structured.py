@@ -20,7 +20,8 @@ class JsonSchema(Fields):
 
     stored = False
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", max_length=MAX_SCHEMA_NAME)]
-    description: Annotated[str, Field(max_length=1024)] | None = None
+    description: None = None
+    """Refused at anything else: the model is not told of it. Say it in a message."""
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
     """Accepted either way: an answer is always what the schema says."""
