@@ -146,12 +146,16 @@ def test_beams_within_a_grammar(tiny_model: Path) -> None:
 
 
 def test_what_is_no_grammar_is_refused(tiny_model: Path) -> None:
+    deep: dict[str, Any] = {"type": "integer"}
+    for _ in range(400):
+        deep = {"items": deep}
     for make in (
         lambda: grammar.of_schema({"type": "string", "contentEncoding": "x", "not": {}}, "response_format"),
         lambda: grammar.of_pattern("(?=a)b", "response_format"),
         lambda: grammar.of_pattern("(", "response_format"),
         lambda: grammar.of_rules("start: nothing", "response_format"),
         lambda: grammar.of_pattern("a" * 100_000, "response_format"),
+        lambda: grammar.of_schema(deep, "response_format"),
     ):
         with pytest.raises(RequestError, match="response_format"):
             make()

@@ -259,3 +259,28 @@ def test_made_of_what_is_no_model_that_is_served(
 
     with pytest.raises(CheckpointError, match="reads and does not write"):
         start(encoder, {"adapter": tmp_path})
+
+
+def test_one_that_cannot_be_read_leaves_others_alone(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails in a pass is run again by itself, and refused by name; the engine goes on."""
+    from steelyard.infer.encoder_engine import EncoderEngine, open_reader
+    from steelyard.infer.request import Failure, Output, Request
+
+    reader = open_reader(encoder)
+    assert reader is not None
+    answer = reader.answer
+
+    def failing(requests: list[Request], rows: list[Any]) -> Any:
+        if any(request.prompt == [7, 7, 7] for request in requests):
+            raise IndexError("index out of range")
+        return answer(requests, rows)
+
+    monkeypatch.setattr(reader, "answer", failing)
+    engine = EncoderEngine(reader)
+    for number, prompt in enumerate(([5, 6, 7], [7, 7, 7], [8, 9, 10])):
+        engine.add(Request(id=str(number), prompt=prompt))
+    told = {output.id: output for _ in range(3) for output in engine.step()}
+    assert [type(told[id]) for id in "012"] == [Output, Failure, Output]
+    assert told["1"].param == "input"  # type: ignore[union-attr]
+    assert not engine.busy
+    engine.check_integrity()

@@ -138,8 +138,8 @@ class EncoderEngine:
         now = time.monotonic()
         outputs: list[Output | Failure] = []
         for job, answer in zip(jobs, answers, strict=True):
-            if isinstance(answer, str):
-                outputs.append(self._end(job, Failure(job.request.id, answer)))
+            if isinstance(answer, Failure):
+                outputs.append(self._end(job, answer))
                 continue
             values, paths = answer
             self._tokens += len(job.request.prompt) if job.request.counted else 0
@@ -158,15 +158,18 @@ class EncoderEngine:
             outputs.append(self._end(job, output))
         return outputs
 
-    def _answers(self, jobs: list[Job]) -> list[tuple[list[float], list[LabelPath]] | str]:
+    def _answers(self, jobs: list[Job]) -> list[tuple[list[float], list[LabelPath]] | Failure]:
         """What is said of each job, or why nothing is. Of several, one that fails leaves the others alone."""
         try:
             return list(self.reader.answer([job.request for job in jobs], [job.rows for job in jobs]))
         except Exception as error:  # a text may be anything: others do not end for it
             if len(jobs) > 1:
                 return [found for job in jobs for found in self._answers([job])]
-            log.exception("request %s", jobs[0].request.id)
-            return [str(error) if isinstance(error, CheckpointError) else f"it cannot be read: {type(error).__name__}"]
+            id = jobs[0].request.id
+            if isinstance(error, CheckpointError):  # figures that are not finite
+                return [Failure(id, str(error))]
+            log.exception("request %s", id)
+            return [Failure(id, f"the input cannot be read: {type(error).__name__}; send another", "input")]
 
     def stats(self) -> EngineStats:
         """What it has done, and is doing."""

@@ -40,7 +40,11 @@ def of_schema(schema: dict[str, Any], param: str) -> str:
     Raises:
         RequestError: a keyword that is not kept here, by name, or a schema that is none.
     """
-    return _checked(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT), param)  # type: ignore[arg-type]
+    try:
+        made = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)  # type: ignore[arg-type]
+    except (ValueError, RecursionError):
+        raise RequestError(f"'{param}' is nested too deeply: name its parts in $defs", param=param) from None
+    return _checked(made, param)
 
 
 def of_pattern(pattern: str, param: str) -> str:
