@@ -24,6 +24,7 @@ from steelyard.text.tokenizer import Tokenizer
 from steelyard.train import soft_targets
 from steelyard.train.config import DataConfig, DistillConfig, TrainConfig
 from steelyard.train.language_model import LanguageModelling
+from steelyard.train.lora import LoraConfig
 from steelyard.train.optimizers import OptimizerConfig
 from steelyard.train.soft_targets import held_to, of_likeliest, of_teacher
 from steelyard.train.student import Student, beginning
@@ -219,12 +220,13 @@ def test_what_a_row_asks() -> None:
 
 def taught(folder: Path, base: Path, model: Path, **distill: Any) -> TrainConfig:
     """A run by a teacher; what is not distillation's is the run's."""
-    method = distill.pop("method", "full")
+    method, lora = distill.pop("method", "full"), distill.pop("lora", LoraConfig())
     return TrainConfig(
         model=str(model),
         output=str(folder / "run"),
         data=DataConfig(train=str(rows(folder / "rows.jsonl")), deduplicate=False),
         method=method,
+        lora=lora,
         epochs=distill.pop("epochs", 2),
         batch_size=8,
         checkpoint_every=4,
@@ -287,6 +289,7 @@ def test_own_answers_bring_it_nearer(tiny_model: Path, cut: Path, tmp_path: Path
         ({"keep": 4, "own": 0.5}, "distill.own asks the teacher at every pass"),
         ({"keep": 4, "hidden": 1.0}, "distill.hidden asks the teacher at every pass"),
         ({"hidden": 1.0, "layers": 99}, "distill.layers must be below"),
+        ({"own": 0.5, "method": "lora", "lora": LoraConfig(dora=True)}, "or lora.dora"),
     ],
 )
 def test_refused(tiny_model: Path, tmp_path: Path, distill: dict[str, Any], reason: str) -> None:

@@ -94,7 +94,7 @@ def _taught(
     if asked.own and kept is not None:
         raise ConfigError("distill.own is for models that say all tokens, not for a draft: leave it out")
     if asked.own and adapter is not None and type(adapter) is not Adapter:
-        raise ConfigError("distill.own is for LoRA, or all weights: leave it out, or set lora.kind to lora")
+        raise ConfigError("distill.own is for LoRA, or all weights: leave it out, or lora.dora")
     writer = OwnAnswers(decoder, adapter, tokenizer, config.data.max_length) if asked.own else None
     return Student(*given, teacher=known, how=asked, writer=writer)
 
