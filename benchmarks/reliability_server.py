@@ -122,7 +122,7 @@ class Server:
     @property
     def engine_process(self) -> psutil.Process:
         """That of its engine."""
-        names = ("stub_engine", "steelyard.infer.worker")
+        names = ("stub_engine", "steelyard.explain.worker")
         return next(one for one in self.watched.children() if any(name in " ".join(one.cmdline()) for name in names))
 
     def kill(self) -> None:

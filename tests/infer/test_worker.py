@@ -41,7 +41,7 @@ class Worker:
         self.stats: list[EngineStats] = []
         self.began = time.monotonic()
         number = theirs.fileno()
-        command = [sys.executable, "-m", "steelyard.infer.worker", str(checkpoint), "--model", "tiny"]
+        command = [sys.executable, "-m", "steelyard.explain.worker", str(checkpoint), "--model", "tiny"]
         self.process = subprocess.Popen(
             [*command, "--socket", str(number), *arguments], pass_fds=[number], stderr=subprocess.PIPE
         )

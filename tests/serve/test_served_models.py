@@ -149,6 +149,6 @@ def test_wrong_checkpoints(make_checkpoint: Make, make_adapter: Make, tmp_path: 
 def test_the_command_line_of_the_worker() -> None:
     command = worker_command(Path("/m"), "m", {"a": Path("/a"), "b": Path("/b")}, 7)
     assert command[1:] == [
-        *("-m", "steelyard.infer.worker", "/m", "--model", "m", "--socket", "7"),
+        *("-m", "steelyard.explain.worker", "/m", "--model", "m", "--socket", "7"),
         *("--adapter", "a=/a", "--adapter", "b=/b"),
     ]

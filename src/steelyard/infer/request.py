@@ -69,6 +69,64 @@ class Beam(msgspec.Struct, frozen=True, kw_only=True):
     """What a group pays for a token that groups before it have chosen at this place."""
 
 
+Method = Literal["lrp", "occlusion", "integrated_gradients", "gradient_x_input", "random"]
+"""How an explanation is found."""
+
+
+class Explain(msgspec.Struct, frozen=True, kw_only=True):
+    """An explanation of what the model says of a prompt, instead of an answer."""
+
+    method: Method = "lrp"
+    target: int | None = None
+    """Of a classifier: the class that is explained; None: the likeliest."""
+    answer: list[int] = []
+    """Of a decoder: the tokens after the prompt that are explained; none: the likeliest next one."""
+    places: list[int] | None = None
+    """Of a decoder: which tokens of the prompt have a share; None: all that are no control tokens."""
+    faithfulness: bool = True
+    """Whether it is measured how far the shares can be believed."""
+    lens: int = 0
+    """Of a decoder: how many of the likeliest next tokens each layer tells."""
+
+
+class Faithfulness(msgspec.Struct, frozen=True):
+    """What a probability does as units go or come by an order: see `steelyard.explain.faithfulness`."""
+
+    deletion: float
+    insertion: float
+    comprehensiveness: float
+    sufficiency: float
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """Each unit's share in a value."""
+
+    places: list[int]
+    """The units: tokens of the prompt."""
+    shares: list[float]
+    """Of each, in nats of the value."""
+    rest: float
+    """The share of what is no unit."""
+    value: float
+    base: float
+    """Of nothing, where the method compares with it."""
+    residual: float
+    """value - base - rest - sum of the shares: what they do not account for."""
+    baseline: str
+    """What is there instead of a unit that is taken away."""
+    target: int | None = None
+    """The class."""
+    answer: list[int] = []
+    """The tokens."""
+    faithfulness: Faithfulness | None = None
+    chance: Faithfulness | None = None
+    """The same of orders drawn at random."""
+    lens: list[list[tuple[int, str, float]]] | None = None
+    """Of each layer tokens, their texts and probabilities."""
+    computed_tokens: int = 0
+    """That went through the network, each pass back counted twice: what is paid for."""
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """One prompt and how to continue it."""
 
@@ -93,6 +151,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """What the answer has to be, as `steelyard.text.grammar` makes it."""
     beam: Beam | None = None
     """Beam search instead of draws; `n` is how many of its continuations come back, the best first, at the end."""
+    explain: Explain | None = None
+    """Instead of an answer."""
     speculate: bool = True
     """Whether tokens may be guessed and confirmed several at once. They are the same either way."""
 
@@ -206,6 +266,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     """Of what reads alone: an embedding; log-probabilities of the classes; or of each word's tag, by itself."""
     paths: list[LabelPath] | None = None
     """Of a tagger, the best first."""
+    explanation: Explanation | None = None
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -1,11 +1,12 @@
 """The engine process: one engine, fed from a socket until the other side goes away.
 
-    python -m steelyard.infer.worker CHECKPOINT --model NAME --socket FD [--adapter NAME=PATH ...] [--draft PATH]
+    python -m steelyard.explain.worker CHECKPOINT --model NAME --socket FD [--adapter NAME=PATH ...] [--draft PATH]
         [--kv-cache KIND]
 
 A thread reads messages into a queue; the main thread takes them between steps. Adapters are read, and grammars
 compiled, by threads of their own, and taken in between steps too. It draws one canary token before it says that it is
-ready. While it works it says once a second what it has done, and once more when it falls idle.
+ready. While it works it says once a second what it has done, and once more when it falls idle. What explains the model
+is handed down: it works between steps, see `asides.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -28,6 +30,7 @@ from steelyard.checkpoint import manifest
 from steelyard.errors import ArtifactError, CheckpointError, RequestError, SteelyardError
 from steelyard.infer import fidelity
 from steelyard.infer.adapters import Prepared
+from steelyard.infer.asides import Asides, Explainer
 from steelyard.infer.encoder_engine import EncoderEngine, open_reader
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.grammars import State
@@ -92,23 +95,27 @@ def receive(socket: EngineSocket, inbox: Inbox) -> None:
 
 
 AnyEngine = Engine | EncoderEngine
+Explaining = Callable[[AnyEngine, Path], Explainer | None]
+"""An engine and its checkpoint -> what explains it; None: nothing does."""
 
 
-def serve(engine: AnyEngine, inbox: Inbox, socket: EngineSocket) -> None:
+def serve(engine: AnyEngine, inbox: Inbox, socket: EngineSocket, explainer: Explainer | None = None) -> None:
     """Step while there is work, wait while there is none, until the other side is gone (None)."""
     told = 0.0
-    compiling = Compiling(engine, inbox)
+    compiling, asides = Compiling(engine, inbox), Asides(explainer)
     while True:
-        messages: list[Message | None] = [] if engine.busy else [inbox.get()]
+        messages: list[Message | None] = [] if engine.busy or asides.busy else [inbox.get()]
         while not inbox.empty():
             messages.append(inbox.get())
         for message in messages:
             if message is None:
                 return
-            answer = _take(engine, message, inbox, compiling)
+            answer = _take(engine, message, inbox, compiling, asides)
             if answer is not None:
                 socket.send([answer])
-        answers: list[FromEngine] = [*engine.step()]
+        began = time.monotonic()
+        answers: list[FromEngine] = [*engine.step()] if engine.busy else []
+        answers += asides.turn(time.monotonic() - began, others=engine.busy)
         if not engine.busy or time.monotonic() - told >= STATS_SECONDS:
             told = time.monotonic()
             answers.append(engine.stats())
@@ -142,20 +149,24 @@ class Compiling:
 
 
 def _take(
-    engine: AnyEngine, message: Message, inbox: Inbox, compiling: Compiling
+    engine: AnyEngine, message: Message, inbox: Inbox, compiling: Compiling, asides: Asides
 ) -> Aborted | AdapterChanged | Failure | None:
     match message:
         case Abort(id=id):
             if compiling.end(id):
                 return Aborted(id=id, prompt_tokens=0, cached_tokens=0, completion_tokens=[])
-            return engine.abort(id)
+            return engine.abort(id) or asides.abort(id)
+        case Arrived(request=request, at=arrived) if request.explain is not None:
+            return _add(partial(asides.add, request, arrived), request)
         case Arrived(request=request) if request.grammar is not None and engine.grammars is not None:
             compiling.begin(message)
             return None
         case Arrived(request=request, at=arrived):
-            return _add(engine, request, arrived)
+            return _add(partial(engine.add, request, arrived), request)
         case Compiled(arrived=asked, state=state):
-            return _add(engine, asked.request, asked.at, state) if compiling.end(asked.request.id) else None
+            if not compiling.end(asked.request.id):
+                return None
+            return _add(lambda: engine.add(asked.request, asked.at, state.result()), asked.request)
         case _:
             return _change(engine, message, inbox)
 
@@ -176,9 +187,9 @@ def _change(
             return Failure(id, "this model wears no adapters", "lora_name", "invalid_adapter")
 
 
-def _add(engine: AnyEngine, request: Request, arrived: float, grammar: Future[State] | None = None) -> Failure | None:
+def _add(add: Callable[[], None], request: Request) -> Failure | None:
     try:
-        engine.add(request, arrived, None if grammar is None else grammar.result())
+        add()
     except RequestError as error:
         return Failure(request.id, str(error), error.param, error.code)
     except Exception as error:  # a request may be anything: running ones do not end for it
@@ -237,7 +248,7 @@ def _populate(engine: AnyEngine, ending: threading.Event) -> None:
     engine.runner.populate(lambda: not ending.is_set())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, explaining: Explaining = lambda engine, folder: None) -> int:
     """Run the engine process; returns its exit code."""
     parser = argparse.ArgumentParser(description="the engine process; started by `steelyard serve`")
     parser.add_argument("checkpoint", type=Path)
@@ -247,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draft", type=Path, metavar="PATH")
     parser.add_argument("--kv-cache", choices=get_args(CacheKind), default="bfloat16")
     options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # A terminal's Ctrl-C reaches the whole process group: the HTTP process decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     socket = EngineSocket(options.socket)
@@ -272,14 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=receive, args=(socket, inbox), daemon=True, name="reader").start()
     try:
-        serve(engine, inbox, socket)
+        serve(engine, inbox, socket, explaining(engine, options.checkpoint))
     except (BrokenPipeError, ConnectionError):
         return 0  # the HTTP process is gone
     finally:
         ending.set()
     return 0
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    sys.exit(main())

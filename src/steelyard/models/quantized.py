@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
 from steelyard.models import smoothing
 from steelyard.models.linear import HALVES, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
@@ -106,6 +107,30 @@ def plain(network: nn.Module) -> dict[str, torch.Tensor]:
     """The state of a network without that of its layers of integers."""
     layers = [f"{name}." for name, layer in network.named_modules() if isinstance(layer, QuantizedWeight)]
     return {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(tuple(layers))}
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a checkpoint has layers of integers."""
+    return manifest.read_json(folder / "config.json").get("quantization_config") is not None
+
+
+def restore(network: nn.Module) -> bool:
+    """Replace layers of integers by the float32 numbers that they stand for; returns whether there were any."""
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, QuantizedWeight)]
+    for name, layer in layers:
+        network.set_submodule(name, _restored_layer(layer))
+    return bool(layers)
+
+
+def _restored_layer(layer: QuantizedWeight) -> nn.Module:
+    rows, columns = layer.out_features, layer.in_features
+    kind = nn.Embedding if isinstance(layer, QuantizedEmbedding) else nn.Linear
+    made = kind(rows, columns, device="meta") if kind is nn.Embedding else kind(columns, rows, device="meta")
+    made.weight = nn.Parameter(layer.numbers(), requires_grad=False)
+    if isinstance(layer, QuantizedLinear):
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.float(), requires_grad=False)
+        made.register_parameter("bias", bias)
+    return made
 
 
 def demand_dense(network: nn.Module, folder: Path) -> None:

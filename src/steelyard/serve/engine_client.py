@@ -75,7 +75,7 @@ log = logging.getLogger("steelyard.engine")
 
 def worker_command(checkpoint: Path, model: str, adapters: Mapping[str, Path], descriptor: int) -> list[str]:
     """The command line of our own engine process."""
-    command = [sys.executable, "-m", "steelyard.infer.worker", str(checkpoint), "--model", model]
+    command = [sys.executable, "-m", "steelyard.explain.worker", str(checkpoint), "--model", model]
     command += ["--socket", str(descriptor)]
     for name, path in adapters.items():
         command += ["--adapter", f"{name}={path}"]

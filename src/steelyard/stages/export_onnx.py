@@ -24,10 +24,9 @@ from torch import nn
 from steelyard.atomic import write_file
 from steelyard.checkpoint import manifest
 from steelyard.errors import ConfigError
-from steelyard.models import classifiers
+from steelyard.models import classifiers, quantized
 from steelyard.models.encoder import Encoder
 from steelyard.models.inputs import ImageInputs, TextInputs, WordInputs
-from steelyard.models.linear import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from steelyard.stages.export import check_output
 
 OPSET = 18
@@ -190,23 +189,11 @@ def _quiet() -> Iterator[None]:
 def _plain(network: nn.Module) -> tuple[nn.Module, bool]:
     """A copy in float32 of what ONNX has operators for, and whether it had layers of integers."""
     network = copy.deepcopy(network)
-    layers = dict(network.named_modules())
-    for name, layer in layers.items():
-        if isinstance(layer, QuantizedWeight):
-            network.set_submodule(name, _restored(layer))
-        elif isinstance(layer, nn.LSTM):
+    restored = quantized.restore(network)
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.LSTM):
             network.set_submodule(name, _Lstm(layer))
-    restored = any(isinstance(layer, QuantizedWeight) for layer in layers.values())
     return network.float().eval().requires_grad_(False), restored
-
-
-def _restored(layer: QuantizedWeight) -> nn.Module:
-    rows, columns = layer.out_features, layer.in_features
-    made = nn.Embedding(rows, columns) if isinstance(layer, QuantizedEmbedding) else nn.Linear(columns, rows)
-    made.weight = nn.Parameter(layer.numbers(), requires_grad=False)
-    if isinstance(layer, QuantizedLinear):
-        made.register_parameter("bias", None if layer.bias is None else nn.Parameter(layer.bias, requires_grad=False))
-    return made
 
 
 class _Sentences(nn.Module):
