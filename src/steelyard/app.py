@@ -41,6 +41,7 @@ from steelyard.serve.endpoints import (
     chat,
     completions,
     embeddings,
+    explain,
     files,
     health,
     jobs,
@@ -70,6 +71,7 @@ from steelyard.serve.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from steelyard.serve.protocol.completions import Completion, CompletionRequest
 from steelyard.serve.protocol.compression import CompressionJob, CompressionRequest
 from steelyard.serve.protocol.errors import refuse_path
+from steelyard.serve.protocol.explain import ExplainRequest, Explanation
 from steelyard.serve.protocol.files import FileDeleted, FileObject
 from steelyard.serve.protocol.fine_tuning import FineTuningJob, JobCheckpoint, JobRequest
 from steelyard.serve.protocol.jobs import JobEvent
@@ -170,6 +172,7 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/rerank", embeddings.rerank, "inference", Ranking, RerankRequest),
     Endpoint("POST", "/v1/classify", labels.classify, "inference", Readings[Class], ClassifyRequest),
     Endpoint("POST", "/v1/tag", labels.tag, "inference", Readings[TaggedText], TagRequest),
+    Endpoint("POST", "/v1/explain", explain.create, "inference", Explanation, ExplainRequest),
     Endpoint("GET", "/v1/models", model_endpoints.list_models, "inference", ModelList),
     Endpoint("GET", "/v1/models/{model_id:path}", model_endpoints.retrieve, "inference", Model),
     Endpoint("DELETE", "/v1/models/{model_id:path}", model_endpoints.delete, "fine_tuning", ModelDeleted),

@@ -1,8 +1,9 @@
 """An engine process without a model: speaks the wire and answers with one sentence, over and over.
 
 Choice c begins c tokens later. A prompt's tokens have the log-probabilities -1, -2 and so on. `seed` is the
-milliseconds that a token takes. The prompt [7, 7, 7] is refused, [8, 8, 8] fails, [9, 9, 9] kills the process. Files in
-the checkpoint folder: `fatal` makes it refuse to start, `stubborn` makes it ignore SIGTERM and the end of the socket.
+milliseconds that a token takes. Explanations give every token the same share. The prompt [7, 7, 7] is refused,
+[8, 8, 8] fails, [9, 9, 9] kills the process. Files in the checkpoint folder: `fatal` makes it refuse to start,
+`stubborn` makes it ignore SIGTERM and the end of the socket.
 It loads any adapter whose path does not say `broken`; loading `deadly` kills it. Every message that it receives is
 written to `received`, one per line.
 """
@@ -26,6 +27,7 @@ from steelyard.infer.request import (
     AdapterChanged,
     DropAdapter,
     EngineStats,
+    Explanation,
     Failure,
     Fatal,
     LoadAdapter,
@@ -180,6 +182,9 @@ def take(message: ToEngine, running: list[Choice], tokenizer: Tokenizer, wire: E
         return running
     if message.prompt == [9, 9, 9]:
         os.kill(os.getpid(), signal.SIGKILL)
+    if message.explain is not None:
+        wire.send([explained(message)])
+        return running
     if message.sampling.prompt_logprobs is not None:
         told = [scored(message, place, tokenizer) for place in range(1, len(message.prompt))]
         for piece in (told[:2], told[2:]):  # long prompts come in pieces
@@ -203,6 +208,34 @@ def take(message: ToEngine, running: list[Choice], tokenizer: Tokenizer, wire: E
     choices: list[Choice] = []
     choices += [Choice(message, number, tokenizer, choices) for number in range(message.n)]
     return running + choices
+
+
+def explained(request: Request) -> Output:
+    """Each token of the prompt has a share of 1; twice as many tokens were computed."""
+    asked, size, now = request.explain, len(request.prompt), time.monotonic()
+    assert asked is not None
+    places = list(range(size)) if asked.places is None else asked.places
+    found = Explanation(
+        places=places,
+        shares=[1.0] * len(places),
+        rest=0.0,
+        value=float(len(places)),
+        base=0.0,
+        residual=0.0,
+        baseline="nothing",
+        answer=asked.answer or [5],
+        computed_tokens=2 * size,
+    )
+    return Output(
+        id=request.id,
+        choice=0,
+        text="",
+        tokens=[],
+        explanation=found,
+        finish_reason="stop",
+        prompt_tokens=2 * size,
+        timeline=timeline(now, now, now),
+    )
 
 
 def scored(request: Request, place: int, tokenizer: Tokenizer) -> PromptLogprob:

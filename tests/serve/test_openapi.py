@@ -43,6 +43,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "RerankRequest": {"model": "tiny", "query": "Hello", "documents": ["Hello", "there"]},
     "ClassifyRequest": {"model": "tiny", "input": "Hello"},
     "TagRequest": {"model": "tiny", "input": "Hello"},
+    "ExplainRequest": {"model": "tiny", "input": "Hello"},
     "ChatRequest": {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]},
     "CompletionRequest": {"model": "tiny", "prompt": "Hello"},
     "JobRequest": {"model": "tiny", "training_file": "file-x"},

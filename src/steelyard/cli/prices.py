@@ -15,7 +15,7 @@ from steelyard.errors import ConfigError
 from steelyard.serve.billing.prices import EVERY_MODEL, NANO, Price, PriceList, newest, publish
 
 MILLION = 1_000_000
-KINDS = ("input", "cached_input", "output", "training")
+KINDS = ("input", "cached_input", "output", "training", "explanation")
 
 app = typer.Typer(no_args_is_help=True, help="What models cost, in dollars for a million tokens.")
 
@@ -44,12 +44,13 @@ def set_price(
     ] = None,
     output: Annotated[float, typer.Option(help="A million generated tokens.", min=0)] = 0,
     training: Annotated[float, typer.Option(help="A million tokens of training.", min=0)] = 0,
+    explanation: Annotated[float, typer.Option(help="A million tokens computed for explanations.", min=0)] = 0,
     database: DatabaseUrl = None,
     as_json: console.Json = False,
 ) -> None:
     """See its help."""
-    figures = (input, input if cached_input is None else cached_input, output, training)
-    price = Price(*(_nano(value, kind) for value, kind in zip(figures, KINDS, strict=True)))
+    figures = (input, input if cached_input is None else cached_input, output, training, explanation)
+    price = Price(**{kind: _nano(value, kind) for value, kind in zip(figures, KINDS, strict=True)})
     with state(database) as here:
         actor = here.actor()
 

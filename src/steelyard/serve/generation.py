@@ -130,6 +130,7 @@ class Choice:
     """A choice as it grows."""
 
     text: str = ""
+    tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprob] = field(default_factory=list)
     """Of the first choice of a prompt, where they are asked for."""
@@ -140,6 +141,7 @@ class Choice:
     def add(self, output: Output) -> None:
         """Take in what a step added."""
         self.text += output.text
+        self.tokens += output.tokens
         self.logprobs += output.logprobs or []
         self.prompt_logprobs += output.prompt_logprobs or []
         self.finish_reason = finish(output) or self.finish_reason

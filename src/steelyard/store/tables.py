@@ -253,6 +253,7 @@ prices = Table(  # a version is the whole list: never changed, only followed by 
     Column("output", BigInteger, nullable=False),
     Column("training", BigInteger, nullable=False),
     Column("storage", BigInteger, nullable=False),  # nano-dollars a GB and day
+    Column("explanation", BigInteger, nullable=False, server_default="0"),
     Column("created_at", BigInteger, nullable=False),
 )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -25,6 +25,8 @@ from steelyard.text.token_bytes import Spelling
 
 MAX_TOKENIZER_BYTES = 64 << 20
 GUARD = "\ufdd0"
+Span = tuple[int, int]
+"""Characters from one place up to another."""
 
 
 class Tokenizer:
@@ -114,6 +116,36 @@ class Tokenizer:
         """`messages` with every value guarded: what a chat template should be given of what users wrote."""
         return [{key: self.guard(value) for key, value in message.items()} for message in messages]
 
+    def spans(self, text: str, *, add_special_tokens: bool = False) -> tuple[list[int], list[Span]]:
+        """`encode_plain`, and which characters each token stands for; (0, 0) of one that stands for none.
+
+        Raises:
+            RequestError: the text has a lone surrogate.
+        """
+        return _spans(self._plain, text, add_special_tokens)
+
+    def rendered_spans(self, text: str) -> tuple[str, list[int], list[Span]]:
+        """`encode_rendered`, beside it the text without marks and which of its characters each token stands for.
+
+        Tokens of what is marked stand for the whole of that.
+
+        Raises:
+            RequestError: the text has a lone surrogate.
+        """
+        clean, ids, spans = "", list[int](), list[Span]()
+        for piece, marked in self._pieces(text):
+            begin = len(clean)
+            clean += piece
+            if marked:
+                found = self._encode_inside(piece, first=not ids)
+                where = [(begin, len(clean))] * len(found)
+            else:
+                found, inside = _spans(self._inner, piece, False)
+                where = [(begin + first, begin + last) for first, last in inside]
+            ids += found
+            spans += where
+        return clean, ids, spans
+
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a template's output over guarded messages. Marks are dropped, and what they mark is plain.
 
@@ -123,15 +155,9 @@ class Tokenizer:
         if GUARD not in text:
             return self.encode(text)
         ids: list[int] = []
-        clean = ""  # template text and unmarked messages since the last marked piece
-        for piece in self._control.split(text):
-            if GUARD not in piece:
-                clean += piece
-                continue
-            ids += self.encode(clean) if clean else []
-            ids += self._encode_inside(piece.replace(GUARD, ""), first=not ids)
-            clean = ""
-        return ids + (self.encode(clean) if clean else [])
+        for piece, marked in self._pieces(text):
+            ids += self._encode_inside(piece, first=not ids) if marked else self.encode(piece)
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary add nothing."""
@@ -196,6 +222,20 @@ class Tokenizer:
         copy.encode_special_tokens = True
         return copy
 
+    def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
+        """A rendered text in pieces, without marks, each with whether it is marked as plain."""
+        clean = ""  # template text and unmarked messages since the last marked piece
+        for piece in self._control.split(text):
+            if GUARD not in piece:
+                clean += piece
+                continue
+            if clean:
+                yield clean, False
+            yield piece.replace(GUARD, ""), True
+            clean = ""
+        if clean:
+            yield clean, False
+
     def _encode_inside(self, text: str, *, first: bool) -> list[int]:
         """Plain text that does not begin the whole text: sentencepiece must not put its first space there."""
         if first or self._spelling.kind == "byte_level":
@@ -210,8 +250,17 @@ def strip_leading(text: str, spaces: int) -> str:
 
 
 def _ids(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    return _encoded(inner, text, add_special_tokens).ids
+
+
+def _spans(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
+    encoding = _encoded(inner, text, add_special_tokens)
+    return encoding.ids, encoding.offsets
+
+
+def _encoded(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
     try:
-        return inner.encode(text, add_special_tokens=add_special_tokens).ids
+        return inner.encode(text, add_special_tokens=add_special_tokens)
     except (TypeError, UnicodeEncodeError):
         raise RequestError("the text has a lone surrogate (\\ud800 to \\udfff): send well-formed Unicode") from None
 

@@ -49,6 +49,7 @@ class Payer:
     def bill(self, id: str, served: ServedModel, most: Counts, service: Service = "completions") -> Bill:
         """A bill for what comes to `most` at most, at the prices of now."""
         quote = Quote(0, Price()) if self.free else self.prices.quote(*served.names, batch=self.line is not None)
+        quote = quote.of_explanations if service == "explanations" else quote
         id = self.line or id
         reservation = Reservation(id, self.project, self.key_id, served.id, service, quote, quote.most(most))
         return Bill(self, reservation, most)

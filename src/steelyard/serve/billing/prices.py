@@ -30,6 +30,8 @@ class Price(msgspec.Struct, frozen=True):
     """A token of a training run."""
     storage: int = 0
     """A GB and day of what is stored."""
+    explanation: int = 0
+    """A token that goes through the network for an explanation; through its backward pass it counts as two more."""
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -49,6 +51,12 @@ class Quote(msgspec.Struct, frozen=True):
     price: Price
     batch: bool = False
     """Half of it, rounded up to a nano-dollar once for the whole."""
+
+    @property
+    def of_explanations(self) -> Quote:
+        """The same where the tokens that are counted as input are those that an explanation computes."""
+        price = Price(input=self.price.explanation, cached_input=self.price.explanation)
+        return msgspec.structs.replace(self, price=price)
 
     def cost(self, counts: Counts) -> int:
         """Nano-dollars for these counts."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from functools import partial
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from steelyard.errors import RequestError, TemplateError
 from steelyard.infer.request import Output
+from steelyard.serve.billing.bill import Payer
+from steelyard.serve.chats import rendered
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
+from steelyard.serve.explaining import MOST_ANSWER, Source, asking, source_of_chat, with_answer
 from steelyard.serve.generation import Choice, Generation, finish, plan
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.chat import (
@@ -27,6 +30,7 @@ from steelyard.serve.protocol.chat import (
     chat_logprobs,
 )
 from steelyard.serve.protocol.errors import json_response
+from steelyard.serve.protocol.explanations import Explained, options
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
 from steelyard.serve.protocol.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta, call_id
@@ -36,6 +40,9 @@ from steelyard.serve.stored import Kept
 from steelyard.text.tool_calls import Arguments, Begun, CallReader, Piece, Said
 
 Keep = Callable[[list[Choice]], Awaitable[None]]
+Explain = Callable[[list[int]], Coroutine[Any, Any, Explained]]
+"""The tokens of an answer -> why it is so."""
+Explaining = Callable[[], contextlib.AbstractAsyncContextManager[Explain | None]]
 
 
 async def create(service: Service, request: Request) -> Response:
@@ -43,12 +50,12 @@ async def create(service: Service, request: Request) -> Response:
     body = parse(ChatRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     grammar = await asyncio.to_thread(lambda: body.form) if body.structured or body.offered else None
-    prompt = await while_connected(request.receive, asyncio.to_thread(_prompt, served, body.messages, body.told))
+    source = await while_connected(request.receive, asyncio.to_thread(_source, served, body))
     generation = plan(
         body,
         served,
         payer,
-        [prompt],
+        [source.ids],
         prefix="chatcmpl-",
         param="messages",
         max_tokens=body.max_completion_tokens or body.max_tokens,
@@ -57,13 +64,47 @@ async def create(service: Service, request: Request) -> Response:
         grammar=grammar,
     )
     keep = partial(_keep, service, body, generation) if body.store else None
+    explaining = partial(_explaining, body, generation, source, payer)
     if body.stream:
-        return EventStream(_events(generation, body, keep), request.state.request_id)
-    choices = await while_connected(request.receive, generation.gather())
-    answer = _answer(body, generation, choices)
-    if keep is not None:
-        await keep(choices)
+        return EventStream(_events(generation, body, keep, explaining), request.state.request_id)
+    async with explaining() as explain:
+        choices = await while_connected(request.receive, generation.gather())
+        answer = _answer(body, generation, choices)
+        if keep is not None:
+            await keep(choices)
+        if explain is not None:
+            found = await while_connected(request.receive, explain(choices[0].tokens))
+            answer = msgspec.structs.replace(answer, explanation=found)
     return json_response(answer)
+
+
+def _source(served: ServedModel, body: ChatRequest) -> Source:
+    """The prompt; where it is to be explained, with what each of its tokens stands for."""
+    text = rendered(served, body.messages, body.told)
+    if body.explain:
+        return source_of_chat(served, text, body.messages)
+    return Source("", served.tokenizer.encode_rendered(text), [])
+
+
+@contextlib.asynccontextmanager
+async def _explaining(
+    body: ChatRequest, generation: Generation, source: Source, payer: Payer
+) -> AsyncGenerator[Explain | None, None]:
+    """Reserve for an explanation of the answer that is to come; None: none is wanted."""
+    wanted = options(body.explain)
+    if wanted is None:
+        yield None
+        return
+    served, asked = generation.served, wanted.asked(answer=[0])
+    longest = len(source.ids) + min(MOST_ANSWER, generation.requests[0].sampling.max_tokens)
+    async with asking(served, payer, [source], [asked], lengths=[longest], param="messages") as reserved:
+
+        async def explain(tokens: list[int]) -> Explained:
+            reserved.explains = [with_answer(asked, source, tokens)]
+            (found,) = await reserved.answers()
+            return found
+
+        yield explain
 
 
 def _answer(body: ChatRequest, generation: Generation, choices: list[Choice]) -> ChatCompletion:
@@ -117,27 +158,9 @@ async def _keep(service: Service, body: ChatRequest, generation: Generation, cho
     await service.stored.keep(generation.bill.payer.project, Kept(body.messages, answer), body.metadata)
 
 
-def _prompt(served: ServedModel, messages: list[dict[str, str]], tools: str | None) -> list[int]:
-    """The token ids of a conversation; control tokens that users wrote are only text.
-
-    What is told of tools is the end of the first system message.
-    """
-    if tools is not None:
-        first = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
-        rest = messages[1:] if first else messages
-        messages = [{"role": "system", "content": first + tools}, *rest]
-    if served.template is None:
-        raise RequestError(
-            f"'{served.id}' has no chat template, it was not made to chat: use /v1/completions", param="model"
-        )
-    try:
-        text = served.template.render(served.tokenizer.guard_messages(messages), add_generation_prompt=True)
-    except TemplateError as error:
-        raise RequestError(str(error), param="messages", code="template_failed") from None
-    return served.tokenizer.encode_rendered(text)
-
-
-async def _events(generation: Generation, body: ChatRequest, keep: Keep | None) -> AsyncGenerator[bytes, None]:
+async def _events(
+    generation: Generation, body: ChatRequest, keep: Keep | None, explaining: Explaining
+) -> AsyncGenerator[bytes, None]:
     choices = [Choice() for _ in range(generation.choices)]
     told = [_Told(number, generation.served, bool(body.offered)) for number in range(generation.choices)]
     blank = ChatChunk(
@@ -148,16 +171,19 @@ async def _events(generation: Generation, body: ChatRequest, keep: Keep | None) 
         [],
         usage=None if body.include_usage else msgspec.UNSET,
     )
-    async with contextlib.aclosing(generation.outputs()) as outputs:
-        async for together in outputs:
-            parts: list[ChatChunkChoice] = []
-            for number, output in together:
-                choices[number].add(output)
-                parts += told[number].parts(output, choices[number])
-            if parts:
-                yield b"".join(event(msgspec.structs.replace(blank, choices=[part])) for part in parts)
-    if keep is not None:
-        await keep(choices)
+    async with explaining() as explain:
+        async with contextlib.aclosing(generation.outputs()) as outputs:
+            async for together in outputs:
+                parts: list[ChatChunkChoice] = []
+                for number, output in together:
+                    choices[number].add(output)
+                    parts += told[number].parts(output, choices[number])
+                if parts:
+                    yield b"".join(event(msgspec.structs.replace(blank, choices=[part])) for part in parts)
+        if keep is not None:
+            await keep(choices)
+        if explain is not None:
+            yield event(msgspec.structs.replace(blank, explanation=await explain(choices[0].tokens)))
     if body.include_usage:
         yield event(msgspec.structs.replace(blank, usage=generation.usage()))
     yield DONE

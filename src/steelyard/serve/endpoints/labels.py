@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard.errors import RequestError
 from steelyard.infer.request import Output
+from steelyard.serve.billing.bill import Payer
 from steelyard.serve.connection import while_connected
+from steelyard.serve.explaining import asking, source_of
+from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.errors import json_response
+from steelyard.serve.protocol.explanations import Explained, options
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.reading import (
     Class,
@@ -23,7 +31,7 @@ from steelyard.serve.protocol.reading import (
     TagRequest,
     TagSequence,
 )
-from steelyard.serve.reading import Text, read
+from steelyard.serve.reading import Text, demand, read
 from steelyard.serve.service import Service
 
 WORD = re.compile(r"\w+(?:[-'’.]\w+)*|[^\w\s]")
@@ -39,15 +47,40 @@ async def classify(service: Service, request: Request) -> Response:
     body = parse(ClassifyRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     texts = [body.input] if isinstance(body.input, str) else body.input
-    asked = read(served, payer, [Text(text) for text in texts], "classify", prefix="classify-", param="input")
-    answer = await while_connected(request.receive, asked)
-    labels = answer.ready.labels
-    data = []
-    for number, output in enumerate(answer.outputs):
-        shares = [math.exp(value) for value in output.values or []]
-        best = max(range(len(labels)), key=shares.__getitem__)
-        data.append(Class(number, labels[best], shares, len(labels)))
+    async with _explaining(served, payer, texts, body) as explain:
+        asked = read(served, payer, [Text(text) for text in texts], "classify", prefix="classify-", param="input")
+        answer = await while_connected(request.receive, asked)
+        labels = answer.ready.labels
+        data, classes = [], []
+        for number, output in enumerate(answer.outputs):
+            shares = [math.exp(value) for value in output.values or []]
+            classes.append(max(range(len(labels)), key=shares.__getitem__))
+            data.append(Class(number, labels[classes[-1]], shares, len(labels)))
+        if explain is not None:
+            found = await while_connected(request.receive, explain(classes))
+            pairs = zip(data, found, strict=True)
+            data = [msgspec.structs.replace(one, explanation=explanation) for one, explanation in pairs]
     return json_response(Readings(answer.id, answer.created, served.id, data, answer.usage))
+
+
+@contextlib.asynccontextmanager
+async def _explaining(
+    served: ServedModel, payer: Payer, texts: list[str], body: ClassifyRequest
+) -> AsyncGenerator[Callable[[list[int]], Coroutine[Any, Any, list[Explained]]] | None, None]:
+    """Reserve for explanations of the classes that are to come; None: none is wanted."""
+    wanted = options(body.explain)
+    if wanted is None:
+        yield None
+        return
+    demand(served, "classify")
+    sources = await asyncio.to_thread(lambda: [source_of(served, text) for text in texts])
+    async with asking(served, payer, sources, [wanted.asked(target=0) for _ in sources]) as reserved:
+
+        async def explain(classes: list[int]) -> list[Explained]:
+            reserved.explains = [wanted.asked(target=number) for number in classes]
+            return await reserved.answers()
+
+        yield explain
 
 
 async def tag(service: Service, request: Request) -> Response:

@@ -22,6 +22,7 @@ class PriceRequest(Fields):
     output: NanoDollars = 0
     training: NanoDollars = 0
     storage: NanoDollars = 0
+    explanation: NanoDollars = 0
 
 
 class PricesRequest(Fields):
@@ -93,6 +94,23 @@ class EmbeddingsUsage(msgspec.Struct, frozen=True, kw_only=True):
         """Of a row of a report."""
         groups = {name: row[name] for name in ("project_id", "api_key_id", "model") if name in row}
         return cls(input_tokens=row["input_tokens"], num_model_requests=row["requests"], **groups)
+
+
+class ExplanationsUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What was computed for explanations."""
+
+    computed_tokens: int
+    num_model_requests: int
+    project_id: str | None = None
+    api_key_id: str | None = None
+    model: str | None = None
+    object: Literal["organization.usage.explanations.result"] = "organization.usage.explanations.result"
+
+    @classmethod
+    def of(cls, row: Row) -> ExplanationsUsage:
+        """Of a row of a report."""
+        groups = {name: row[name] for name in ("project_id", "api_key_id", "model") if name in row}
+        return cls(computed_tokens=row["input_tokens"], num_model_requests=row["requests"], **groups)
 
 
 class Amount(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ from pydantic import Field, WithJsonSchema
 
 from steelyard.errors import RequestError
 from steelyard.infer.request import TokenLogprob
+from steelyard.serve.protocol.explanations import Explained, Wanted
 from steelyard.serve.protocol.fields import Metadata, accept_neutral, neutral_properties
 from steelyard.serve.protocol.prompt_logprobs import PromptLogprobs
 from steelyard.serve.protocol.sampling import SamplingFields
@@ -108,14 +109,13 @@ class ChatRequest(SamplingFields, ToolFields):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    explain: Wanted | None = None
+    """Why it is answered so; of one answer."""
 
     @pydantic.field_validator("messages", mode="before")
     @classmethod
     def _messages(cls, value: object) -> list[dict[str, str]]:
-        if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
-            raise RequestError(f"'messages' must be a list of 1 to {MAX_MESSAGES} messages", param="messages")
-        called: set[str] = set()
-        return [_message(message, f"messages[{number}]", called) for number, message in enumerate(value)]
+        return read_messages(value)
 
     @pydantic.model_validator(mode="after")
     def _agree(self) -> ChatRequest:
@@ -123,6 +123,8 @@ class ChatRequest(SamplingFields, ToolFields):
             raise RequestError("'max_tokens' and 'max_completion_tokens' differ: send one of them", param="max_tokens")
         if self.top_logprobs and not self.logprobs:
             raise RequestError("'top_logprobs' is only for requests with 'logprobs': true", param="top_logprobs")
+        if self.explain and self.choices > 1:
+            raise RequestError("'explain' is for one answer: leave 'n' out, or explain", param="explain")
         if self.metadata and not self.store:
             raise RequestError("'metadata' is only for requests with 'store': true", param="metadata")
         if self.offered and self.structured:
@@ -135,6 +137,14 @@ class ChatRequest(SamplingFields, ToolFields):
     def form(self) -> str | None:
         """What an answer has to be, calls of tools included. Raises as `grammar` does."""
         return self.calls_grammar if self.offered else self.grammar
+
+
+def read_messages(value: object) -> list[dict[str, str]]:
+    """Messages as a template takes them. Raises RequestError: one that is none; its field is named."""
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
+        raise RequestError(f"'messages' must be a list of 1 to {MAX_MESSAGES} messages", param="messages")
+    called: set[str] = set()
+    return [_message(message, f"messages[{number}]", called) for number, message in enumerate(value)]
 
 
 def _message(message: object, path: str, called: set[str]) -> dict[str, str]:
@@ -243,6 +253,8 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     usage: Usage
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
     """There if they were asked for."""
+    explanation: Explained | msgspec.UnsetType = msgspec.UNSET
+    """Likewise."""
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -273,6 +285,8 @@ class ChatChunk(msgspec.Struct, frozen=True):
     choices: list[ChatChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     """Absent unless `include_usage` asks for it; then null in every chunk but the last."""
+    explanation: Explained | msgspec.UnsetType = msgspec.UNSET
+    """In a chunk of its own after the answer, if it was asked for."""
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 

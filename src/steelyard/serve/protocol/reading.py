@@ -9,11 +9,13 @@ import pydantic
 from pydantic import Field
 
 from steelyard.errors import RequestError
+from steelyard.serve.protocol.explanations import Explained, Wanted, options
 from steelyard.serve.protocol.fields import Fields
 
 MOST_TEXTS = 2048
 MOST_PAIRS = 1024
 MOST_PATHS = 64
+MOST_EXPLAINED = 16
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
 Pairs = Annotated[list[Text], Field(min_length=1, max_length=MOST_PAIRS)]
@@ -52,6 +54,17 @@ class ClassifyRequest(ReadingFields):
     """Texts of which the class is wanted."""
 
     input: Text | Texts
+    explain: Wanted | None = None
+    """Why it is that class."""
+
+    @pydantic.model_validator(mode="after")
+    def _few(self) -> ClassifyRequest:
+        if self.explain and not isinstance(self.input, str) and len(self.input) > MOST_EXPLAINED:
+            raise RequestError(f"'explain' is for {MOST_EXPLAINED} texts at most", param="explain")
+        wanted = options(self.explain)
+        if wanted is not None and wanted.lens:
+            raise RequestError("'explain.lens' is for models that write", param="explain.lens")
+        return self
 
 
 class ScoreRequest(ReadingFields):
@@ -132,6 +145,8 @@ class Class(msgspec.Struct, frozen=True):
     probs: list[float]
     """Of every class, in the order of the model's labels."""
     num_classes: int
+    explanation: Explained | msgspec.UnsetType = msgspec.UNSET
+    """There if it was asked for."""
 
 
 class Score(msgspec.Struct, frozen=True):

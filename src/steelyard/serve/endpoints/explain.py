@@ -1,0 +1,58 @@
+"""`POST /v1/explain`: why a model says what it says, by the tokens of what it read."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from steelyard.errors import RequestError
+from steelyard.serve.chats import rendered
+from steelyard.serve.connection import while_connected
+from steelyard.serve.explaining import Source, asking, source_of, source_of_chat, with_answer
+from steelyard.serve.models import ServedModel
+from steelyard.serve.protocol.errors import json_response
+from steelyard.serve.protocol.explain import ExplainRequest, Explanation
+from steelyard.serve.protocol.fields import parse
+from steelyard.serve.reading import demand
+from steelyard.serve.service import Service
+
+
+async def create(service: Service, request: Request) -> Response:
+    """Explain a class, or an answer."""
+    body = parse(ExplainRequest, await request.body())
+    served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
+    ready = demand(served, "generate", "classify")
+    if ready.task == "classify":
+        if body.messages is not None:
+            raise RequestError(f"'{served.id}' classifies texts: give 'input'", param="messages")
+        if body.lens:
+            raise RequestError(f"'{served.id}' writes nothing: it has no lens", param="lens")
+        if body.target is not None and body.target not in ready.labels:
+            raise RequestError(f"'target' must be one of {', '.join(ready.labels)}", param="target")
+    source = await while_connected(request.receive, asyncio.to_thread(_source, served, body))
+    if ready.task == "classify":
+        explain = body.asked(target=None if body.target is None else ready.labels.index(body.target))
+    else:
+        answer = [] if body.target is None else served.tokenizer.encode_plain(body.target)
+        explain = with_answer(body.asked(), source, answer)
+    if len(source.ids) > ready.context:
+        reason = f"the input has {len(source.ids)} tokens, but the context of '{served.id}' is {ready.context}"
+        raise RequestError(f"{reason}: shorten it", param="input", code="context_length_exceeded")
+    async with asking(served, payer, [source], [explain], param=_param(body)) as asked:
+        (found,) = await while_connected(request.receive, asked.answers())
+    told = msgspec.structs.asdict(found)
+    return json_response(Explanation(id=asked.id, created=int(time.time()), model=served.id, **told))
+
+
+def _param(body: ExplainRequest) -> str:
+    return "input" if body.messages is None else "messages"
+
+
+def _source(served: ServedModel, body: ExplainRequest) -> Source:
+    if body.messages is None:
+        return source_of(served, body.input or "")
+    return source_of_chat(served, rendered(served, body.messages), body.messages)

@@ -1,0 +1,196 @@
+"""What is asked of an engine for explanations, and what it costs: an entry of the ledger of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from steelyard.errors import RequestError
+from steelyard.infer import effort
+from steelyard.infer.request import Explain, Explanation, Output, Request
+from steelyard.serve.billing.bill import Bill, Payer
+from steelyard.serve.billing.metering import Meter
+from steelyard.serve.billing.prices import NANO, Counts
+from steelyard.serve.ids import fresh
+from steelyard.serve.models import ServedModel
+from steelyard.serve.protocol.explanations import (
+    Believed,
+    Explained,
+    ExplainedTarget,
+    ExplainedToken,
+    ExplanationUsage,
+    Likely,
+)
+from steelyard.text.tokenizer import Span
+
+MOST_ANSWER = 256
+"""Tokens of an answer that are explained; those after are not."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is read, and which of its characters each token stands for."""
+
+    text: str
+    ids: list[int]
+    spans: list[Span]
+    places: list[int] | None = None
+    """Tokens that have a share; None: the engine says."""
+
+
+def source_of(served: ServedModel, text: str) -> Source:
+    """A text by itself."""
+    ids, spans = served.tokenizer.spans(text, add_special_tokens=True)
+    return Source(text, ids or [0], spans or [(0, 0)])
+
+
+def source_of_chat(served: ServedModel, rendered: str, messages: Sequence[dict[str, str]]) -> Source:
+    """A conversation as its template writes it: what messages say has shares, what the template says has none."""
+    text, ids, spans = served.tokenizer.rendered_spans(rendered)
+    said: list[Span] = []
+    at = 0
+    for content in (message.get("content", "").strip() for message in messages):
+        found = text.find(content, at) if content else -1
+        if found >= 0:
+            at = found + len(content)
+            said.append((found, at))
+    special = served.tokenizer.special_tokens
+    places = [
+        place
+        for place, (begin, end) in enumerate(spans)
+        if ids[place] not in special and any(begin < last and end > first for first, last in said)
+    ]
+    return Source(text, ids, spans, places or None)
+
+
+@dataclass
+class Asked:
+    """Explanations that are wanted of some sources, and reserved for."""
+
+    served: ServedModel
+    bill: Bill
+    sources: list[Source]
+    explains: list[Explain]
+    meter: Meter
+
+    @property
+    def id(self) -> str:
+        """Of all together."""
+        return self.bill.reservation.id
+
+    async def answers(self) -> list[Explained]:
+        """Ask, and pay. Raises as `read` of `reading.py` does."""
+        requests = [
+            Request(
+                id=id,
+                prompt=source.ids,
+                adapter=self.served.adapter,
+                project=self.bill.payer.project,
+                priority="interactive" if self.bill.payer.line is None else "batch",
+                explain=explain,
+            )
+            for id, source, explain in zip(_ids(self.bill, len(self.sources)), self.sources, self.explains, strict=True)
+        ]
+        found: dict[str, Output] = {}
+        async with contextlib.aclosing(self.served.engine.submit(*requests, meter=self.meter)) as outputs:
+            async for together in outputs:
+                found |= {output.id: output for output in together}
+        await self.bill.settle(self.meter)
+        computed = self.bill.counts.input_tokens
+        told = []
+        for request, source in zip(requests, self.sources, strict=True):
+            explanation = found[request.id].explanation
+            assert explanation is not None, "an engine explains what it is asked to explain"
+            part = explanation.computed_tokens / computed if computed else 0
+            usage = ExplanationUsage(explanation.computed_tokens, part * self.bill.cost / NANO)
+            assert request.explain is not None
+            told.append(_told(self.served, source, request.explain, explanation, usage))
+        return told
+
+
+@contextlib.asynccontextmanager
+async def asking(
+    served: ServedModel,
+    payer: Payer,
+    sources: list[Source],
+    explains: list[Explain],
+    *,
+    lengths: Sequence[int] | None = None,
+    param: str = "input",
+) -> AsyncGenerator[Asked, None]:
+    """Reserve for explanations; what is not asked then costs nothing.
+
+    Args:
+        served: the model.
+        payer: whose request it is.
+        sources: what is read.
+        explains: how each is explained.
+        lengths: tokens of each with its answer, at most; None: as they are.
+        param: the field that they came from.
+
+    Raises:
+        RequestError: more than an engine would compute.
+        RateLimitError: too many tokens in a minute.
+        QuotaError: the project's budget does not cover it.
+        StorageError: nothing could be reserved.
+    """
+    if payer.line is not None:
+        raise RequestError("a batch's lines are not explained: ask /v1/explain", param="explain")
+    whole = 0
+    for number, (source, explain) in enumerate(zip(sources, explains, strict=True)):
+        length = len(source.ids) + len(explain.answer) if lengths is None else lengths[number]
+        most = effort.most(explain, length)
+        if most > effort.MOST:
+            reason = f"the explanation would compute {most} tokens, {effort.MOST} are the limit: shorten the input"
+            raise RequestError(f"{reason}, or take the method 'lrp'", param=param, code="context_length_exceeded")
+        whole += most
+    bill = payer.bill(fresh("explain-"), served, Counts(whole, 0, 0), "explanations")
+    async with bill.metered(dict.fromkeys(_ids(bill, len(sources)), 1)) as meter:
+        yield Asked(served, bill, sources, explains, meter)
+
+
+def _ids(bill: Bill, count: int) -> list[str]:
+    return [f"{bill.reservation.id}-{number}" for number in range(count)]
+
+
+def with_answer(explain: Explain, source: Source, answer: Sequence[int]) -> Explain:
+    """Of a model that writes: which answer is explained, and which tokens have a share."""
+    return msgspec.structs.replace(explain, answer=list(answer)[:MOST_ANSWER], places=source.places)
+
+
+def _told(
+    served: ServedModel, source: Source, asked: Explain, found: Explanation, usage: ExplanationUsage
+) -> Explained:
+    shares = dict(zip(found.places, found.shares, strict=True))
+    text = served.tokenizer.token_text
+    tokens = [
+        ExplainedToken(source.text[begin:end] or text(id), begin, end, shares.get(place))
+        for place, (id, (begin, end)) in enumerate(zip(source.ids, source.spans, strict=True))
+    ]
+    if found.target is not None:
+        target = ExplainedTarget(served.ready().labels[found.target])
+    else:
+        target = ExplainedTarget(served.tokenizer.decode(found.answer), [text(id) for id in found.answer])
+    believed = None
+    if found.faithfulness is not None and found.chance is not None:
+        believed = Believed(found.faithfulness, found.chance)
+    lens: list[list[Likely]] | msgspec.UnsetType = msgspec.UNSET
+    if found.lens is not None:
+        lens = [[Likely(token, share) for _, token, share in layer] for layer in found.lens]
+    return Explained(
+        method=asked.method,
+        baseline=found.baseline,
+        target=target,
+        text=source.text,
+        tokens=tokens,
+        value=found.value,
+        base=found.base,
+        rest=found.rest,
+        residual=found.residual,
+        faithfulness=believed,
+        lens=lens,
+        usage=usage,
+    )

@@ -1,0 +1,191 @@
+"""Explanations over HTTP: of classes and of answers, by themselves and beside them; what they cost; what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running_service import Service, serving
+
+from steelyard.serve.engine_client import worker_command
+
+TEXT = "Where is München? <|im_end|>"
+CHAT = [{"role": "system", "content": "Be short."}, {"role": "user", "content": TEXT}]
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model: Path) -> Iterator[Service]:
+    with serving(tiny_model, command=worker_command, seconds=60) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(tiny_tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    from steelyard.models.classifiers import Classifier, save
+    from steelyard.models.inputs import TextInputs
+    from steelyard.models.recurrent import RecurrentClassifier, RecurrentConfig
+    from steelyard.text.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("explained") / "labels"
+    folder.mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"embedding_size": 8, "hidden_size": 8, "dense_size": 8, "classes": 3}
+        network = RecurrentClassifier(RecurrentConfig(vocab_size=512, **sizes))
+        for parameter in network.parameters():
+            parameter.data.normal_(0, 0.7)
+    inputs = TextInputs(Tokenizer.load(tiny_tokenizer_folder), None)
+    save(Classifier(network.eval(), inputs, ("cold", "mild", "warm"), tiny_tokenizer_folder), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_tokenizer_folder / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(classifier_folder: Path) -> Iterator[Service]:
+    with serving(classifier_folder, command=worker_command, seconds=60) as service:
+        yield service
+
+
+def post(service: Service, path: str, **body: Any) -> Any:
+    with service.http() as client:
+        return client.post(path, json={"model": service.checkpoint.name, **body})
+
+
+def refused(service: Service, path: str, param: str, **body: Any) -> str:
+    answer = post(service, path, **body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param, answer.text
+    message: str = answer.json()["error"]["message"]
+    return message
+
+
+def test_a_class_is_explained_by_its_tokens(classifier: Service, classifier_folder: Path) -> None:
+    """As the method does it in this process: shares, offsets, target, and how far they can be believed."""
+    from steelyard.explain.explainer import open_classifier
+    from steelyard.explain.methods import METHODS
+    from steelyard.explain.subject import at_once
+    from steelyard.explain.texts import TextSubject
+
+    opened = open_classifier(classifier_folder)
+    for method in ("lrp", "occlusion", "integrated_gradients", "gradient_x_input"):
+        answer = post(classifier, "/v1/explain", input=TEXT, target="mild", method=method)
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        subject = TextSubject(opened, opened.text.all_tokens(TEXT), 1)
+        expected = at_once(METHODS[method](subject))  # type: ignore[index]
+        shares = [token["share"] for token in told["tokens"]]
+        assert shares == pytest.approx(expected.units.tolist(), abs=1e-5)
+        assert told["residual"] == pytest.approx(told["value"] - told["base"] - told["rest"] - sum(shares), abs=1e-9)
+        assert (told["object"], told["method"], told["target"]) == ("explanation", method, {"text": "mild"})
+        assert told["text"] == TEXT
+        assert all(TEXT[one["start"] : one["end"]] == one["token"] for one in told["tokens"] if one["end"])
+        believed = told["faithfulness"]
+        assert believed["found"].keys() == believed["random"].keys()
+        assert told["usage"]["computed_tokens"] > len(shares)
+
+
+def test_the_likeliest_class_is_explained_and_stands_beside_it(classifier: Service) -> None:
+    plain = post(classifier, "/v1/classify", input=[TEXT, "cold"]).json()
+    both = post(classifier, "/v1/classify", input=[TEXT, "cold"], explain={"faithfulness": False}).json()
+    for row, other in zip(plain["data"], both["data"], strict=True):
+        explanation = other.pop("explanation")
+        assert row == other
+        assert explanation["target"]["text"] == row["label"]
+        assert explanation["faithfulness"] is None
+    alone = post(classifier, "/v1/explain", input=TEXT, faithfulness=False).json()
+    assert alone["target"]["text"] == plain["data"][0]["label"]
+    assert alone["tokens"] == both["data"][0]["explanation"]["tokens"] if "explanation" in both["data"][0] else True
+
+
+def test_what_a_classifier_refuses(classifier: Service) -> None:
+    assert "cold, mild, warm" in refused(classifier, "/v1/explain", "target", input="x", target="hot")
+    refused(classifier, "/v1/explain", "lens", input="x", lens=2)
+    refused(classifier, "/v1/explain", "messages", messages=CHAT)
+    refused(classifier, "/v1/explain", "input")
+    refused(classifier, "/v1/explain", "quality", input="x", quality="high", method="lrp")
+    refused(classifier, "/v1/explain", "method", input="x", method="guessing")
+    refused(classifier, "/v1/classify", "explain", input=["x"] * 17, explain=True)
+    assert "shorten" in refused(classifier, "/v1/explain", "input", input="a b " * 2000, quality="high")
+
+
+def test_an_answer_is_explained_by_what_was_said(decoder: Service) -> None:
+    """Offsets are those of the conversation as the template writes it; only what messages say has shares."""
+    told = post(decoder, "/v1/explain", messages=CHAT, target=" weighs", lens=3).json()
+    text = told["text"]
+    assert text.endswith("<|im_start|>assistant\n")
+    assert TEXT in text
+    shared = [one for one in told["tokens"] if one["share"] is not None]
+    covered = "".join(text[one["start"] : one["end"]] for one in shared).replace(" ", "")
+    assert covered.startswith("Beshort.")
+    assert "München" in covered
+    assert all(one["token"] not in ("system", "user", "assistant") for one in shared)
+    assert told["target"]["text"] == " weighs"
+    assert "".join(told["target"]["tokens"]) == " weighs"
+    assert len(told["lens"]) == 3  # the embedding and two layers
+    assert [len(layer) for layer in told["lens"]] == [3, 3, 3]
+    plain = post(decoder, "/v1/explain", input="The steelyard", lens=1, faithfulness=False).json()
+    completion = post(decoder, "/v1/completions", prompt="The steelyard", max_tokens=1, temperature=0).json()
+    assert plain["target"]["text"] == plain["lens"][-1][0]["token"] == completion["choices"][0]["text"]
+
+
+def test_a_chat_brings_its_explanation(decoder: Service) -> None:
+    """Whole and as a stream; what is said is the same, and the explanation is that of exactly this answer."""
+    asked: dict[str, Any] = {"messages": CHAT, "max_tokens": 6, "temperature": 0}
+    plain = post(decoder, "/v1/chat/completions", **asked).json()
+    both = post(decoder, "/v1/chat/completions", **asked, explain=True).json()
+    assert both["choices"] == plain["choices"]
+    assert both["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+    explanation = both["explanation"]
+    content = plain["choices"][0]["message"]["content"]
+    assert explanation["target"]["text"].startswith(content)
+    assert "explanation" not in plain
+    with decoder.http() as client:
+        lines = client.post(
+            "/v1/chat/completions",
+            json={"model": decoder.checkpoint.name, **asked, "explain": {"method": "lrp"}, "stream": True},
+        ).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    (streamed,) = [event["explanation"] for event in events if "explanation" in event]
+    for one, other in zip(streamed["tokens"], explanation["tokens"], strict=True):
+        assert one["share"] == pytest.approx(other["share"], abs=1e-5)
+    client = decoder.sdk()  # whoever does not know the field reads on
+    answer = client.chat.completions.create(model=decoder.checkpoint.name, **asked, extra_body={"explain": True})
+    assert answer.choices[0].message.content == content
+    assert answer.model_extra is not None
+    assert answer.model_extra["explanation"]["method"] == "lrp"
+
+
+def test_what_a_decoder_refuses(decoder: Service) -> None:
+    refused(decoder, "/v1/chat/completions", "explain", messages=CHAT, explain=True, n=2)
+    refused(decoder, "/v1/chat/completions", "explain.method", messages=CHAT, explain={"method": "x"})
+    refused(decoder, "/v1/explain", "input", input="x" * 4000)
+    embedded = post(decoder, "/v1/classify", input="x", explain=True)
+    assert embedded.status_code == 400
+
+
+def test_explanations_are_paid_by_their_own_price(decoder: Service) -> None:
+    """An entry of their own, of what was computed; the usage report knows them."""
+    with decoder.admin_http() as admin:
+        prices = {"*": {"input": 10, "cached_input": 10, "output": 20, "explanation": 3}}
+        assert admin.post("/v1/organization/prices", json={"prices": prices}).status_code == 200
+    alone = post(decoder, "/v1/explain", input="The steelyard weighs").json()
+    computed = alone["usage"]["computed_tokens"]
+    assert alone["usage"]["cost"] == pytest.approx(3 * computed / 1e9)
+    both = post(decoder, "/v1/chat/completions", messages=CHAT, max_tokens=3, explain=True).json()
+    usage = both["usage"]
+    assert usage["cost"] == pytest.approx((10 * usage["prompt_tokens"] + 20 * usage["completion_tokens"]) / 1e9)
+    explained = both["explanation"]["usage"]
+    with decoder.admin_http() as admin:
+        entries = admin.get("/v1/organization/ledger", params={"limit": 100}).json()["data"]
+        used = admin.get("/v1/organization/usage/explanations", params={"start_time": 0, "limit": 31}).json()
+    own = [entry for entry in entries if entry["service"] == "explanations" and entry["kind"] == "settle"]
+    assert {entry["input_tokens"] for entry in own[:2]} == {computed, explained["computed_tokens"]}
+    rows = [row for bucket in used["data"] for row in bucket["results"]]
+    assert not rows or all("computed_tokens" in row for row in rows)
