@@ -11,7 +11,6 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from steelyard.errors import RequestError, TemplateError
 from steelyard.infer.request import Output
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
 from steelyard.serve.generation import Choice, Generation, finish, plan
@@ -31,6 +30,7 @@ from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
 from steelyard.serve.protocol.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta, call_id
 from steelyard.serve.protocol.usage import Finish
+from steelyard.serve.rendering import rendered
 from steelyard.serve.service import Service
 from steelyard.serve.stored import Kept
 from steelyard.text.tool_calls import Arguments, Begun, CallReader, Piece, Said
@@ -43,7 +43,7 @@ async def create(service: Service, request: Request) -> Response:
     body = parse(ChatRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     grammar = await asyncio.to_thread(lambda: body.form) if body.structured or body.offered else None
-    prompt = await while_connected(request.receive, asyncio.to_thread(_prompt, served, body.messages, body.told))
+    prompt = await while_connected(request.receive, asyncio.to_thread(rendered, served, body.messages, body.told))
     generation = plan(
         body,
         served,
@@ -115,26 +115,6 @@ async def _keep(service: Service, body: ChatRequest, generation: Generation, cho
     """Store the answer before its end is sent."""
     answer = msgspec.to_builtins(_answer(body, generation, choices))
     await service.stored.keep(generation.bill.payer.project, Kept(body.messages, answer), body.metadata)
-
-
-def _prompt(served: ServedModel, messages: list[dict[str, str]], tools: str | None) -> list[int]:
-    """The token ids of a conversation; control tokens that users wrote are only text.
-
-    What is told of tools is the end of the first system message.
-    """
-    if tools is not None:
-        first = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
-        rest = messages[1:] if first else messages
-        messages = [{"role": "system", "content": first + tools}, *rest]
-    if served.template is None:
-        raise RequestError(
-            f"'{served.id}' has no chat template, it was not made to chat: use /v1/completions", param="model"
-        )
-    try:
-        text = served.template.render(served.tokenizer.guard_messages(messages), add_generation_prompt=True)
-    except TemplateError as error:
-        raise RequestError(str(error), param="messages", code="template_failed") from None
-    return served.tokenizer.encode_rendered(text)
 
 
 async def _events(generation: Generation, body: ChatRequest, keep: Keep | None) -> AsyncGenerator[bytes, None]:
