@@ -17,7 +17,7 @@ from sqlalchemy import select
 
 from steelyard.errors import RequestError
 from steelyard.serve import stored_responses
-from steelyard.serve.protocol import response_items
+from steelyard.serve.protocol import response_items, response_request
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.response_request import InputTokensRequest, ResponseRequest
 from steelyard.store import tables
@@ -80,6 +80,9 @@ def test_a_text_is_answered(service: Service, client: openai.OpenAI) -> None:
     assert (told.model, told.tools, told.tool_choice, told.parallel_tool_calls) == ("tiny", [], "auto", True)
     assert (told.text.format.type, told.truncation, told.service_tier) == ("text", "disabled", "default")
     assert told.background is False
+    schema = {"type": "object", "properties": {"a": {"type": ["null"], "default": None}}}
+    form = {"type": "json_schema", "name": "x", "schema": schema}
+    assert ask(client, text={"format": form}).text.format.schema_ == schema
     assert told.error is None
     with service.admin_http() as admin:
         entries = admin.get("/v1/organization/ledger", params={"reference": told.id}).json()["data"]
@@ -148,6 +151,17 @@ def test_an_engine_that_dies_fails_the_stream(make_checkpoint: Callable[[str], P
         eventually(lambda: service.engine.ready, 30)
         with pytest.raises(openai.NotFoundError):
             service.sdk().responses.retrieve(failed.response.id)
+
+
+def test_what_is_refused_before_the_first_event_is_an_ordinary_error(service: Service) -> None:
+    with service.admin_http() as admin:
+        project = admin.post("/v1/organization/projects", json={"name": "poor"}).json()["id"]
+        key = admin.post(f"/v1/organization/projects/{project}/api_keys", json={"name": "x"}).json()["value"]
+        path = f"/v1/organization/projects/{project}/rate_limits/rl-tiny"
+        admin.post(path, json={"max_tokens_per_1_minute": 1}).raise_for_status()
+    for stream in (False, True):
+        with pytest.raises(openai.RateLimitError):
+            service.sdk(api_key=key).responses.create(**BODY, stream=stream)
 
 
 def test_a_client_that_leaves_is_not_answered_on(service: Service) -> None:
@@ -268,8 +282,14 @@ def test_what_is_old_is_forgotten(service: Service, client: openai.OpenAI) -> No
         client.responses.retrieve(told.id)
 
 
-def test_a_chain_has_an_end(service: Service, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_responses, "MOST_BEFORE", 2)
+@pytest.mark.parametrize(
+    ("where", "bound", "most"),
+    [(stored_responses, "MOST_BEFORE", 2), (stored_responses, "MOST_BYTES", 3000), (response_request, "MAX_ITEMS", 6)],
+)
+def test_a_chain_has_an_end(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, where: Any, bound: str, most: int
+) -> None:
+    monkeypatch.setattr(where, bound, most)
     name = None
     for _ in range(3):
         name = ask(client, previous_response_id=name, input="x", max_output_tokens=1).id

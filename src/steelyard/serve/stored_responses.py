@@ -9,6 +9,7 @@ import msgspec
 from sqlalchemy import Connection, delete, insert, select
 
 from steelyard.errors import RequestError
+from steelyard.serve.limits import MAX_BODY_BYTES
 from steelyard.serve.owned import find
 from steelyard.store import tables
 from steelyard.store.artifacts import Artifacts
@@ -16,7 +17,9 @@ from steelyard.store.database import Database
 
 KEPT_SECONDS = 30 * 86400
 MOST_BEFORE = 1000
-"""Responses that one may go on from, in all."""
+"""Responses that one may go on from, in all,"""
+MOST_BYTES = MAX_BODY_BYTES
+"""and what they hold: as much as a request might that sends all of it."""
 
 Row = dict[str, Any]
 columns = tables.responses.c
@@ -103,6 +106,7 @@ def expire(connection: Connection, now: int) -> None:
 def _chain(connection: Connection, project: str, response: str) -> list[Row]:
     """A response and those before it, the oldest first."""
     found: list[Row] = []
+    held = 0
     wanted: str | None = response
     while wanted is not None:
         mine = (columns.id == wanted, columns.project_id == project)
@@ -114,9 +118,11 @@ def _chain(connection: Connection, project: str, response: str) -> list[Row]:
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
-        if len(found) == MOST_BEFORE:
+        held += len(row["content"])
+        if len(found) == MOST_BEFORE or held > MOST_BYTES:
             raise RequestError(
-                f"'{response}' goes on from more than {MOST_BEFORE} responses: begin anew with what matters of them",
+                f"'{response}' goes on from more than {MOST_BEFORE} responses or {MOST_BYTES} bytes: begin anew, with"
+                " what matters of them",
                 param="previous_response_id",
             )
         found.append(dict(row))

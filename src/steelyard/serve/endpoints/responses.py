@@ -111,9 +111,11 @@ async def _read(service: Service, request: Request, body: InputTokensRequest, se
     """The prompt: instructions, responses before, the input."""
     caller: Caller = request.state.caller
     history = await service.responses.history(caller.project, body.previous_response_id)
-    messages = body.messages(history)
-    work = asyncio.to_thread(rendered, served, messages, body.offer.told, "input")
-    return await while_connected(request.receive, work)
+
+    def read() -> list[int]:
+        return rendered(served, body.messages(history), body.offer.told, "input")
+
+    return await while_connected(request.receive, asyncio.to_thread(read))
 
 
 async def _kept(service: Service, request: Request) -> Kept:
@@ -144,7 +146,8 @@ async def _events(
                     if output.logprobs:
                         scored = chat_logprobs(output.logprobs, generation.served.tokenizer).content
                     events += growing.push(output.text, scored, finish(output))
-                yield b"".join(map(named_event, events))
+                if events:
+                    yield b"".join(map(named_event, events))
         await _ended(service, body, generation, growing)
     except Exception as error:
         if not begun:

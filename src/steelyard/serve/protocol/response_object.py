@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from steelyard.serve.protocol.chat import ChosenToken
-from steelyard.serve.protocol.response_request import ResponseRequest
+from steelyard.serve.protocol.response_request import ResponseRequest, TextFormat
 from steelyard.serve.protocol.usage import Usage
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -169,7 +169,7 @@ class ResponseObject(msgspec.Struct, frozen=True, kw_only=True):
             safety_identifier=body.safety_identifier,
             store=body.store is not False,
             temperature=1.0 if body.temperature is None else body.temperature,
-            text={"format": body.format.model_dump(by_alias=True, exclude_none=True)},
+            text={"format": _format(body.format)},
             tool_choice=offer.choice if offer.named is None else ChosenFunction(offer.named),
             tools=[
                 OfferedFunction(one.name, one.parameters, one.description, one.strict is not False)
@@ -179,6 +179,13 @@ class ResponseObject(msgspec.Struct, frozen=True, kw_only=True):
             top_p=1.0 if body.top_p is None else body.top_p,
             user=body.user,
         )
+
+
+def _format(asked: TextFormat) -> dict[str, Any]:
+    if asked.type != "json_schema":
+        return {"type": asked.type}
+    more = {"description": None, "strict": asked.strict is not False}
+    return {"type": asked.type, "name": asked.name, "schema": asked.schema_, **more}
 
 
 class ResponseDeleted(msgspec.Struct, frozen=True):

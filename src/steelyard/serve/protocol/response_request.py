@@ -10,7 +10,7 @@ from pydantic import Field, WithJsonSchema
 from steelyard.errors import RequestError
 from steelyard.serve.protocol import response_items
 from steelyard.serve.protocol.fields import Fields, Metadata, describe_neutral
-from steelyard.serve.protocol.response_items import INPUT, Item
+from steelyard.serve.protocol.response_items import INPUT, MAX_ITEMS, Item
 from steelyard.serve.protocol.sampling import SamplingFields
 from steelyard.serve.protocol.structured import MAX_SCHEMA_NAME
 from steelyard.serve.protocol.tools import MOST_TOOLS, NAME, Function, Offer
@@ -152,7 +152,14 @@ class InputTokensRequest(Fields):
         return grammar.of_schema(self.format.schema_ or {"type": "object"}, param)
 
     def messages(self, history: list[Item]) -> list[dict[str, str]]:
-        """The conversation: instructions, what was before, the input. Raises as `response_items.turns` does."""
+        """The conversation: instructions, what was before, the input.
+
+        Raises:
+            RequestError: it is too long; or as `response_items.turns` does.
+        """
+        if len(history) + len(self.input) > MAX_ITEMS:
+            reason = f"the input and what was before it are more than {MAX_ITEMS} items: begin anew with what matters"
+            raise RequestError(reason, param="previous_response_id")
         said = response_items.turns(history, self.input)
         return said if self.instructions is None else [{"role": "system", "content": self.instructions}, *said]
 
