@@ -15,7 +15,7 @@ from openai.types.responses.input_token_count_params import InputTokenCountParam
 from running_service import Service, eventually, serving
 from sqlalchemy import select
 
-from steelyard.errors import RequestError
+from steelyard.errors import RequestError, StorageError
 from steelyard.serve import stored_responses
 from steelyard.serve.protocol import response_items, response_request
 from steelyard.serve.protocol.fields import parse
@@ -162,6 +162,25 @@ def test_what_is_refused_before_the_first_event_is_an_ordinary_error(service: Se
     for stream in (False, True):
         with pytest.raises(openai.RateLimitError):
             service.sdk(api_key=key).responses.create(**BODY, stream=stream)
+
+
+def test_what_cannot_be_kept_has_failed(
+    service: Service, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(project: str, kept: Any) -> None:
+        raise StorageError("the database is away")
+
+    monkeypatch.setattr(service.behind.responses, "keep", away)
+    last = list(ask(client, stream=True))[-1]
+    assert (last.type, last.response.status, last.response.error.message) == (
+        "response.failed",
+        "failed",
+        "the database is away",
+    )
+    assert last.response.incomplete_details is None
+    with pytest.raises(openai.InternalServerError):
+        ask(client)
+    assert ask(client, store=False).output
 
 
 def test_a_client_that_leaves_is_not_answered_on(service: Service) -> None:
@@ -439,3 +458,19 @@ def test_calls_are_one_turn_with_what_is_said() -> None:
         {"role": "user", "content": "<tool_response>21</tool_response>"},
         {"role": "assistant", "content": "Let me see."},
     ]
+
+
+def test_kept_by_either_database(make_checkpoint: Callable[[str], Path], fresh_database: str) -> None:
+    with serving(make_checkpoint("tiny"), database=fresh_database) as service:
+        client = service.sdk(_strict_response_validation=True)
+        first = ask(client, input="NUL: \0", metadata={"a": "\0"})
+        second = ask(client, previous_response_id=first.id)
+        assert client.responses.retrieve(first.id) == first
+        assert second.usage.input_tokens > first.usage.input_tokens
+        for name in ("resp_\0", f"{first.id}\0"):
+            with pytest.raises(openai.BadRequestError) as refused:
+                ask(client, previous_response_id=name)
+            assert refused.value.param == "previous_response_id"
+        service.behind.database.write_now(lambda connection: stored_responses.expire(connection, 1 << 40))
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(second.id)

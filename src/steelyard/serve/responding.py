@@ -117,7 +117,12 @@ class Growing:
         if self._open:
             self._items[-1] = self._grown("incomplete")
         self.response = msgspec.structs.replace(
-            self.response, status="failed", error=ResponseError(message), output=self._items
+            self.response,
+            status="failed",
+            completed_at=None,
+            error=ResponseError(message),
+            incomplete_details=None,
+            output=self._items,
         )
         return ResponseFailed(sequence_number=self._next(), response=self.response)
 
