@@ -50,6 +50,7 @@ from steelyard.serve.endpoints import (
     metrics,
     openapi,
     projects,
+    responses,
     usage,
 )
 from steelyard.serve.endpoints import models as model_endpoints
@@ -108,6 +109,9 @@ from steelyard.serve.protocol.reading import (
     TaggedText,
     TagRequest,
 )
+from steelyard.serve.protocol.response_events import ResponseEvent
+from steelyard.serve.protocol.response_object import InputTokens, ResponseDeleted, ResponseObject
+from steelyard.serve.protocol.response_request import InputTokensRequest, ResponseRequest
 from steelyard.serve.service import Service, export_head, open_service
 from steelyard.serve.tracing import open_tracing
 from steelyard.store.database import opened, sqlite_url
@@ -134,7 +138,8 @@ HEAD_SECONDS = 60.0
 log = logging.getLogger("steelyard.serve")
 
 ORGANIZATION = "/v1/organization"
-CHAT = "/v1/chat/completions"
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+RESPONSE = f"{RESPONSES}/{{response_id}}"
 FINE_TUNING, COMPRESSION = "/v1/fine_tuning/jobs", "/v1/compression/jobs"
 ALIASES = f"{ORGANIZATION}/model_aliases"
 PROJECTS, ADMIN_KEYS, PRICES = (f"{ORGANIZATION}/{things}" for things in ("projects", "admin_api_keys", "prices"))
@@ -167,6 +172,12 @@ ENDPOINTS = (
     Endpoint(
         "POST", "/v1/completions", completions.create, "inference", Completion, CompletionRequest, events=Completion
     ),
+    Endpoint("POST", RESPONSES, responses.create, "inference", ResponseObject, ResponseRequest, events=ResponseEvent),
+    Endpoint("POST", f"{RESPONSES}/input_tokens", responses.input_tokens, "inference", InputTokens, InputTokensRequest),
+    Endpoint("GET", RESPONSE, responses.retrieve, "inference", ResponseObject, responses.RETRIEVED),
+    Endpoint("DELETE", RESPONSE, responses.delete, "inference", ResponseDeleted),
+    Endpoint("POST", f"{RESPONSE}/cancel", responses.cancel, "inference", ResponseObject),
+    Endpoint("GET", f"{RESPONSE}/input_items", responses.input_items, "inference", Page[Any], PAGE),
     Endpoint("POST", "/v1/embeddings", embeddings.create, "inference", Embeddings, EmbeddingsRequest),
     Endpoint("POST", "/v1/score", embeddings.score, "inference", Readings[Score], ScoreRequest),
     Endpoint("POST", "/v1/rerank", embeddings.rerank, "inference", Ranking, RerankRequest),

@@ -270,6 +270,24 @@ def test_a_damaged_input_ends_its_batch(
     assert ended(client, run(client, [line(1)])).status == "completed"
 
 
+def test_responses_in_a_batch(service: Service, client: openai.OpenAI) -> None:
+    """They are kept as others are, and go on from those that are."""
+    path = "/v1/responses"
+    first = client.responses.create(model="tiny", input="Hello", max_output_tokens=2)
+    asked = {"model": "tiny", "input": "more", "previous_response_id": first.id, "max_output_tokens": 4}
+    lines = [{"custom_id": f"{number}", "method": "POST", "url": path, "body": asked} for number in range(2)]
+    lines.append({**lines[0], "custom_id": "2", "body": {**asked, "previous_response_id": "resp_none"}})
+    batch = ended(client, run(client, lines, path))
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 1)
+    (error,) = rows(client, batch.error_file_id)
+    assert error["response"]["body"]["error"]["code"] == "previous_response_not_found"
+    for one in rows(client, batch.output_file_id):
+        body = one["response"]["body"]
+        assert client.responses.retrieve(body["id"]).to_dict() == body
+    paid = entries(service, batch.id)
+    assert [(entry.batch, entry.output_tokens) for entry in paid] == [(True, 4)] * 2
+
+
 def test_batches_of_two_projects_run_beside_each_other(
     service: Service, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ NAMES = {
     "alert_id": "alert_x",
     "limit_id": "rl-tiny",
     "completion_id": "chatcmpl-x",
+    "response_id": "resp_x",
     "alias": "latest",
     "model_id": "tiny",
 }
@@ -45,6 +46,8 @@ RIGHT: dict[str, dict[str, Any]] = {
     "TagRequest": {"model": "tiny", "input": "Hello"},
     "ExplainRequest": {"model": "tiny", "input": "Hello"},
     "ChatRequest": {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]},
+    "ResponseRequest": {"model": "tiny", "input": "Hello"},
+    "InputTokensRequest": {"model": "tiny", "input": "Hello"},
     "CompletionRequest": {"model": "tiny", "prompt": "Hello"},
     "JobRequest": {"model": "tiny", "training_file": "file-x"},
     "CompressionRequest": {"model": "tiny"},

@@ -52,6 +52,7 @@ def project(service: Service, name: str) -> tuple[str, dict[str, str]]:
         compression = http.post("/v1/compression/jobs", json={"model": "tiny"}).json()
         stored = {"model": "tiny", "messages": row["messages"][:1], "max_tokens": 2, "store": True}
         completion = http.post("/v1/chat/completions", json=stored).json()
+        response = http.post("/v1/responses", json={"model": "tiny", "input": "q", "max_output_tokens": 2}).json()
         asked = {"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"model": "tiny", "prompt": "x"}}
         lines = io.BytesIO(json.dumps(asked).encode())
         listed = http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("b.jsonl", lines)}).json()
@@ -67,6 +68,7 @@ def project(service: Service, name: str) -> tuple[str, dict[str, str]]:
         "compression_id": compression["id"],
         "batch_id": batch["id"],
         "completion_id": completion["id"],
+        "response_id": response["id"],
         "limit_id": "rl-tiny",
         "alias": "latest",
         "model_id": "tiny",
@@ -143,7 +145,7 @@ def test_another_projects_things_are_not_there(
     two: Service, mine: tuple[str, dict[str, str]], theirs: tuple[str, dict[str, str]], endpoint: Endpoint
 ) -> None:
     """With my key and their ids: as if they did not exist, to the letter."""
-    things = {"file_id", "job_id", "compression_id", "batch_id", "completion_id"} & {
+    things = {"file_id", "job_id", "compression_id", "batch_id", "completion_id", "response_id"} & {
         parameter(endpoint, match[1]) for match in PARAMETER.finditer(endpoint.path)
     }
     if not things or endpoint.permission in ADMIN_SCOPES:

@@ -49,6 +49,11 @@ def event(body: msgspec.Struct) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
+def named_event(body: msgspec.Struct) -> bytes:
+    """One server-sent event that also has its name, which is the body's tag."""
+    return f"event: {body.__struct_config__.tag}\n".encode() + event(body)
+
+
 class EventStream(Response):
     """Server-sent events, sent as they come.
 

@@ -1,6 +1,6 @@
 """From checked fields to text: what is asked of the engine, and what the choices of an answer add up to.
 
-What the two endpoints for text share. Knows tokens, choices and usage; nothing of HTTP or of the shapes of answers.
+What the endpoints for text share. Knows tokens, choices and usage; nothing of HTTP or of the shapes of answers.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from starlette.requests import Request
 
 from steelyard.errors import ModelNotFoundError
-from steelyard.serve import aliases, idempotency, rate_limits
+from steelyard.serve import aliases, idempotency, rate_limits, stored_responses
 from steelyard.serve.aliases import Names
 from steelyard.serve.auth import ADMIN_SCOPES, KEY_VARIABLE, PROJECT_SCOPES, Caller, KeyRing, fixed_keys
 from steelyard.serve.batches.runner import BatchRunner
@@ -39,6 +39,7 @@ from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.keys import create_key
 from steelyard.serve.rate_limits import Admission, RateLimits
 from steelyard.serve.stored import StoredCompletions
+from steelyard.serve.stored_responses import StoredResponses
 from steelyard.serve.tuned import TunedModels
 from steelyard.store.artifacts import Artifacts
 from steelyard.store.database import Database
@@ -64,6 +65,7 @@ class Service:
     jobs: JobRunner
     batches: BatchRunner
     stored: StoredCompletions
+    responses: StoredResponses
     names: Names
     meters: RequestMeters = field(default_factory=RequestMeters)
     energy: Energy = field(default_factory=Energy)
@@ -156,6 +158,7 @@ class Service:
         """What is done now and then: sound alerts, remove what has expired, charge what is stored."""
         await self.database.write(lambda connection: limits.sound(connection, self.ledger.month()))
         await self.database.write(lambda connection: idempotency.expire(connection, self.now()))
+        await self.database.write(lambda connection: stored_responses.expire(connection, self.now()))
         await asyncio.to_thread(self.files.expire, self.now())
         for charge in await self.database.read(lambda connection: storage.due(connection, self.prices, self.now())):
             await asyncio.wrap_future(self.ledger.charge(charge))
@@ -244,6 +247,7 @@ def open_service(
         jobs,
         BatchRunner(files, clock),
         StoredCompletions(files),
+        StoredResponses(database, stored),
         database.read_now(aliases.read),
         first_keys=first_keys,
     )

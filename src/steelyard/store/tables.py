@@ -212,6 +212,17 @@ stored_completions = Table(
     Index("stored_by_project", "project_id", "created_at"),
 )
 
+responses = Table(
+    "responses",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("previous", Text),  # the response that it goes on from
+    Column("created_at", BigInteger, nullable=False),
+    Column("content", LargeBinary, nullable=False),  # sealed by the project's key
+    Index("responses_by_time", "created_at"),
+)
+
 models = Table(  # what jobs made
     "models",
     metadata,

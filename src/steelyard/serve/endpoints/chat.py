@@ -14,7 +14,6 @@ from starlette.responses import Response
 
 from steelyard.infer.request import Output
 from steelyard.serve.billing.bill import Payer
-from steelyard.serve.chats import rendered
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
 from steelyard.serve.explaining import MOST_ANSWER, Source, asking, source_of_chat, with_answer
 from steelyard.serve.generation import Choice, Generation, finish, plan
@@ -35,6 +34,7 @@ from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
 from steelyard.serve.protocol.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta, call_id
 from steelyard.serve.protocol.usage import Finish
+from steelyard.serve.rendering import rendered_text
 from steelyard.serve.service import Service
 from steelyard.serve.stored import Kept
 from steelyard.text.tool_calls import Arguments, Begun, CallReader, Piece, Said
@@ -80,7 +80,7 @@ async def create(service: Service, request: Request) -> Response:
 
 def _source(served: ServedModel, body: ChatRequest) -> Source:
     """The prompt; where it is to be explained, with what each of its tokens stands for."""
-    text = rendered(served, body.messages, body.told)
+    text = rendered_text(served, body.messages, body.told)
     if body.explain:
         return source_of_chat(served, text, body.messages)
     return Source("", served.tokenizer.encode_rendered(text), [])

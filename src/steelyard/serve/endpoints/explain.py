@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard.errors import RequestError
-from steelyard.serve.chats import rendered
 from steelyard.serve.connection import while_connected
 from steelyard.serve.explaining import Source, asking, source_of, source_of_chat, with_answer
 from steelyard.serve.models import ServedModel
@@ -18,6 +17,7 @@ from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.explain import ExplainRequest, Explanation
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.reading import demand
+from steelyard.serve.rendering import rendered_text
 from steelyard.serve.service import Service
 
 
@@ -55,4 +55,4 @@ def _param(body: ExplainRequest) -> str:
 def _source(served: ServedModel, body: ExplainRequest) -> Source:
     if body.messages is None:
         return source_of(served, body.input or "")
-    return source_of_chat(served, rendered(served, body.messages), body.messages)
+    return source_of_chat(served, rendered_text(served, body.messages), body.messages)

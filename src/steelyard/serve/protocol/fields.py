@@ -62,11 +62,18 @@ class Fields(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
     stored: ClassVar[bool] = True
     """Whether its texts may come to the database, so that none may have the character NUL."""
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
+    """Fields that are not honoured, and the values at which they are accepted all the same."""
 
 
 def neutral_properties(neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     """How fields are described that are accepted at some values only."""
     return {name: {"enum": [None, *values]} for name, values in neutral.items()}
+
+
+def describe_neutral(schema: dict[str, Any], kind: type[Fields]) -> None:
+    """Add a kind's neutral fields to its schema: its `json_schema_extra`."""
+    schema["properties"] = {**neutral_properties(kind.neutral), **schema["properties"]}
 
 
 def parse(kind: type[Body], content: bytes) -> Body:
@@ -84,7 +91,7 @@ def parse(kind: type[Body], content: bytes) -> Body:
         raise RequestError("the body must be a JSON object", code="invalid_json")
     if kind.stored and b"\\u0000" in content and (path := _nul_in(body)) is not None:
         raise RequestError(f"'{path}' has the character NUL: remove it", param=path, code="invalid_value")
-    honoured = accept_neutral(body, NEUTRAL, kind.model_fields.keys())
+    honoured = accept_neutral(body, kind.neutral, kind.model_fields.keys())
     try:
         return kind.model_validate(honoured)
     except pydantic.ValidationError as error:
@@ -122,7 +129,7 @@ def accept_neutral(
 
 def _explained(error: pydantic.ValidationError, body: object) -> RequestError:
     first = error.errors(include_url=False, include_context=False)[0]
-    path = _path(first["loc"], body)
+    path = _path(first["loc"], body, missing=first["type"] == "missing")
     if first["type"] == "extra_forbidden":
         return RequestError(f"unknown field '{path}': remove it", param=path, code="unknown_parameter")
     if first["type"] == "missing":
@@ -131,13 +138,20 @@ def _explained(error: pydantic.ValidationError, body: object) -> RequestError:
     return RequestError(f"'{path}' must be {reason}, not {show(first['input'])}", param=path, code="invalid_value")
 
 
-def _path(location: tuple[int | str, ...], body: object) -> str:
-    """`messages[0].content` for a location in pydantic's terms, which also names branches of unions."""
+def _path(location: tuple[int | str, ...], body: object, *, missing: bool) -> str:
+    """`messages[0].content` for a location in pydantic's terms, which also names branches of unions.
+
+    The last step of what is `missing` is nowhere in the body.
+    """
     path, here = "", body
     for number, step in enumerate(location):
         if isinstance(step, int) and isinstance(here, list):
             path, here = f"{path}[{step}]", here[step]
-        elif isinstance(step, str) and isinstance(here, dict) and (step in here or number == len(location) - 1):
+        elif (
+            isinstance(step, str)
+            and isinstance(here, dict)
+            and (step in here or (missing and number == len(location) - 1))
+        ):
             path, here = f"{path}.{step}" if path else step, here.get(step)
     return path
 

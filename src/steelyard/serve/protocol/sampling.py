@@ -5,14 +5,14 @@ Knows JSON, fields and values; nothing of models, tokens or HTTP.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import pydantic
 from pydantic import Field, WithJsonSchema
 
 from steelyard.errors import RequestError
 from steelyard.infer.request import Beam
-from steelyard.serve.protocol.fields import NEUTRAL, Fields, neutral_properties, show
+from steelyard.serve.protocol.fields import Fields, describe_neutral, show
 from steelyard.serve.protocol.structured import ResponseFormat, StructuredOutputs
 
 MAX_CHOICES = 128
@@ -40,14 +40,10 @@ class StreamOptions(Fields):
     include_usage: bool | None = None
 
 
-def _describe_neutral(schema: dict[str, Any], kind: type[pydantic.BaseModel]) -> None:
-    schema["properties"] = {**neutral_properties(NEUTRAL), **schema["properties"]}
-
-
 class SamplingFields(Fields):
     """What both ways of asking for text have in common."""
 
-    model_config = pydantic.ConfigDict(json_schema_extra=_describe_neutral)
+    model_config = pydantic.ConfigDict(json_schema_extra=describe_neutral)
     stored = False
 
     model: str

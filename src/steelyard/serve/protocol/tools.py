@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -57,42 +58,40 @@ Choice = Literal["none", "auto", "required"] | NamedTool
 NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-class ToolFields(pydantic.BaseModel):
-    """What a chat may say of tools."""
+@dataclass(frozen=True)
+class Offer:
+    """Functions of a request, and which of them may or must be called."""
 
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Choice | None = None
-    """Absent: `auto` where there are tools."""
-    parallel_tool_calls: bool | None = None
-    """False: at most one call. Absent or true: several are possible."""
+    functions: tuple[Function, ...]
+    choice: Literal["none", "auto", "required"]
+    named: str | None
+    """The one that has to be called."""
+    several: bool
+    """Whether there may be more than one call."""
+    path: str
+    """Where the request has a function's parameters, by its number."""
 
-    @pydantic.model_validator(mode="after")
-    def _tools_agree(self) -> ToolFields:
-        names = [tool.function.name for tool in self.tools or ()]
+    def check(self) -> None:
+        """Raises RequestError: the functions and the choice do not go together."""
+        names = [function.name for function in self.functions]
         if len(set(names)) < len(names):
             raise RequestError("two of 'tools' have the same name", param="tools")
-        if not names and self.tool_choice not in (None, "none", "auto"):
+        if not names and self.choice == "required":
             raise RequestError("'tool_choice' asks for a call, and there are no 'tools'", param="tool_choice")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            reason = f"'tool_choice' names '{self.tool_choice.function.name}', which is none of 'tools'"
-            raise RequestError(reason, param="tool_choice")
-        return self
+        if self.named is not None and self.named not in names:
+            raise RequestError(f"'tool_choice' names '{self.named}', which is none of 'tools'", param="tool_choice")
 
     @property
     def offered(self) -> list[Function]:
         """Functions that may be called."""
-        if self.tool_choice == "none":
+        if self.choice == "none":
             return []
-        functions = [tool.function for tool in self.tools or ()]
-        if isinstance(self.tool_choice, NamedTool):
-            wanted = self.tool_choice.function.name
-            return [function for function in functions if function.name == wanted]
-        return functions
+        return [function for function in self.functions if self.named in (None, function.name)]
 
     @property
     def must_call(self) -> bool:
         """Whether an answer is nothing but calls."""
-        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+        return self.choice == "required"
 
     @property
     def told(self) -> str | None:
@@ -108,19 +107,57 @@ class ToolFields(pydantic.BaseModel):
         return tool_calls.prompt(listed, self.must_call) if self.offered else None
 
     @property
-    def calls_grammar(self) -> str:
+    def grammar(self) -> str:
         """What an answer has to be where there are tools. Raises RequestError: a schema that is not kept here."""
-        places = {tool.function.name: number for number, tool in enumerate(self.tools or ())}
+        places = {function.name: number for number, function in enumerate(self.functions)}
         tools = [
-            (
-                function.name,
-                function.parameters or NOTHING,
-                f"tools[{places[function.name]}].function.parameters",
-            )
+            (function.name, function.parameters or NOTHING, self.path.format(places[function.name]))
             for function in self.offered
         ]
-        several = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
+        several = self.several and self.named is None
         return grammar.of_calls(tools, text=not self.must_call, several=several, param="tools")
+
+
+class ToolFields(pydantic.BaseModel):
+    """What a chat may say of tools."""
+
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Choice | None = None
+    """Absent: `auto` where there are tools."""
+    parallel_tool_calls: bool | None = None
+    """False: at most one call. Absent or true: several are possible."""
+
+    @pydantic.model_validator(mode="after")
+    def _tools_agree(self) -> ToolFields:
+        self.offer.check()
+        return self
+
+    @property
+    def offer(self) -> Offer:
+        """What of them may be called, and how."""
+        choice = self.tool_choice
+        return Offer(
+            tuple(tool.function for tool in self.tools or ()),
+            "required" if isinstance(choice, NamedTool) else choice or "auto",
+            choice.function.name if isinstance(choice, NamedTool) else None,
+            self.parallel_tool_calls is not False,
+            "tools[{}].function.parameters",
+        )
+
+    @property
+    def offered(self) -> list[Function]:
+        """Functions that may be called."""
+        return self.offer.offered
+
+    @property
+    def told(self) -> str | None:
+        """What the model is told of its tools; None: it has none."""
+        return self.offer.told
+
+    @property
+    def calls_grammar(self) -> str:
+        """What an answer has to be where there are tools. Raises RequestError: a schema that is not kept here."""
+        return self.offer.grammar
 
 
 class CalledFunction(msgspec.Struct, frozen=True):
@@ -176,10 +213,15 @@ def spoken(calls: object, path: str) -> tuple[str, list[str]]:
         name, arguments = given.get("name"), given.get("arguments")
         if not isinstance(name, str) or not isinstance(arguments, str) or not isinstance(call.get("id"), str):
             raise RequestError(f"'{here}' must have an id, and a function with a name and arguments", param=here)
-        try:
-            json.loads(arguments)
-        except ValueError:
-            raise RequestError(f"'{here}.function.arguments' is no JSON", param=f"{here}.function.arguments") from None
+        check_arguments(arguments, f"{here}.function.arguments")
         texts.append(tool_calls.written(name, arguments))
         ids.append(call["id"])
     return "\n".join(texts), ids
+
+
+def check_arguments(arguments: str, path: str) -> None:
+    """Raises RequestError: a call's arguments are no JSON."""
+    try:
+        json.loads(arguments)
+    except ValueError:
+        raise RequestError(f"'{path}' is no JSON", param=path) from None
