@@ -85,6 +85,11 @@ th.number, td.number { text-align: right; white-space: nowrap; }
 svg { display: block; max-width: 100%; height: auto; }
 figure.narrow { display: inline-block; vertical-align: top; margin: 1rem 3rem 1rem 0; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
+.heat { white-space: pre-wrap; line-height: 1.9; overflow-wrap: anywhere; }
+.heat span { border-radius: 3px; padding: .12em 0; }
+.heat .above { background: color-mix(in srgb, var(--series-0) calc(var(--part) * .6), transparent); }
+.heat .below { background: color-mix(in srgb, var(--series-1) calc(var(--part) * .6), transparent); }
+.heat .none { color: var(--faint); }
 @media print { body { margin: 0; max-width: none; } figure { break-inside: avoid; } }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -233,6 +238,50 @@ class Report:
         side = size * (0.1 if size > CELL_NUMBERS else 0.38)
         self._plot(title, (side, side), draw, titles)
 
+    def heat(self, title: str, parts: Sequence[tuple[str, float | None]]) -> None:
+        """A text in parts, each with a figure or none: what is above zero in one colour, what is below in another, the
+        stronger the farther from zero; the figure is shown under the pointer.
+        """
+        widest = max((abs(figure) for _, figure in parts if figure is not None), default=0.0) or 1.0
+        spans = []
+        for text, figure in parts:
+            shown = html.escape(_printable(text))
+            if figure is None or not math.isfinite(figure):
+                spans.append(f'<span class="none">{shown}</span>')
+                continue
+            part = abs(figure) / widest
+            kind = "above" if figure >= 0 else "below"
+            spans.append(f'<span class="{kind}" style="--part: {100 * part:.0f}%" title="{figure:+.4g}">{shown}</span>')
+        self._figure(title, f'<div class="heat">{"".join(spans)}</div>')
+
+    def grid(self, title: str, figures: Sequence[Sequence[float]]) -> None:
+        """Squares of figures in rows, coloured as in `heat`."""
+        widest = max((abs(figure) for row in figures for figure in row), default=0.0) or 1.0
+        self._squares(
+            title,
+            [
+                [
+                    (f"var(--series-{0 if one >= 0 else 1})", abs(one) / widest, f"<title>{one:+.4g}</title>")
+                    for one in row
+                ]
+                for row in figures
+            ],
+        )
+
+    def picture(self, title: str, colours: Sequence[Sequence[str]]) -> None:
+        """A small image of colours in rows, each #rrggbb."""
+        self._squares(title, [[(html.escape(one), 1.0, "") for one in row] for row in colours])
+
+    def _squares(self, title: str, rows: Sequence[Sequence[tuple[str, float, str]]]) -> None:
+        drawn = [
+            f'<rect x="{x}" y="{y}" width="1.02" height="1.02" fill="{colour}" fill-opacity="{part:.3f}">{mark}</rect>'
+            for y, row in enumerate(rows)
+            for x, (colour, part, mark) in enumerate(row)
+        ]
+        box = f'viewBox="0 0 {len(rows)} {len(rows)}" role="img" aria-label="{html.escape(_clean(title))}"'
+        style = 'style="width: 280px" shape-rendering="crispEdges"'
+        self._figure(title, f"<svg {box} {style}>{''.join(drawn)}</svg>", narrow=True)
+
     def html(self) -> str:
         """The page."""
         body = "\n".join(self._parts)
@@ -332,8 +381,12 @@ def _axis_labels(axes: Axes, x_label: str, y_label: str) -> None:
 
 def _clean(text: str) -> str:
     """On one line, without what neither HTML nor XML may hold."""
-    text = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", text)
-    return " ".join(text.split())
+    return " ".join(_printable(text).split())
+
+
+def _printable(text: str) -> str:
+    """Without what neither HTML nor XML may hold."""
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]", "\ufffd", text)
 
 
 def _label(text: str, longest: int = LABEL) -> str:

@@ -28,6 +28,7 @@ LIFECYCLE = (
     "export",
     "evaluate",
     "predict",
+    "explain",
     "generate",
     "serve",
     "worker",

@@ -108,7 +108,9 @@ class SoundPart:
         self._features = features
         self._step = max(MOMENT, -(-features.shape[1] // MOST_MOMENTS))
         self.units = -(-features.shape[1] // self._step)
-        self.names = [f"{number * self._step / 100:.2f} s" for number in range(self.units)]
+        self.seconds = self._step / 100
+        """Of a unit."""
+        self.names = [f"{number * self.seconds:.2f} s" for number in range(self.units)]
 
     def without(self, kept: list[bool]) -> torch.Tensor:
         """See `Part`."""

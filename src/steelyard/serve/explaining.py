@@ -24,46 +24,10 @@ from steelyard.serve.protocol.explanations import (
     ExplanationUsage,
     Likely,
 )
-from steelyard.text.tokenizer import Span
+from steelyard.text.source import Source
 
 MOST_ANSWER = 256
 """Tokens of an answer that are explained; those after are not."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is read, and which of its characters each token stands for."""
-
-    text: str
-    ids: list[int]
-    spans: list[Span]
-    places: list[int] | None = None
-    """Tokens that have a share; None: the engine says."""
-
-
-def source_of(served: ServedModel, text: str) -> Source:
-    """A text by itself."""
-    ids, spans = served.tokenizer.spans(text, add_special_tokens=True)
-    return Source(text, ids or [0], spans or [(0, 0)])
-
-
-def source_of_chat(served: ServedModel, rendered: str, messages: Sequence[dict[str, str]]) -> Source:
-    """A conversation as its template writes it: what messages say has shares, what the template says has none."""
-    text, ids, spans = served.tokenizer.rendered_spans(rendered)
-    said: list[Span] = []
-    at = 0
-    for content in (message.get("content", "").strip() for message in messages):
-        found = text.find(content, at) if content else -1
-        if found >= 0:
-            at = found + len(content)
-            said.append((found, at))
-    special = served.tokenizer.special_tokens
-    places = [
-        place
-        for place, (begin, end) in enumerate(spans)
-        if ids[place] not in special and any(begin < last and end > first for first, last in said)
-    ]
-    return Source(text, ids, spans, places or None)
 
 
 @dataclass

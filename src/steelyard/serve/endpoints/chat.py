@@ -15,7 +15,7 @@ from starlette.responses import Response
 from steelyard.infer.request import Output
 from steelyard.serve.billing.bill import Payer
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
-from steelyard.serve.explaining import MOST_ANSWER, Source, asking, source_of_chat, with_answer
+from steelyard.serve.explaining import MOST_ANSWER, asking, with_answer
 from steelyard.serve.generation import Choice, Generation, finish, plan
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.chat import (
@@ -37,6 +37,7 @@ from steelyard.serve.protocol.usage import Finish
 from steelyard.serve.rendering import rendered_text
 from steelyard.serve.service import Service
 from steelyard.serve.stored import Kept
+from steelyard.text.source import Source, source_of_chat
 from steelyard.text.tool_calls import Arguments, Begun, CallReader, Piece, Said
 
 Keep = Callable[[list[Choice]], Awaitable[None]]
@@ -82,7 +83,7 @@ def _source(served: ServedModel, body: ChatRequest) -> Source:
     """The prompt; where it is to be explained, with what each of its tokens stands for."""
     text = rendered_text(served, body.messages, body.told)
     if body.explain:
-        return source_of_chat(served, text, body.messages)
+        return source_of_chat(served.tokenizer, text, [said.get("content", "") for said in body.messages])
     return Source("", served.tokenizer.encode_rendered(text), [])
 
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from steelyard.errors import RequestError
 from steelyard.serve.connection import while_connected
-from steelyard.serve.explaining import Source, asking, source_of, source_of_chat, with_answer
+from steelyard.serve.explaining import asking, with_answer
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.explain import ExplainRequest, Explanation
@@ -19,6 +19,7 @@ from steelyard.serve.protocol.fields import parse
 from steelyard.serve.reading import demand
 from steelyard.serve.rendering import rendered_text
 from steelyard.serve.service import Service
+from steelyard.text.source import Source, source_of, source_of_chat
 
 
 async def create(service: Service, request: Request) -> Response:
@@ -54,5 +55,7 @@ def _param(body: ExplainRequest) -> str:
 
 def _source(served: ServedModel, body: ExplainRequest) -> Source:
     if body.messages is None:
-        return source_of(served, body.input or "")
-    return source_of_chat(served, rendered_text(served, body.messages), body.messages)
+        return source_of(served.tokenizer, body.input or "")
+    return source_of_chat(
+        served.tokenizer, rendered_text(served, body.messages), [said.get("content", "") for said in body.messages]
+    )

@@ -17,7 +17,7 @@ from steelyard.errors import RequestError
 from steelyard.infer.request import Output
 from steelyard.serve.billing.bill import Payer
 from steelyard.serve.connection import while_connected
-from steelyard.serve.explaining import asking, source_of
+from steelyard.serve.explaining import asking
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.explanations import Explained, options
@@ -33,6 +33,7 @@ from steelyard.serve.protocol.reading import (
 )
 from steelyard.serve.reading import Text, demand, read
 from steelyard.serve.service import Service
+from steelyard.text.source import source_of
 
 WORD = re.compile(r"\w+(?:[-'’.]\w+)*|[^\w\s]")
 """Words with what joins them, and every other sign by itself."""
@@ -73,7 +74,7 @@ async def _explaining(
         yield None
         return
     demand(served, "classify")
-    sources = await asyncio.to_thread(lambda: [source_of(served, text) for text in texts])
+    sources = await asyncio.to_thread(lambda: [source_of(served.tokenizer, text) for text in texts])
     async with asking(served, payer, sources, [wanted.asked(target=0) for _ in sources]) as reserved:
 
         async def explain(classes: list[int]) -> list[Explained]:

@@ -1,0 +1,464 @@
+"""Explain what a checkpoint says of one input: a text, a chat, an image, a row of several kinds; and draw it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from steelyard.checkpoint import manifest
+from steelyard.data import chat, fused, images
+from steelyard.data.chat import FormatConfig
+from steelyard.data.rows import Conversation, Message
+from steelyard.data.tokenize import located, tokenize
+from steelyard.errors import CheckpointError, ConfigError, DataError
+from steelyard.evaluate import classification
+from steelyard.explain import faithfulness
+from steelyard.explain import nearest as alike
+from steelyard.explain.decoders import AnswerSubject
+from steelyard.explain.examples import ExampleSubject, ImagePart, SoundPart
+from steelyard.explain.explainer import open_classifier, open_decoder
+from steelyard.explain.methods import METHODS
+from steelyard.explain.subject import Steps, Subject
+from steelyard.explain.texts import TextSubject
+from steelyard.infer.engine import Engine
+from steelyard.infer.request import Faithfulness, Method, Request, Sampling
+from steelyard.models import classifiers, dora
+from steelyard.models.classifiers import Classifier
+from steelyard.models.inputs import FusedInputs, around
+from steelyard.report import Cell, Report
+from steelyard.stages.tasks.fusion import labelled as labelled_rows
+from steelyard.text.chat_template import ChatTemplate
+from steelyard.text.source import Source, source_of, source_of_chat
+from steelyard.text.tokenizer import Tokenizer
+
+ANSWER = 32
+"""Tokens of an answer of the model's own."""
+MOST_TOKENS = 4096
+MOST_PIXELS = 64
+"""Of a side of an image that is drawn."""
+TOLD = 200
+"""Characters of a row that learning used."""
+Report_ = Callable[[int, int], None]
+
+
+class Share(msgspec.Struct, frozen=True):
+    """Of a unit."""
+
+    kind: str
+    unit: str
+    share: float
+
+
+class Neighbour(msgspec.Struct, frozen=True):
+    """A row that learning used."""
+
+    line: int
+    text: str
+    label: str | None
+    cosine: float
+    """Of the gradients: above 0 it made what is explained likelier."""
+
+
+class Explained(msgspec.Struct, frozen=True, kw_only=True):
+    """Each unit's share in what the model says."""
+
+    method: Method
+    target: str
+    probability: float
+    """Of the target; of an answer the geometric mean of its tokens'."""
+    value: float
+    base: float
+    rest: float
+    residual: float
+    units: list[Share]
+    kinds: dict[str, float]
+    """Sums by kind."""
+    faithfulness: Faithfulness | None
+    chance: Faithfulness | None
+    lens: list[list[tuple[str, float]]] | None = None
+    nearest: list[Neighbour] | None = None
+    computed_tokens: int
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """How to explain."""
+
+    method: Method = "lrp"
+    target: str | None = None
+    faithfulness: bool = True
+    lens: int = 0
+    row: int = 1
+    """Of a file with rows."""
+    nearest: int = 0
+    rows: Path | None = None
+    """That learning used; None: as the checkpoint's lineage says."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a page shows of an input."""
+
+    parts: list[tuple[str, int | None]]
+    """A text in parts, each with its unit's number, or none."""
+    image: ImagePart | None = None
+    moment: float = 0.0
+    """Seconds of a unit of sound."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    subject: Subject
+    target: str
+    drawing: Drawing
+    kinds: list[str]
+    names: list[str]
+    nearest: Callable[[Path, int, Report_], list[Neighbour]] | None
+    computed: int = 0
+
+
+def explain(
+    checkpoint: Path,
+    given: str,
+    format_: FormatConfig,
+    wanted: Wanted,
+    report: Report_ = lambda done, of: None,
+) -> tuple[Explained, Drawing]:
+    """Explain one input.
+
+    Args:
+        checkpoint: a model, or an adapter on its base.
+        given: a text; of what reads images an image's file; of what reads several kinds a file of rows.
+        format_: how texts are asked, and rows read.
+        wanted: how.
+        report: told (pieces of work done, of how many; 0 while nobody knows).
+
+    Raises:
+        ConfigError: a target that is no class, rows that are needed and not there, or what this model has not.
+        DataError: a file or a row.
+        CheckpointError: it cannot be opened, or reads what is not explained here.
+    """
+    made = _prepared(checkpoint, given, format_, wanted)
+    if not made.subject.units:
+        raise ConfigError("there is nothing to explain: the input has no token of its own")
+    counted = _Counted(report)
+    shares = counted.run(METHODS[wanted.method](made.subject))
+    every = torch.ones(1, made.subject.units, dtype=torch.bool)
+    (likelihood,) = counted.run(made.subject.likelihood(every)).tolist()
+    found, chance = None, None
+    if wanted.faithfulness:
+        found, chance = counted.run(faithfulness.measure(made.subject, shares.units))
+    lens = _lens(made.subject, wanted.lens, counted, checkpoint) if wanted.lens else None
+    near = None
+    if wanted.nearest:
+        if made.nearest is None:
+            raise ConfigError("nearest rows are found of models that read texts: leave --nearest out")
+        near = made.nearest(wanted.rows or _learnt_from(checkpoint), wanted.nearest, report)
+    units = [
+        Share(kind, name, share)
+        for kind, name, share in zip(made.kinds, made.names, shares.units.tolist(), strict=True)
+    ]
+    sums = {kind: sum(unit.share for unit in units if unit.kind == kind) for kind in dict.fromkeys(made.kinds)}
+    explained = Explained(
+        method=wanted.method,
+        target=made.target,
+        probability=float(torch.tensor(likelihood).exp()),
+        value=shares.value,
+        base=shares.base,
+        rest=shares.rest,
+        residual=shares.residual,
+        units=units,
+        kinds=sums,
+        faithfulness=found,
+        chance=chance,
+        lens=lens,
+        nearest=near,
+        computed_tokens=made.subject.computed,
+    )
+    return explained, made.drawing
+
+
+class _Counted:
+    """Runs steps, and tells of them."""
+
+    def __init__(self, report: Report_) -> None:
+        self._report, self._done = report, 0
+
+    def run(self, steps: Steps[Any]) -> Any:
+        """All of them; what came of it."""
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+            self._done += 1
+            self._report(self._done, 0)
+
+
+def _lens(subject: Subject, likeliest: int, counted: _Counted, checkpoint: Path) -> list[list[tuple[str, float]]]:
+    if not isinstance(subject, AnswerSubject):
+        raise ConfigError("--lens is for models that write: this one does not")
+    if not subject.states:
+        counted.run(subject.taken())
+    text = Tokenizer.load(manifest.base_of(checkpoint)).token_text
+    return [[(text(token), share) for token, share in layer] for layer in counted.run(subject.lens(likeliest))]
+
+
+def _prepared(checkpoint: Path, given: str, format_: FormatConfig, wanted: Wanted) -> _Prepared:
+    if classifiers.is_classifier(checkpoint):
+        if classifiers.tags_words(checkpoint):
+            raise CheckpointError(f"'{checkpoint}' tags words, which is not explained here")
+        classifier = open_classifier(checkpoint)
+        if classifiers.reads_texts(checkpoint):
+            return _text(classifier, given, format_, wanted)
+        return _example(classifier, given, format_, wanted)
+    if classifiers.architecture(manifest.base_of(checkpoint)) in classifiers.ENCODERS:
+        raise CheckpointError(f"'{checkpoint}' says nothing of texts: explain a classifier that was made from it")
+    return _answer(checkpoint, given, format_, wanted)
+
+
+def _class_of(classifier: Classifier, scores: torch.Tensor, target: str | None) -> int:
+    if target is None:
+        return int(scores.argmax())
+    if target not in classifier.labels:
+        raise ConfigError(f"--target '{target}' is none of {', '.join(classifier.labels)}")
+    return classifier.labels.index(target)
+
+
+def _text(classifier: Classifier, given: str, format_: FormatConfig, wanted: Wanted) -> _Prepared:
+    source = source_of(classifier.text.tokenizer, given)
+    if len(source.ids) > MOST_TOKENS:
+        raise ConfigError(f"the text has {len(source.ids)} tokens; {MOST_TOKENS} are explained at the most")
+    scores, _ = classifiers.of_texts(classifier, [given])
+    target = _class_of(classifier, scores[0], wanted.target)
+    subject = TextSubject(classifier, source.ids, target)
+    first = len(around(classifier.text.tokenizer)[0])
+    places = list(range(first, first + subject.units))
+
+    def near(rows: Path, count: int, report: Report_) -> list[Neighbour]:
+        learnt = [row for row in chat.read(rows, format_) if row.label in classifier.labels and row.text]
+        if not learnt:
+            raise DataError(f"no row has one of the labels {', '.join(classifier.labels)}", file=rows)
+        examples = [classifier.text.tokens(row.text or "") for row in learnt]
+        targets = [classifier.labels.index(row.label or "") for row in learnt]
+        (own,) = alike.of_classes(classifier, [classifier.text.tokens(given)], [target])
+        others = alike.of_classes(classifier, examples, targets, lambda done: report(done, len(examples)))
+        return _neighbours(alike.nearest(own, others, count), learnt)
+
+    names = [_part(source, place) for place in places]
+    kinds = ["text"] * subject.units
+    return _Prepared(subject, classifier.labels[target], _drawn(source, places), kinds, names, near)
+
+
+def _example(classifier: Classifier, given: str, format_: FormatConfig, wanted: Wanted) -> _Prepared:
+    """An image, or a row of several kinds."""
+    path = Path(given)
+    if not path.is_file():
+        raise ConfigError(f"'{given}' is no file: this model reads images, or rows of several kinds")
+    if isinstance(classifier.inputs, FusedInputs):
+        rows = fused.read(path, format_, classifier.fused.modalities)
+        if wanted.row > len(rows):
+            raise ConfigError(f"--row {wanted.row}: '{given}' has {len(rows)} rows")
+        unlabelled = [msgspec.structs.replace(rows[wanted.row - 1], label=None)]
+        (example,) = labelled_rows(classifier, unlabelled, None, None).examples
+    else:
+        inputs = classifier.image
+        row = images.ImageRow(path=path, label=None, file=path, line=None)
+        example = images.ImageTensors([row], inputs.channels, inputs.side)[0]
+    scores = classifiers.log_probabilities(classifier, [example])
+    target = _class_of(classifier, scores[0], wanted.target)
+    subject = ExampleSubject(classifier, example, target)
+    names = subject.names
+    parts: list[tuple[str, int | None]] = [
+        (unit.name, number) for number, unit in enumerate(names) if unit.kind == "text"
+    ]
+    picture = subject.parts.get("image")
+    sound = subject.parts.get("audio")
+    drawing = Drawing(
+        parts,
+        picture if isinstance(picture, ImagePart) else None,
+        sound.seconds if isinstance(sound, SoundPart) else 0.0,
+    )
+    kinds = [unit.kind for unit in names]
+    return _Prepared(subject, classifier.labels[target], drawing, kinds, [unit.name for unit in names], None)
+
+
+def _answer(checkpoint: Path, given: str, format_: FormatConfig, wanted: Wanted) -> _Prepared:
+    """What follows a prompt: a label, an answer that is named, or the model's own."""
+    base = manifest.base_of(checkpoint)
+    decoder, tokenizer, template = open_decoder(base), Tokenizer.load(base), ChatTemplate.load(base)
+    adapter = dora.load(checkpoint, decoder) if base != checkpoint else None
+    labelled = len(format_.labels) > 1 and template is not None
+    plain = Conversation(messages=(Message("user", given),))
+    asked = chat.asked(given, format_, None, None) if labelled else plain
+    source = _asked(tokenizer, template, asked, [given])
+    if len(source.ids) > min(MOST_TOKENS, decoder.config.context):
+        raise ConfigError(f"the prompt has {len(source.ids)} tokens: more than the model, or an explanation, takes")
+    if labelled:
+        (question,) = classification.questions([asked], format_.labels, tokenizer, template)
+        if wanted.target is not None and wanted.target not in format_.labels:
+            raise ConfigError(f"--target '{wanted.target}' is none of {', '.join(format_.labels)}")
+        scores = classification.score(decoder, adapter, [question])[0]
+        named = wanted.target or format_.labels[int(scores.argmax())]
+        answer = question.answers[format_.labels.index(named)]
+    elif wanted.target is not None:
+        named, answer = wanted.target, tokenizer.encode_plain(wanted.target)
+    else:
+        answer = _own(checkpoint, source.ids)
+        named = tokenizer.decode(answer)
+    places = source.places
+    if places is None:
+        places = [place for place, token in enumerate(source.ids) if token not in tokenizer.special_tokens]
+    subject = AnswerSubject(decoder, adapter, source.ids, answer, places)
+
+    def near(rows: Path, count: int, report: Report_) -> list[Neighbour]:
+        learnt = chat.read(rows, format_)
+        tokens = tokenize(learnt, tokenizer, template, decoder.config.context, "truncate")
+        pairs = [_last(row.tokens, row.trained) for row in tokens]
+        (own,) = alike.of_answers(decoder, adapter, [(source.ids, answer)])
+        others = alike.of_answers(decoder, adapter, pairs, lambda done: report(done, len(pairs)))
+        return _neighbours(alike.nearest(own, others, count), learnt)
+
+    names = [_part(source, place) for place in places]
+    return _Prepared(subject, named, _drawn(source, places), ["text"] * len(places), names, near)
+
+
+def _asked(tokenizer: Tokenizer, template: ChatTemplate | None, asked: Conversation, contents: Sequence[str]) -> Source:
+    if template is None:
+        return source_of(tokenizer, contents[0])
+    (rendered,) = located(
+        [asked], lambda turns: template.render_many([(tokenizer.guard_messages(each), True) for each in turns])
+    )
+    return source_of_chat(tokenizer, rendered, contents)
+
+
+def _own(checkpoint: Path, prompt: list[int]) -> list[int]:
+    """The model's own answer, greedily; its end is not part of it."""
+    base = manifest.base_of(checkpoint)
+    engine = Engine.load(base, {} if base == checkpoint else {"adapter": checkpoint})
+    sampling = Sampling(max_tokens=ANSWER, temperature=0)
+    worn = None if base == checkpoint else "adapter"
+    request = Request(id="own", prompt=prompt, sampling=sampling, adapter=worn)
+    tokens = [token for output in engine.run([request]) for token in output.tokens]
+    ends = engine.tokenizer.eos_ids
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] in ends else tokens
+
+
+def _last(tokens: list[int], trained: list[bool]) -> tuple[list[int], list[int]]:
+    """A row's prompt and its last answer."""
+    end = len(trained) - trained[::-1].index(True)
+    begin = end
+    while begin > 1 and trained[begin - 1]:
+        begin -= 1
+    return tokens[:begin], tokens[begin:end]
+
+
+def _neighbours(found: list[tuple[int, float]], learnt: Sequence[Conversation]) -> list[Neighbour]:
+    told = []
+    for number, cosine in found:
+        row = learnt[number]
+        said = row.text or " / ".join(message.content for message in row.messages)
+        told.append(Neighbour(row.line or number + 1, said[:TOLD], row.label, cosine))
+    return told
+
+
+def _learnt_from(checkpoint: Path) -> Path:
+    """The rows that a checkpoint's lineage names. Raises ConfigError: none, or they are not here."""
+    recorded: Any = manifest.read(checkpoint).recipe
+    for key in ("train", "data", "train"):
+        recorded = recorded.get(key) if isinstance(recorded, dict) else None
+    if not isinstance(recorded, str) or not Path(recorded).is_file():
+        where = f"'{recorded}', which is not here" if isinstance(recorded, str) else "no file"
+        raise ConfigError(f"the lineage of '{checkpoint}' names {where}: give --rows FILE, what it learnt from")
+    return Path(recorded)
+
+
+def _part(source: Source, place: int) -> str:
+    begin, end = source.spans[place]
+    return source.text[begin:end]
+
+
+def _drawn(source: Source, places: Sequence[int]) -> Drawing:
+    """The whole text in parts: tokens with their units, and what is between them."""
+    units = {place: number for number, place in enumerate(places)}
+    parts: list[tuple[str, int | None]] = []
+    at = 0
+    for place, (begin, end) in enumerate(source.spans):
+        if end <= at:
+            continue
+        if begin > at:
+            parts.append((source.text[at:begin], None))
+        parts.append((source.text[max(begin, at) : end], units.get(place)))
+        at = end
+    return Drawing([*parts, (source.text[at:], None)])
+
+
+def page(checkpoint: Path, found: Explained, drawing: Drawing) -> Report:
+    """An explanation as a page: a heat map, the largest shares, how far they can be believed."""
+    report = Report(f"Why '{found.target}'?")
+    report.text(
+        f"{checkpoint.name} finds it likely by {found.probability:.1%}. Shares by {found.method}: what is blue speaks"
+        " for it, what is orange against it; the figure is under the pointer."
+    )
+    shares = [unit.share for unit in found.units]
+    if drawing.parts:
+        report.heat("the text", [(text, None if unit is None else shares[unit]) for text, unit in drawing.parts])
+    if drawing.image is not None:
+        own = [unit.share for unit in found.units if unit.kind == "image"]
+        across = drawing.image.across
+        report.picture("the image", _colours(drawing.image.image))
+        report.grid("its shares", [own[row * across : (row + 1) * across] for row in range(across)])
+    if "audio" in found.kinds:
+        moments = [unit.share for unit in found.units if unit.kind == "audio"]
+        series = {"share": ([number * drawing.moment for number in range(len(moments))], moments)}
+        report.lines("the sound", series, "seconds", "share")
+    if len(found.kinds) > 1:
+        report.bars("by kind", found.kinds, "sum of shares")
+    largest = sorted(found.units, key=lambda unit: -abs(unit.share))[:12]
+    report.bars(
+        "largest shares", {f"{unit.unit.strip()} ({place})": unit.share for place, unit in enumerate(largest, 1)}
+    )
+    accounted = found.value - found.base
+    report.table(
+        ["value", "of nothing", "accounted for by units", "by the rest", "not accounted for"],
+        [[found.value, found.base, sum(shares), found.rest, found.residual]],
+    )
+    if abs(accounted) > 0 and abs(found.residual) > 0.5 * abs(accounted):
+        report.text("More than half of the value is not accounted for: trust the order more than the figures.")
+    if found.faithfulness is not None and found.chance is not None:
+        rows: list[list[Cell]] = [
+            [name, *(getattr(figures, name) for figures in (found.faithfulness, found.chance)), better]
+            for name, better in (
+                ("deletion", "lower"),
+                ("insertion", "higher"),
+                ("comprehensiveness", "higher"),
+                ("sufficiency", "lower"),
+            )
+        ]
+        report.heading("How far it can be believed")
+        report.table(["", "these shares", "random orders", "better is"], rows)
+    if found.lens is not None:
+        report.heading("What each layer would say next")
+        told: list[list[Cell]] = [
+            [number, ", ".join(f"{token.strip() or token!r} {share:.0%}" for token, share in layer)]
+            for number, layer in enumerate(found.lens)
+        ]
+        report.table(["layer", "likeliest"], told)
+    if found.nearest is not None:
+        report.heading("Rows it learnt from that are most like this")
+        lines: list[list[Cell]] = [[near.line, near.label, near.cosine, near.text] for near in found.nearest]
+        report.table(["line", "label", "cosine", "text"], lines)
+    return report
+
+
+def _colours(image: torch.Tensor) -> list[list[str]]:
+    """An image `[C, S, S]` uint8 as colours, at most 64 of a side."""
+    step = max(1, -(-image.shape[1] // MOST_PIXELS))
+    small = image[:, ::step, ::step]
+    wide = small.expand(3, -1, -1) if small.shape[0] == 1 else small
+    rows: list[list[list[int]]] = wide.permute(1, 2, 0).tolist()
+    return [["#" + "".join(f"{part:02x}" for part in pixel) for pixel in row] for row in rows]
