@@ -91,25 +91,25 @@ def likeness(model: Path, pairs: list[tuple[str, str, float]]) -> tuple[float, i
 
 def sms_lstm(folder: Path, seeds: list[int], quick: bool) -> Found:
     """Accuracy on 1,000 held-out messages."""
-    source = sms.fetch(default_cache(), lambda *_: None)
+    return over_seeds(lambda seed: sms_run(folder, seed, quick), seeds, 0.98)
 
-    def run(seed: int) -> tuple[TrainConfig, Path]:
-        place = folder / f"sms-{seed}"
-        data = sms.prepare(source, place, 1000 if quick else 4000, seed)
-        return TrainConfig(
-            task="classification",
-            network=LstmNetwork(vocabulary=4000, dropout=0.3),
-            output=str(place / "run"),
-            data=DataConfig(train=str(data.train), holdout=300, max_length=256, too_long="truncate"),
-            epochs=4 if quick else 12,
-            batch_size=32,
-            patience=4,
-            ema=0.98,
-            seed=seed,
-            optimizer=OptimizerConfig(name="adamw", learning_rate=3e-3),
-        ), data.held_out
 
-    return over_seeds(run, seeds, 0.98)
+def sms_run(folder: Path, seed: int, quick: bool) -> tuple[TrainConfig, Path]:
+    """How the LSTM learns messages, and those that are held out."""
+    place = folder / f"sms-{seed}"
+    data = sms.prepare(sms.fetch(default_cache(), lambda *_: None), place, 1000 if quick else 4000, seed)
+    return TrainConfig(
+        task="classification",
+        network=LstmNetwork(vocabulary=4000, dropout=0.3),
+        output=str(place / "run"),
+        data=DataConfig(train=str(data.train), holdout=300, max_length=256, too_long="truncate"),
+        epochs=4 if quick else 12,
+        batch_size=32,
+        patience=4,
+        ema=0.98,
+        seed=seed,
+        optimizer=OptimizerConfig(name="adamw", learning_rate=3e-3),
+    ), data.held_out
 
 
 def student(folder: Path, seeds: list[int], quick: bool) -> Found:
@@ -167,26 +167,27 @@ def student(folder: Path, seeds: list[int], quick: bool) -> Found:
 
 def transfer(folder: Path, seeds: list[int], quick: bool) -> Found:
     """Accuracy on the later posts."""
+    return over_seeds(lambda seed: newsgroups_run(folder, seed, quick), seeds, 0.72)
+
+
+def newsgroups_run(folder: Path, seed: int, quick: bool) -> tuple[TrainConfig, Path]:
+    """How MiniLM learns the earlier posts, and the later ones."""
     learnt, held = newsgroups.prepare(default_cache(), folder)
-
-    def run(seed: int) -> tuple[TrainConfig, Path]:
-        return TrainConfig(
-            task="classification",
-            model=MINILM,
-            output=str(folder / f"newsgroups-{seed}" / "run"),
-            data=DataConfig(
-                train=str(learnt), holdout=200, max_length=128 if quick else 256, too_long="windows", max_windows=2
-            ),
-            epochs=1 if quick else 3,
-            ema=0.99,
-            label_smoothing=0.1,
-            batch_size=32,
-            micro_batch_tokens=8192,
-            seed=seed,
-            optimizer=OptimizerConfig(name="adamw", learning_rate=2e-4, weight_decay=0.01, layer_decay=0.9),
-        ), held
-
-    return over_seeds(run, seeds, 0.72)
+    return TrainConfig(
+        task="classification",
+        model=MINILM,
+        output=str(folder / f"newsgroups-{seed}" / "run"),
+        data=DataConfig(
+            train=str(learnt), holdout=200, max_length=128 if quick else 256, too_long="windows", max_windows=2
+        ),
+        epochs=1 if quick else 3,
+        ema=0.99,
+        label_smoothing=0.1,
+        batch_size=32,
+        micro_batch_tokens=8192,
+        seed=seed,
+        optimizer=OptimizerConfig(name="adamw", learning_rate=2e-4, weight_decay=0.01, layer_decay=0.9),
+    ), held
 
 
 def fashion(folder: Path, seeds: list[int], quick: bool) -> Found:

@@ -98,7 +98,7 @@ def learn(
     stages["base"] = _measure(base, data, format_, tell, time.perf_counter())
     tell.note("training a LoRA adapter")
     started = time.perf_counter()
-    config = _recipe(base, data, folder / "run", epochs, seed)
+    config = recipe(base, data, folder / "run", epochs, seed)
     trained = train(config, fresh=True, report=tell.training)
     adapter = Path(trained.run) / "last"  # never chosen by validation: the curve's rows are for the plot alone
     stages["tuned"] = _measure(adapter, data, format_, tell, started)
@@ -118,7 +118,7 @@ def learn(
     )
 
 
-def _recipe(base: Path, data: sms.Sms, output: Path, epochs: int, seed: int) -> TrainConfig:
+def recipe(base: Path, data: sms.Sms, output: Path, epochs: int, seed: int) -> TrainConfig:
     return TrainConfig(
         model=str(base),
         output=str(output),

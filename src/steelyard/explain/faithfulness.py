@@ -27,7 +27,7 @@ FIRST = slice(1, 5)
 def measure(
     subject: Subject, shares: torch.Tensor, *, grid: Sequence[float] = GRID, drawn: int = DRAWN
 ) -> Steps[tuple[Faithfulness, Faithfulness]]:
-    """Delete and insert units by their shares `[U]`, and by chance: the mean of random orders."""
+    """Delete and insert units by their shares `[U]`, and by chance: the mean of `drawn` random orders."""
     generator = torch.Generator().manual_seed(SEED + 1)
     orders = [torch.argsort(-shares, stable=True)]
     orders += [torch.randperm(subject.units, generator=generator) for _ in range(drawn)]
@@ -37,7 +37,7 @@ def measure(
     found = yield from likelihoods(subject, rows)
     going, coming = found.exp().view(2, len(orders), len(grid))
     each = [_figures(one, other, grid) for one, other in zip(going.tolist(), coming.tolist(), strict=True)]
-    return each[0], _mean(each[1:])
+    return each[0], _mean(each[1:] or each)
 
 
 def _first(order: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
