@@ -4,34 +4,48 @@ from __future__ import annotations
 
 from steelyard.errors import RequestError, TemplateError
 from steelyard.serve.models import ServedModel
+from steelyard.serve.protocol.tools import Offer
+from steelyard.text.reasoning import ReasoningReader, begun, thinks
 
 
 def rendered(
-    served: ServedModel, messages: list[dict[str, str]], tools: str | None, param: str = "messages"
-) -> list[int]:
-    """The token ids of a conversation. Raises as `rendered_text` does."""
-    return served.tokenizer.encode_rendered(rendered_text(served, messages, tools, param))
-
-
-def rendered_text(
-    served: ServedModel, messages: list[dict[str, str]], tools: str | None = None, param: str = "messages"
+    served: ServedModel, messages: list[dict[str, str]], offer: Offer | None = None, param: str = "messages"
 ) -> str:
     """A conversation up to where the assistant begins to answer; control tokens that users wrote are marked as text.
 
-    What is told of tools is the end of the first system message. `param` is the field that the messages came from.
+    What is told of tools is the template's to say; where it knows none, the end of the first system message.
+
+    Args:
+        served: whose template it is.
+        messages: each with `role` and `content`.
+        offer: the tools.
+        param: the field that the messages came from.
 
     Raises:
         RequestError: the model was not made to chat, or its template refuses the messages.
     """
-    if tools is not None:
-        first = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
-        rest = messages[1:] if first else messages
-        messages = [{"role": "system", "content": first + tools}, *rest]
-    if served.template is None:
+    template = served.template
+    if template is None:
         raise RequestError(
             f"'{served.id}' has no chat template, it was not made to chat: use /v1/completions", param="model"
         )
+    tools = None
+    if offer is not None and offer.offered:
+        if template.knows_tools:
+            tools = [{"type": "function", "function": served.tokenizer.guard_all(one)} for one in offer.described]
+        else:
+            first = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
+            rest = messages[1:] if first else messages
+            messages = [{"role": "system", "content": first + offer.told}, *rest]
     try:
-        return served.template.render(served.tokenizer.guard_messages(messages), add_generation_prompt=True)
+        guarded = served.tokenizer.guard_messages(messages)
+        return template.render(guarded, add_generation_prompt=True, tools=tools)
     except TemplateError as error:
         raise RequestError(str(error), param=param, code="template_failed") from None
+
+
+def reasoning_reader(served: ServedModel, prompt: str) -> ReasoningReader | None:
+    """What parts an answer's thoughts from it; None: the model has no marks for them."""
+    if served.template is None or not thinks(served.template.source):
+        return None
+    return ReasoningReader(inside=begun(prompt))

@@ -7,15 +7,18 @@ under limits of time, memory and output (see template_worker.py).
 from __future__ import annotations
 
 import os
+import re
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from steelyard.errors import CheckpointError, TemplateError
 from steelyard.text.bounded import read_bytes, read_optional_object, token_content
 from steelyard.text.segments import Segment, cut, prefixes
 from steelyard.text.template_process import MAX_OUTPUT, TemplateProcess, frame
+from steelyard.text.tool_calls import OPEN
 
 MAX_SOURCE = 256 << 10  # bytes
 FRAME_TEXT = 250_000  # characters of the messages in one frame; a single conversation may have more
@@ -81,17 +84,30 @@ class ChatTemplate:
         except TemplateError as error:
             raise CheckpointError(f"'{path}': {error}") from None
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it tells a model of tools, who then calls them as `tool_calls` reads it (Hermes, Qwen, SmolLM3)."""
+        return bool(re.search(r"\btools\b", self.source)) and OPEN in self.source
+
+    def render(
+        self, messages: Messages, *, add_generation_prompt: bool = True, tools: list[dict[str, Any]] | None = None
+    ) -> str:
         """The text of one conversation, of at most 1,000,000 characters.
 
         Args:
             messages: each with `role` and `content`.
             add_generation_prompt: end with what begins the assistant's turn.
+            tools: in OpenAI's shape; of a template that knows tools.
 
         Raises:
             TemplateError: the template failed, or passed its limits of time, memory or output.
         """
-        return self._render([(messages, add_generation_prompt)])[0]
+        if tools is None:
+            return self._render([(messages, add_generation_prompt)])[0]
+        texts, reason = self._exchange([(messages, add_generation_prompt)], tools)
+        if reason is not None:
+            raise TemplateError(reason)
+        return texts[0]
 
     def render_many(self, conversations: Sequence[tuple[Messages, bool]]) -> list[str]:
         """`render` for many `(messages, add_generation_prompt)`, each under its own limits.
@@ -144,11 +160,13 @@ class ChatTemplate:
                 raise TemplateError(("" if numbers is None else f"conversation {numbers[len(texts)]}: ") + reason)
         return texts
 
-    def _exchange(self, conversations: Sequence[tuple[Messages, bool]]) -> tuple[list[str], str | None]:
+    def _exchange(
+        self, conversations: Sequence[tuple[Messages, bool]], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[list[str], str | None]:
         try:
             content = frame(
                 [
-                    {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None}
+                    {"messages": messages, "add_generation_prompt": prompt, "tools": tools, "documents": None}
                     for messages, prompt in conversations
                 ]
             )

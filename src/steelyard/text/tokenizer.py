@@ -146,6 +146,14 @@ class Tokenizer:
             spans += where
         return clean, ids, spans
 
+    def guard_all(self, value: Any) -> Any:
+        """A JSON value with every text in it guarded, names included."""
+        if isinstance(value, str):
+            return self.guard(value)
+        if isinstance(value, dict):
+            return {self.guard(str(key)): self.guard_all(inner) for key, inner in value.items()}
+        return [self.guard_all(inner) for inner in value] if isinstance(value, list) else value
+
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a template's output over guarded messages. Marks are dropped, and what they mark is plain.
 

@@ -33,10 +33,11 @@ from steelyard.serve.protocol.explanations import Explained, options
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
 from steelyard.serve.protocol.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta, call_id
-from steelyard.serve.protocol.usage import Finish
-from steelyard.serve.rendering import rendered_text
+from steelyard.serve.protocol.usage import CompletionTokensDetails, Finish, Usage
+from steelyard.serve.rendering import reasoning_reader, rendered
 from steelyard.serve.service import Service
 from steelyard.serve.stored import Kept
+from steelyard.text.reasoning import Answered, ReasoningReader, Thought, parted
 from steelyard.text.source import Source, source_of_chat
 from steelyard.text.tool_calls import Arguments, Begun, CallReader, Piece, Said
 
@@ -64,13 +65,13 @@ async def create(service: Service, request: Request) -> Response:
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
     )
-    keep = partial(_keep, service, body, generation) if body.store else None
+    keep = partial(_keep, service, body, generation, source) if body.store else None
     explaining = partial(_explaining, body, generation, source, payer)
     if body.stream:
-        return EventStream(_events(generation, body, keep, explaining), request.state.request_id)
+        return EventStream(_events(generation, body, source, keep, explaining), request.state.request_id)
     async with explaining() as explain:
         choices = await while_connected(request.receive, generation.gather())
-        answer = _answer(body, generation, choices)
+        answer = _answer(body, generation, source, choices)
         if keep is not None:
             await keep(choices)
         if explain is not None:
@@ -81,10 +82,10 @@ async def create(service: Service, request: Request) -> Response:
 
 def _source(served: ServedModel, body: ChatRequest) -> Source:
     """The prompt; where it is to be explained, with what each of its tokens stands for."""
-    text = rendered_text(served, body.messages, body.told)
+    text = rendered(served, body.messages, body.offer)
     if body.explain:
         return source_of_chat(served.tokenizer, text, [said.get("content", "") for said in body.messages])
-    return Source("", served.tokenizer.encode_rendered(text), [])
+    return Source(text, served.tokenizer.encode_rendered(text), [])
 
 
 @contextlib.asynccontextmanager
@@ -108,31 +109,45 @@ async def _explaining(
         yield explain
 
 
-def _answer(body: ChatRequest, generation: Generation, choices: list[Choice]) -> ChatCompletion:
+def _answer(body: ChatRequest, generation: Generation, source: Source, choices: list[Choice]) -> ChatCompletion:
     served = generation.served
-    answers = [
-        ChatChoice(
-            number,
-            *_told(choice, bool(body.offered)),
-            chat_logprobs(choice.logprobs, served.tokenizer) if body.logprobs else None,
-        )
-        for number, choice in enumerate(choices)
-    ]
-    answer = ChatCompletion(
-        generation.id, generation.created, served.id, generation.fingerprint, answers, generation.usage()
-    )
+    answers, thoughts = [], []
+    for number, choice in enumerate(choices):
+        reader = reasoning_reader(served, source.text)
+        thought, text = ("", choice.text) if reader is None else parted(choice.text, inside=reader.inside)
+        message, reason = _told(choice, text, bool(body.offered))
+        if thought:
+            message = msgspec.structs.replace(message, reasoning_content=thought)
+        thoughts.append(thought)
+        logprobs = chat_logprobs(choice.logprobs, served.tokenizer) if body.logprobs else None
+        answers.append(ChatChoice(number, message, reason, logprobs))
+    usage = _with_thoughts(generation, thoughts)
+    answer = ChatCompletion(generation.id, generation.created, served.id, generation.fingerprint, answers, usage)
     if body.prompt_logprobs is not None:
         scored = prompt_logprobs(choices[0].prompt_logprobs, body.prompt_logprobs)
         answer = msgspec.structs.replace(answer, prompt_logprobs=scored)
     return answer
 
 
-def _told(choice: Choice, calls: bool) -> tuple[Message, Finish]:
-    """What the assistant says, with the calls of tools in it, and why it ends."""
+def _with_thoughts(generation: Generation, thoughts: list[str]) -> Usage:
+    """What was used, and how much of it for thoughts."""
+    usage, tokenizer = generation.usage(), generation.served.tokenizer
+    if not any(thoughts):
+        return usage
+    count = sum(len(tokenizer.encode(thought)) for thought in thoughts if thought)
+    details = usage.completion_tokens_details
+    details = CompletionTokensDetails() if details is msgspec.UNSET else details
+    return msgspec.structs.replace(
+        usage, completion_tokens_details=msgspec.structs.replace(details, reasoning_tokens=count)
+    )
+
+
+def _told(choice: Choice, text: str, calls: bool) -> tuple[Message, Finish]:
+    """What the assistant says in a text of his, with the calls of tools in it, and why it ends."""
     if not calls:
-        return Message(choice.text), choice.finish_reason
+        return Message(text), choice.finish_reason
     reader, said, found = CallReader(), "", list[ToolCall]()
-    for piece in [*reader.push(choice.text), *reader.flush()]:
+    for piece in [*reader.push(text), *reader.flush()]:
         match piece:
             case Said(text):
                 said += text
@@ -153,17 +168,23 @@ def _end(reader: CallReader, reason: Finish) -> Finish:
     return "tool_calls" if reader.whole and reason == "stop" else reason
 
 
-async def _keep(service: Service, body: ChatRequest, generation: Generation, choices: list[Choice]) -> None:
+async def _keep(
+    service: Service, body: ChatRequest, generation: Generation, source: Source, choices: list[Choice]
+) -> None:
     """Store the answer before its end is sent."""
-    answer = msgspec.to_builtins(_answer(body, generation, choices))
+    answer = msgspec.to_builtins(_answer(body, generation, source, choices))
     await service.stored.keep(generation.bill.payer.project, Kept(body.messages, answer), body.metadata)
 
 
 async def _events(
-    generation: Generation, body: ChatRequest, keep: Keep | None, explaining: Explaining
+    generation: Generation, body: ChatRequest, source: Source, keep: Keep | None, explaining: Explaining
 ) -> AsyncGenerator[bytes, None]:
     choices = [Choice() for _ in range(generation.choices)]
-    told = [_Told(number, generation.served, bool(body.offered)) for number in range(generation.choices)]
+    served = generation.served
+    told = [
+        _Told(number, served, bool(body.offered), reasoning_reader(served, source.text))
+        for number in range(generation.choices)
+    ]
     blank = ChatChunk(
         generation.id,
         generation.created,
@@ -186,15 +207,17 @@ async def _events(
         if explain is not None:
             yield event(msgspec.structs.replace(blank, explanation=await explain(choices[0].tokens)))
     if body.include_usage:
-        yield event(msgspec.structs.replace(blank, usage=generation.usage()))
+        usage = _with_thoughts(generation, [one.thought for one in told])
+        yield event(msgspec.structs.replace(blank, usage=usage))
     yield DONE
 
 
 class _Told:
     """Makes a choice's parts of a stream."""
 
-    def __init__(self, number: int, served: ServedModel, calls: bool) -> None:
-        self._number, self._served = number, served
+    def __init__(self, number: int, served: ServedModel, calls: bool, thoughts: ReasoningReader | None) -> None:
+        self._number, self._served, self._thoughts = number, served, thoughts
+        self.thought = ""
         self._reader = CallReader() if calls else None
         self._begun = False
 
@@ -204,15 +227,21 @@ class _Told:
         if not self._begun:
             self._begun = True
             deltas.append(Delta("assistant", ""))
-        opened = len(deltas)
+        opened, ended = len(deltas), output.finish_reason is not None
+        text = output.text
+        if self._thoughts is not None:
+            pieces = [*self._thoughts.push(text), *(self._thoughts.flush() if ended else [])]
+            thought = "".join(piece.text for piece in pieces if isinstance(piece, Thought))
+            text = "".join(piece.text for piece in pieces if isinstance(piece, Answered))
+            self.thought += thought
+            deltas += [Delta(reasoning_content=thought)] if thought else []
         if self._reader is None:
-            deltas += [Delta(content=output.text)] if output.text or output.logprobs else []
+            deltas += [Delta(content=text)] if text else []
         else:
-            ended = output.finish_reason is not None
-            pieces = [*self._reader.push(output.text), *(self._reader.flush() if ended else [])]
-            deltas += [self._delta(piece, choice) for piece in pieces]
-            if output.logprobs and len(deltas) == opened:
-                deltas.append(Delta(content=""))
+            called = [*self._reader.push(text), *(self._reader.flush() if ended else [])]
+            deltas += [self._delta(piece, choice) for piece in called]
+        if output.logprobs and len(deltas) == opened:
+            deltas.append(Delta(content=""))
         made = [ChatChunkChoice(self._number, delta) for delta in deltas]
         if output.logprobs:
             scored = chat_logprobs(output.logprobs, self._served.tokenizer)

@@ -17,7 +17,7 @@ from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.explain import ExplainRequest, Explanation
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.reading import demand
-from steelyard.serve.rendering import rendered_text
+from steelyard.serve.rendering import rendered
 from steelyard.serve.service import Service
 from steelyard.text.source import Source, source_of, source_of_chat
 
@@ -57,5 +57,5 @@ def _source(served: ServedModel, body: ExplainRequest) -> Source:
     if body.messages is None:
         return source_of(served.tokenizer, body.input or "")
     return source_of_chat(
-        served.tokenizer, rendered_text(served, body.messages), [said.get("content", "") for said in body.messages]
+        served.tokenizer, rendered(served, body.messages), [said.get("content", "") for said in body.messages]
     )

@@ -113,7 +113,8 @@ async def _read(service: Service, request: Request, body: InputTokensRequest, se
     history = await service.responses.history(caller.project, body.previous_response_id)
 
     def read() -> list[int]:
-        return rendered(served, body.messages(history), body.offer.told, "input")
+        text = rendered(served, body.messages(history), body.offer, "input")
+        return served.tokenizer.encode_rendered(text)
 
     return await while_connected(request.receive, asyncio.to_thread(read))
 

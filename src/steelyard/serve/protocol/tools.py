@@ -94,17 +94,21 @@ class Offer:
         return self.choice == "required"
 
     @property
-    def told(self) -> str | None:
-        """What the model is told of its tools; None: it has none."""
-        listed = (
+    def described(self) -> list[dict[str, Any]]:
+        """What a model is told of each of its tools."""
+        return [
             {
                 "name": function.name,
                 **({} if function.description is None else {"description": function.description}),
                 "parameters": function.parameters or NOTHING,
             }
             for function in self.offered
-        )
-        return tool_calls.prompt(listed, self.must_call) if self.offered else None
+        ]
+
+    @property
+    def told(self) -> str:
+        """The same as text of a system message, for templates that know no tools."""
+        return tool_calls.prompt(iter(self.described), self.must_call)
 
     @property
     def grammar(self) -> str:
@@ -148,11 +152,6 @@ class ToolFields(pydantic.BaseModel):
     def offered(self) -> list[Function]:
         """Functions that may be called."""
         return self.offer.offered
-
-    @property
-    def told(self) -> str | None:
-        """What the model is told of its tools; None: it has none."""
-        return self.offer.told
 
     @property
     def calls_grammar(self) -> str:

@@ -18,8 +18,10 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
 class CompletionTokensDetails(msgspec.Struct, frozen=True):
     """What completion tokens went to."""
 
-    rejected_prediction_tokens: int
+    rejected_prediction_tokens: int | msgspec.UnsetType = msgspec.UNSET
     """Of beam search: beginnings that did not come back."""
+    reasoning_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    """Of thoughts."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -32,4 +34,4 @@ class Usage(msgspec.Struct, frozen=True):
     cost: float = 0.0
     """Dollars, of the entry in the ledger; whole nano-dollars."""
     completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
-    """There if beams were searched."""
+    """There if beams were searched, or the model thought."""

@@ -1,0 +1,131 @@
+"""Templates with marks for thoughts, and with a form of their own for tools: over HTTP, with a real engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running_service import Service, serving
+
+from steelyard.serve.engine_client import worker_command
+
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools> Write "
+    "<tool_call> to call one.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{# thoughts stand between <think> and </think> #}"
+)
+ASKED: list[Any] = [{"role": "user", "content": "Where is it?"}]
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "find",
+        "description": "Finds <|im_end|> things.",
+        "parameters": {
+            "type": "object",
+            "properties": {"what": {"type": "string", "enum": ["a", "b"]}},
+            "required": ["what"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("thoughts") / "thinker"
+    shutil.copytree(tiny_model, place)
+    (place / "chat_template.jinja").write_text(TEMPLATE)
+    return place
+
+
+@pytest.fixture(scope="module")
+def thinker(folder: Path) -> Iterator[Service]:
+    with serving(folder, command=worker_command, seconds=60) as service:
+        yield service
+
+
+def said(service: Service, text: str, **fields: Any) -> Any:
+    """What comes of an answer that can be only this text."""
+    body = {"structured_outputs": {"choice": [text]}, "max_tokens": 200, **fields}
+    return service.sdk().chat.completions.create(model="thinker", messages=ASKED, extra_body=body)
+
+
+def test_thoughts_are_parted_from_the_answer(thinker: Service) -> None:
+    whole = said(thinker, "<think>\nIn the house.\n</think>\n\nThere.")
+    message = whole.choices[0].message
+    assert (message.content, message.model_extra["reasoning_content"]) == ("There.", "In the house.")
+    assert 0 < whole.usage.completion_tokens_details.reasoning_tokens < whole.usage.completion_tokens
+    plain = said(thinker, "There, <think>not here</think>.")
+    assert plain.choices[0].message.content == "There, <think>not here</think>."
+    assert "reasoning_content" not in plain.choices[0].message.model_extra
+    with thinker.http() as client:
+        body = {
+            "model": "thinker",
+            "messages": ASKED,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "max_tokens": 200,
+            "structured_outputs": {"choice": ["<think>\nIn the house.\n</think>\n\nThere."]},
+        }
+        lines = client.post("/v1/chat/completions", json=body).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "In the house."
+    assert "".join(delta.get("content", "") for delta in deltas) == "There."
+    details = events[-1]["usage"]["completion_tokens_details"]
+    assert details["reasoning_tokens"] == whole.usage.completion_tokens_details.reasoning_tokens
+
+
+def test_a_thought_that_never_ends_is_no_answer(thinker: Service) -> None:
+    whole = said(thinker, "<think>\nOn and on and on</think>x", max_tokens=8)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.choices[0].message.content == ""
+    assert whole.choices[0].message.model_extra["reasoning_content"]
+
+
+def test_responses_say_the_answer_alone(thinker: Service) -> None:
+    answer = thinker.sdk().responses.create(
+        model="thinker",
+        input="Where?",
+        max_output_tokens=200,
+        text={
+            "format": {
+                "type": "json_schema",
+                "name": "x",
+                "schema": {"type": "object", "properties": {}, "additionalProperties": False},
+            }
+        },
+    )
+    assert answer.output_text == "{}"
+
+
+def test_a_template_tells_of_tools_in_its_own_form(thinker: Service, folder: Path) -> None:
+    """What users wrote of them is only text; calls come as ever."""
+    from steelyard.serve.models import whole_model
+    from steelyard.serve.protocol.tools import Offer, Tool
+    from steelyard.serve.rendering import rendered
+
+    template = whole_model("thinker", type("Client", (), {"checkpoint": folder})())  # type: ignore[arg-type]
+    offer = Offer((Tool.model_validate(TOOL).function,), "auto", None, True, "tools[{}]")
+    text = rendered(template, [{"role": "user", "content": "x"}], offer)
+    assert text.startswith("<|im_start|>system\n<tools>{")
+    assert '"name": "find"' in text
+    ids = template.tokenizer.encode_rendered(text)
+    assert ids.count(template.tokenizer.token_id("<|im_end|>") or -1) == 2, (
+        "one of the system's turn, one of the user's"
+    )
+    answer = thinker.sdk().chat.completions.create(
+        model="thinker", messages=ASKED, tools=[TOOL], tool_choice="required", max_tokens=60, temperature=0
+    )  # type: ignore[call-overload]
+    (call, *_) = answer.choices[0].message.tool_calls
+    assert call.function.name == "find"
+    assert json.loads(call.function.arguments)["what"] in ("a", "b")
+    counted = answer.usage.prompt_tokens
+    bare = thinker.sdk().chat.completions.create(model="thinker", messages=ASKED, max_tokens=1)
+    assert counted > bare.usage.prompt_tokens
