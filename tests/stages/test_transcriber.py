@@ -258,7 +258,7 @@ def test_a_header_that_promises_too_much(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[21:26] = bytes([(raw[21] & 0xF0) | 0x0F, 0xFF, 0xFF, 0xFF, 0xFF])  # of all samples
     path.write_bytes(raw)
-    with pytest.raises(DataError, match=r"an hour|no sound|empty"):
+    with pytest.raises(DataError, match=r"60 minutes|no sound|empty"):
         audio.read(Recording(path=path, text=None, file=path))
 
 
