@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import msgspec
-
 from steelyard.serve.auth import Permission
 from steelyard.serve.protocol.fields import Fields
 from steelyard.serve.protocol.parameters import Parameter, Schema
@@ -33,7 +31,9 @@ class Endpoint:
     """What the body of a 200 is: a struct; or the media type of one that is no JSON."""
     takes: type[Fields] | Form | tuple[Parameter, ...] = ()
     """The body; or, where there is none, parameters of the query, and those of the path that are more than a name."""
-    events: type[msgspec.Struct] | None = None
-    """What an event is, where a stream can be asked for."""
+    events: Any = None
+    """What an event is, where a stream can be asked for: a struct, or one of several."""
+    media: tuple[str, ...] = ()
+    """Media types of answers that are texts, where they can be asked for."""
     statuses: tuple[int, ...] = (200,)
     """Those that have this answer."""

@@ -11,7 +11,14 @@ from starlette.responses import Response
 from steelyard.errors import PathNotFoundError, RequestError
 from steelyard.serve.billing.ledger import Service as Kind
 from steelyard.serve.billing.reports import SECONDS, Query, Width, buckets
-from steelyard.serve.protocol.billing import Bucket, BucketPage, CompletionsUsage, Cost, EmbeddingsUsage
+from steelyard.serve.protocol.billing import (
+    Bucket,
+    BucketPage,
+    CompletionsUsage,
+    Cost,
+    EmbeddingsUsage,
+    TranscriptionsUsage,
+)
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.lists import integer
 from steelyard.serve.protocol.parameters import BOOLEAN, TEXT, Parameter, integer_from, one_of, some_of
@@ -29,7 +36,7 @@ KINDS: dict[str, tuple[Sequence[Kind], Callable[[dict[str, Any]], Any] | None]] 
     "moderations": ((), None),
     "images": ((), None),
     "audio_speeches": ((), None),
-    "audio_transcriptions": ((), None),
+    "audio_transcriptions": (("audio_transcriptions",), TranscriptionsUsage.of),
     "vector_stores": ((), None),
     "code_interpreter_sessions": ((), None),
 }
