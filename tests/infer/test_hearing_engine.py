@@ -45,7 +45,8 @@ class StandIn:
             if step == 2 and any(float(one[0]) == 9 for one in sounds):
                 raise IndexError("index out of range")
         heard = Heard(average_logprob=0.0, no_speech=0.0)
-        return [Transcript(f" {len(one)}", [1] * 5, 5, 0, heard) for one in sounds]
+        for number, one in enumerate(sounds):
+            yield number, Transcript(f" {len(one)}", [1] * 5, 5, 0, heard)
 
     def canary(self) -> None:
         self.sung += 1
@@ -122,7 +123,11 @@ def test_one_that_cannot_be_heard_leaves_others_alone() -> None:
     engine = HearingEngine(StandIn())
     for number, value in enumerate((0.0, 9.0, 0.5)):
         engine.add(request(str(number), value=value))
+    for _ in range(4):
+        engine.step()
+    engine.add(request("3"))  # while those before are heard again
     found = run(engine)
+    assert isinstance(found["3"], Output)
     assert [type(found[id]) for id in "012"] == [Output, Failure, Output]
     assert found["1"].param == "file"  # type: ignore[union-attr]
 
@@ -145,6 +150,15 @@ def test_what_it_does_not_hear_is_refused(asked: Request, param: str) -> None:
         engine.add(asked)
     assert refused.value.param == param
     assert not engine.busy
+
+
+def test_a_piece_that_is_done_does_not_wait_for_others(transcriber: Transcriber) -> None:
+    """Of random weights: those that come to an end at different tokens."""
+    sounds = [torch.randn(6000 * number, generator=torch.Generator().manual_seed(number)) for number in range(1, 7)]
+    steps = list(transcription.hear(transcriber, sounds))
+    ended = [(number, told[1].drawn) for number, told in enumerate(steps) if isinstance(told, tuple)]
+    assert len(ended) == 6
+    assert [drawn for _, drawn in ended] == sorted(drawn for _, drawn in ended)
 
 
 def test_nothing_is_a_token_too() -> None:

@@ -297,7 +297,6 @@ def test_whisper_is_told_the_language_and_what_was_said_before(whispers: Service
 
     from steelyard.data.sound import pieces
     from steelyard.infer import transcription
-    from steelyard.infer.decoding import stepped
     from steelyard.infer.sound import Hearing
 
     content = sound_file(words(2))
@@ -305,7 +304,7 @@ def test_whisper_is_told_the_language_and_what_was_said_before(whispers: Service
     transcriber = transcription.Transcriber.load(whispers.checkpoint)
     found = set()
     for fields in ({}, {"language": "en"}, {"language": "de"}, {"prompt": "weights"}):
-        (said,) = stepped.last(transcription.hear(transcriber, [sound], Hearing(**fields)))
+        (said,) = transcription.whole(transcription.hear(transcriber, [sound], Hearing(**fields)))
         told = send(whispers, content, response_format="verbose_json", **fields).json()
         assert told["text"] == transcriber.tokenizer.decode(said.tokens).strip()
         assert told["language"] == fields.get("language", "en")

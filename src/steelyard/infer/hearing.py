@@ -18,7 +18,7 @@ from steelyard.errors import CheckpointError, ConfigError
 from steelyard.infer import recognition, transcription
 from steelyard.infer.decoding.stepped import Steps
 from steelyard.infer.sound import SOUND_RATE, Heard, Hearing, Hears
-from steelyard.infer.transcription import ROWS, SECONDS, Transcriber
+from steelyard.infer.transcription import ROWS, SECONDS, Said, Transcriber
 from steelyard.models import speech
 from steelyard.models.mel import HOP
 from steelyard.models.speech import Recogniser
@@ -43,6 +43,10 @@ class Transcript(NamedTuple):
     heard: Heard
 
 
+Progress = list[int] | tuple[int, Transcript]
+"""How many tokens each piece has so far; or the number of one, and its transcript."""
+
+
 class Hearer(Protocol):
     """A network that hears."""
 
@@ -52,8 +56,8 @@ class Hearer(Protocol):
         """Which share of a pass a piece takes."""
         ...
 
-    def hear(self, sounds: Sequence[torch.Tensor], hearing: Hearing) -> Steps[list[int], list[Transcript]]:
-        """Transcripts of pieces `[S]`; at each step says how many tokens each has so far.
+    def hear(self, sounds: Sequence[torch.Tensor], hearing: Hearing) -> Steps[Progress, None]:
+        """Transcripts of pieces `[S]`, each as soon as it is known.
 
         Raises:
             CheckpointError: its figures are not finite.
@@ -84,19 +88,15 @@ class WhisperHearer:
         """See `Hearer`."""
         return 1 / self._rows
 
-    def hear(self, sounds: Sequence[torch.Tensor], hearing: Hearing) -> Steps[list[int], list[Transcript]]:
+    def hear(self, sounds: Sequence[torch.Tensor], hearing: Hearing) -> Steps[Progress, None]:
         """See `Hearer`."""
-        found = yield from transcription.hear(self._transcriber, sounds, hearing)
-        return [
-            Transcript(
-                self._transcriber.tokenizer.decode(said.tokens),
-                said.tokens,
-                said.drawn,
-                said.rejected,
-                Heard(average_logprob=said.log_probability / max(1, said.drawn), no_speech=said.no_speech),
-            )
-            for said in found
-        ]
+        for told in transcription.hear(self._transcriber, sounds, hearing):
+            yield told if isinstance(told, list) else (told[0], self._transcript(told[1]))
+
+    def _transcript(self, said: Said) -> Transcript:
+        heard = Heard(average_logprob=said.log_probability / max(1, said.drawn), no_speech=said.no_speech)
+        text = self._transcriber.tokenizer.decode(said.tokens)
+        return Transcript(text, said.tokens, said.drawn, said.rejected, heard)
 
     @torch.inference_mode()
     def canary(self) -> None:
@@ -124,27 +124,25 @@ class CharacterHearer:
         """See `Hearer`."""
         return max(1, samples // (2 * HOP)) / PLACES
 
-    def hear(self, sounds: Sequence[torch.Tensor], hearing: Hearing) -> Steps[list[int], list[Transcript]]:
+    def hear(self, sounds: Sequence[torch.Tensor], hearing: Hearing) -> Steps[Progress, None]:
         """See `Hearer`."""
-        recogniser, found = self._recogniser, list[Transcript]()
+        recogniser, nothing = self._recogniser, [0] * len(sounds)
         logits = speech.logits_of(recogniser, [recogniser.features(sound) for sound in sounds])
         for row in logits:
             _check_finite(row)
-        for row in logits:
-            yield [*(one.drawn for one in found), *(0 for _ in range(len(sounds) - len(found)))]
+        for number, row in enumerate(logits):
             characters, others = speech.best_characters(row), 0
             if hearing.beam > 1:
                 searching = recognition.searching(recogniser, row, hearing.beam)
                 while True:
+                    yield nothing
                     try:
                         next(searching)
                     except StopIteration as end:
                         best, *rejected = end.value
                         break
-                    yield [*(one.drawn for one in found), *(0 for _ in range(len(sounds) - len(found)))]
                 characters, others = list(best.characters), sum(len(one.characters) for one in rejected)
-            found.append(self._transcript(row, characters, others, hearing))
-        return found
+            yield number, self._transcript(row, characters, others, hearing)
 
     def _transcript(self, logits: torch.Tensor, characters: list[int], others: int, hearing: Hearing) -> Transcript:
         text = recognition.spelled(self._recogniser, characters)

@@ -16,7 +16,7 @@ import torch
 from steelyard.errors import CheckpointError, RequestError
 from steelyard.infer.decoding.stepped import Steps
 from steelyard.infer.grammars import State
-from steelyard.infer.hearing import Hearer, Transcript
+from steelyard.infer.hearing import Hearer, Progress, Transcript
 from steelyard.infer.request import (
     Aborted,
     EngineStats,
@@ -63,7 +63,7 @@ class Pass:
     """Pieces that are heard together."""
 
     jobs: list[Job]
-    work: Steps[list[int], list[Transcript]]
+    work: Steps[Progress, None]
     scheduled: float = field(default_factory=time.monotonic)
     written: list[int] = field(default_factory=list)
     """Tokens of each so far."""
@@ -112,7 +112,7 @@ class HearingEngine:
         self._waiting.add(job, self._active())
 
     def abort(self, request_id: str) -> Aborted | None:
-        """Drop a piece; None: it has just ended. Of a pass that nobody waits for nothing more is done."""
+        """Drop a piece; None: it has just ended."""
         job = self._jobs.pop(request_id, None)
         if job is None:
             return None
@@ -126,9 +126,7 @@ class HearingEngine:
                 self._waiting.remove(job)
             return Aborted(id=request_id, prompt_tokens=0, cached_tokens=0, completion_tokens=[])
         written = running.written[running.jobs.index(job)]
-        if not any(self._wanted(other) for other in running.jobs):
-            running.work.close()
-            self._pass = None
+        self._leave(running)
         return Aborted(id=request_id, prompt_tokens=job.tokens, cached_tokens=0, completion_tokens=[written])
 
     @property
@@ -147,14 +145,15 @@ class HearingEngine:
             return answers
         self._steps += 1
         try:
-            running.written = next(running.work)
-            return answers
-        except StopIteration as end:
-            answers += self._end(running, end.value)
+            told = next(running.work)
+            if isinstance(told, list):
+                running.written = told
+            else:
+                answers += self._tell(running, *told)
         except Exception as error:  # a recording may be anything: others do not end for it
             answers += self._fail(running, error)
-        self._pass = None
-        self._waiting.forget(self._active())
+            self._pass = None
+        self._leave(running)
         return answers
 
     def stats(self) -> EngineStats:
@@ -175,11 +174,19 @@ class HearingEngine:
         assert self._pass is None, "a pass is left"
 
     def _active(self) -> set[str]:
-        """Projects of which something is heard."""
-        return set() if self._pass is None else {job.request.project for job in self._pass.jobs}
+        """Projects of which something is heard, or heard again."""
+        running = [] if self._pass is None else self._pass.jobs
+        return {job.request.project for job in (*running, *self._alone)}
 
     def _wanted(self, job: Job) -> bool:
         return self._jobs.get(job.request.id) is job
+
+    def _leave(self, running: Pass) -> None:
+        """Of a pass of which nobody waits for anything more nothing more is done."""
+        if not any(map(self._wanted, running.jobs)):
+            running.work.close()
+            self._pass = None
+        self._waiting.forget(self._active())
 
     def _begin(self) -> None:
         jobs = [self._alone.pop(0)] if self._alone else self._together()
@@ -217,32 +224,28 @@ class HearingEngine:
             return Failure(job.request.id, str(error))
         return Output(id=job.request.id, choice=0, text="", tokens=[], finish_reason="stop", prompt_tokens=1)
 
-    def _end(self, running: Pass, transcripts: list[Transcript]) -> list[Output | Failure]:
-        now = time.monotonic()
-        outputs: list[Output | Failure] = []
-        for job, said in zip(running.jobs, transcripts, strict=True):
-            if not self._wanted(job):
-                continue
-            del self._jobs[job.request.id]
-            self._tokens += job.tokens
-            self._written += said.drawn
-            outputs.append(
-                Output(
-                    id=job.request.id,
-                    choice=0,
-                    text=said.text,
-                    tokens=said.tokens,
-                    heard=said.heard,
-                    finish_reason="stop",
-                    prompt_tokens=job.tokens,
-                    completion_tokens=said.drawn,
-                    rejected_tokens=said.rejected,
-                    timeline=Timeline(
-                        arrived=job.arrived, scheduled=running.scheduled, first_token=now, last_token=now
-                    ),
-                )
+    def _tell(self, running: Pass, number: int, said: Transcript) -> list[Output | Failure]:
+        """What was said in a piece, if somebody still waits for it."""
+        job, now = running.jobs[number], time.monotonic()
+        if not self._wanted(job):
+            return []
+        del self._jobs[job.request.id]
+        self._tokens += job.tokens
+        self._written += said.drawn
+        return [
+            Output(
+                id=job.request.id,
+                choice=0,
+                text=said.text,
+                tokens=said.tokens,
+                heard=said.heard,
+                finish_reason="stop",
+                prompt_tokens=job.tokens,
+                completion_tokens=said.drawn,
+                rejected_tokens=said.rejected,
+                timeline=Timeline(arrived=job.arrived, scheduled=running.scheduled, first_token=now, last_token=now),
             )
-        return outputs
+        ]
 
     def _fail(self, running: Pass, error: Exception) -> list[Output | Failure]:
         """Of several, one that fails leaves the others alone."""

@@ -15,7 +15,6 @@ import torch
 
 from steelyard.checkpoint import manifest
 from steelyard.errors import CheckpointError
-from steelyard.infer.decoding import stepped
 from steelyard.infer.decoding.beam import Beams
 from steelyard.infer.decoding.stepped import Steps
 from steelyard.infer.request import Beam
@@ -120,6 +119,10 @@ class Said(NamedTuple):
     """How likely it is that nothing is said."""
 
 
+Progress = list[int] | tuple[int, Said]
+"""How many tokens each piece has so far; or the number of one, and what is said in it."""
+
+
 def is_transcriber(folder: Path) -> bool:
     """Whether a checkpoint is a Whisper."""
     if manifest.kind_of(folder) != "model":
@@ -146,7 +149,7 @@ def transcribe(
     pieces = ((number, piece) for number in range(len(sounds)) for piece in _pieces(sounds[number]))
     texts = [""] * len(sounds)
     while chosen := list(itertools.islice(pieces, ROWS)):  # no more of them are read than are heard together
-        found = stepped.last(hear(transcriber, [piece for _, piece in chosen], Hearing(beam=beam)))
+        found = whole(hear(transcriber, [piece for _, piece in chosen], Hearing(beam=beam)))
         for (number, _), said in zip(chosen, found, strict=True):
             texts[number] += transcriber.tokenizer.decode(said.tokens)
         report(chosen[-1][0] + 1)
@@ -169,14 +172,20 @@ def token_scores(transcriber: Transcriber, sound: torch.Tensor, tokens: Sequence
 
 def transcript_tokens(transcriber: Transcriber, sound: torch.Tensor) -> list[int]:
     """What is said in a piece of at most 30 s, as tokens."""
-    return stepped.last(hear(transcriber, [sound]))[0].tokens
+    return whole(hear(transcriber, [sound]))[0].tokens
+
+
+def whole(hearing: Steps[Progress, None]) -> list[Said]:
+    """What is said in each piece, once all are heard."""
+    found = dict(told for told in hearing if isinstance(told, tuple))
+    return [found[row] for row in range(len(found))]
 
 
 @torch.inference_mode()
 def hear(
     transcriber: Transcriber, sounds: Sequence[torch.Tensor], hearing: Hearing | None = None
-) -> Steps[list[int], list[Said]]:
-    """What is said in pieces, a token of each at a step, which says how many tokens each has so far.
+) -> Steps[Progress, None]:
+    """What is said in pieces, a token of each at a step; each as soon as it is known.
 
     Args:
         transcriber: whose; it knows the language, and prompts if there is one.
@@ -192,19 +201,18 @@ def hear(
         heard.append(transcriber.listen(sound))
         yield silent
     if hearing.beam == 1:
-        return (yield from _greedy(transcriber, start, Memory.joined(heard)))
-    found = list[Said]()
-    for memory in heard:
+        yield from _greedy(transcriber, start, Memory.joined(heard))
+        return
+    for row, memory in enumerate(heard):
         searching = _searching(transcriber, start, memory, hearing.beam)
-        rest = [0] * (len(sounds) - len(found) - 1)
+        rest = [0] * (len(sounds) - row - 1)
         while True:
             try:
                 drawn = next(searching)
             except StopIteration as end:
-                found.append(end.value)
+                yield row, end.value
                 break
-            yield [*(said.drawn + said.rejected for said in found), drawn, *rest]
-    return found
+            yield [*([0] * row), drawn, *rest]
 
 
 def _pieces(sound: torch.Tensor) -> list[torch.Tensor]:
@@ -219,7 +227,7 @@ def _features(sound: torch.Tensor, transcriber: Transcriber) -> torch.Tensor:
     return log_mel(padded, config.num_mel_bins)
 
 
-def _greedy(transcriber: Transcriber, start: tuple[int, ...], memory: Memory) -> Steps[list[int], list[Said]]:
+def _greedy(transcriber: Transcriber, start: tuple[int, ...], memory: Memory) -> Steps[Progress, None]:
     """The most likely token again and again, until each row has come to its end."""
     network, rows = transcriber.network, len(memory.heard[0][0])
     found: list[list[int]] = [[] for _ in range(rows)]
@@ -241,10 +249,14 @@ def _greedy(transcriber: Transcriber, start: tuple[int, ...], memory: Memory) ->
             found[open_rows[place]].append(int(best[place]))
         if len(going) < len(open_rows):
             memory.keep(going)
-        open_rows = [open_rows[place] for place in going.tolist()]
+        before, open_rows = open_rows, [open_rows[place] for place in going.tolist()]
         token_ids = best[going, None]
+        for row in before:
+            if row not in open_rows:
+                yield row, Said(found[row], sums[row], drawn[row], 0, no_speech[row])
         yield list(drawn)
-    return [Said(found[row], sums[row], drawn[row], 0, no_speech[row]) for row in range(rows)]
+    for row in open_rows:
+        yield row, Said(found[row], sums[row], drawn[row], 0, no_speech[row])
 
 
 def _searching(transcriber: Transcriber, start: tuple[int, ...], memory: Memory, width: int) -> Steps[int, Said]:
