@@ -385,6 +385,12 @@ def test_a_model_is_asked_for_what_it_does(tones: Service, whispers: Service) ->
                 assert answer.json()["error"]["param"] == "model"
                 assert URL in answer.json()["error"]["message"]
             assert http.get("/v1/models").json()["data"][0]["id"] == name
+            for path, body in (
+                ("/v1/fine_tuning/jobs", {"training_file": "file-x"}),
+                ("/v1/compression/jobs", {}),
+            ):
+                answer = http.post(path, json={"model": name, **body})
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model"), answer.text
         with pytest.raises(openai.NotFoundError):
             service.sdk().audio.transcriptions.create(model="other", file=("a.wav", sound_file(spoken("a"))))
 
