@@ -13,13 +13,27 @@ import torch
 from spoken import tiny_whisper
 from steelyard.errors import CheckpointError, RequestError
 from steelyard.infer import transcription
-from steelyard.infer.hearing import Transcript, WhisperHearer
+from steelyard.infer.hearing import CharacterHearer, Transcript, WhisperHearer
 from steelyard.infer.hearing_engine import HearingEngine
 from steelyard.infer.request import Aborted, Failure, Output, Request
-from steelyard.infer.sound import Heard, Hearing, Hears, sound_tokens
+from steelyard.infer.sound import Heard, Hearing, Hears, most_written, sound_tokens
 from steelyard.infer.transcription import Transcriber
+from steelyard.models.seq2seq import WhisperConfig
+from steelyard.models.speech import Recogniser, SpeechCTC
 
 HEARS = Hears(piece=16_000, written=10, languages=["en"], prompts=True, words=True)
+
+
+SIZES = WhisperConfig(
+    vocab_size=5,
+    d_model=8,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=1,
+    decoder_attention_heads=1,
+    encoder_ffn_dim=8,
+    decoder_ffn_dim=8,
+)
 
 
 def sound(samples: int, value: float = 0.0) -> bytes:
@@ -159,6 +173,15 @@ def test_a_piece_that_is_done_does_not_wait_for_others(transcriber: Transcriber)
     ended = [(number, told[1].drawn) for number, told in enumerate(steps) if isinstance(told, tuple)]
     assert len(ended) == 6
     assert [drawn for _, drawn in ended] == sorted(drawn for _, drawn in ended)
+
+
+def test_no_transcript_is_longer_than_what_is_reserved_for_it() -> None:
+    """Of a recogniser: a character at every place, of pieces of any length."""
+    recogniser = Recogniser(SpeechCTC(SIZES, 2), ("a", "b"))
+    hearer = CharacterHearer(recogniser)
+    for samples in (0, 1, 159, 160, 161, 640, 1599, 1600, 1601, 3200, 7999, 16_001, 480_000):
+        places = (recogniser.features(torch.zeros(samples)).shape[-1] + 1) // 2
+        assert places <= most_written(hearer.hears, samples)
 
 
 def test_nothing_is_a_token_too() -> None:

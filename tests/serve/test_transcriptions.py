@@ -16,11 +16,13 @@ import openai
 import pytest
 import soundfile
 from openai.types.audio import Transcription, TranscriptionVerbose
+from openai.types.audio.transcription_create_params import TranscriptionCreateParamsBase
 from running_service import Service, eventually, serving
 
 from spoken import sound_file, spoken, tiny_whisper, write_clips
 from steelyard.serve.billing.prices import Price, newest, publish
 from steelyard.serve.engine_client import worker_command
+from steelyard.serve.protocol.transcriptions import FORM, UNSUPPORTED, TranscriptionRequest
 
 URL = "/v1/audio/transcriptions"
 INPUT, OUTPUT = 7, 3
@@ -355,6 +357,14 @@ def test_what_is_not_done_is_refused_by_name(
     assert answer.json()["error"]["param"].split("[")[0] == param
 
 
+def test_every_field_of_the_sdk_is_honoured_or_refused() -> None:
+    known = {*TranscriptionRequest.model_fields, *UNSUPPORTED, "file"}
+    assert {*TranscriptionCreateParamsBase.__annotations__, "stream"} <= known
+    assert not UNSUPPORTED.keys() & TranscriptionRequest.model_fields.keys()
+    described = {name.removesuffix("[]") for name in FORM["properties"]}
+    assert described == {*TranscriptionRequest.model_fields, "file"}
+
+
 def test_neutral_values_are_taken(tones: Service) -> None:
     neutral = {
         "language": "",
@@ -425,6 +435,13 @@ def test_hostile_recordings_are_refused(tones: Service, content: bytes, status: 
 def test_a_wav_that_is_cut_off_is_heard_as_far_as_it_goes(tones: Service) -> None:
     whole = sound_file(np.concatenate([spoken("ab"), spoken("ca")]))
     assert send(tones, whole[: 44 + 2 * len(spoken("ab"))]).json()["text"] == "ab"
+
+
+def test_a_wav_of_a_pipe_is_heard(tones: Service) -> None:
+    """Whoever writes one as it comes says at its beginning that it is as long as can be."""
+    content = bytearray(sound_file(spoken("abc")))
+    content[4:8] = content[40:44] = b"\xff\xff\xff\xff"
+    assert send(tones, bytes(content)).json()["text"] == "abc"
 
 
 def test_a_form_that_is_none(tones: Service) -> None:

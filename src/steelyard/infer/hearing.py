@@ -17,7 +17,7 @@ import torch
 from steelyard.errors import CheckpointError, ConfigError
 from steelyard.infer import recognition, transcription
 from steelyard.infer.decoding.stepped import Steps
-from steelyard.infer.sound import SOUND_RATE, Heard, Hearing, Hears
+from steelyard.infer.sound import SOUND_RATE, TOKEN_SAMPLES, Heard, Hearing, Hears
 from steelyard.infer.transcription import ROWS, SECONDS, Said, Transcriber
 from steelyard.models import speech
 from steelyard.models.mel import HOP
@@ -115,6 +115,7 @@ class CharacterHearer:
         self.hears = Hears(
             piece=recogniser.context * HOP,
             written=recogniser.context // 2,
+            written_per_token=TOKEN_SAMPLES // (2 * HOP) + 1,  # a place may be begun before and after
             languages=[],
             prompts=False,
             words=True,

@@ -63,12 +63,20 @@ class Hears(msgspec.Struct, frozen=True, kw_only=True):
     """Most samples of a request; what is longer is heard in pieces."""
     written: int
     """Most tokens, or characters, that a transcript of a piece has."""
+    written_per_token: int | None = None
+    """Most of them for each token of sound; None: a piece may have all, however short it is."""
     languages: list[str]
     """Codes of those that it can be told, the one that it takes for granted first; empty: it cannot be told any."""
     prompts: bool
     """Whether it can be told what was said before."""
     words: bool
     """Whether it can say when each word is said."""
+
+
+def most_written(hears: Hears, samples: int) -> int:
+    """Tokens, or characters, that a transcript of a piece of so many samples has at the most."""
+    per_token = hears.written_per_token
+    return hears.written if per_token is None else min(hears.written, per_token * sound_tokens(samples))
 
 
 def check(hears: Hears, hearing: Hearing, model: str = "this model") -> None:

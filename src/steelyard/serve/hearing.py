@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from steelyard.errors import EngineUnavailableError
 from steelyard.infer.request import Output, Request
-from steelyard.infer.sound import Hearing, Hears, sound_tokens
+from steelyard.infer.sound import Hearing, Hears, most_written, sound_tokens
 from steelyard.serve.billing.bill import Bill, Payer
 from steelyard.serve.billing.prices import NANO, Counts
 from steelyard.serve.ids import fresh
@@ -97,7 +97,7 @@ def listen(served: ServedModel, hears: Hears, payer: Payer, samples: Samples, he
     """What to ask of the engine for a recording."""
     answer_id = fresh("transcript-")
     spans = _spans(samples.count, hears.piece)
-    written = len(spans) * hears.written * hearing.beam
+    written = hearing.beam * sum(most_written(hears, count) for _, count in spans)
     most = Counts(sum(sound_tokens(count) for _, count in spans), 0, written)
     bill = payer.bill(answer_id, served, most, "audio_transcriptions")
     return Listening(answer_id, served, samples, hearing, hears.piece, bill)
