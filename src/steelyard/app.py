@@ -27,6 +27,7 @@ from starlette.routing import Route
 
 from steelyard.errors import ConfigError, EngineUnavailableError, StorageError
 from steelyard.infer.request import CacheKind
+from steelyard.serve import sounds
 from steelyard.serve.access_log import AccessLog, JsonLines
 from steelyard.serve.adapters import AdapterFolder
 from steelyard.serve.auth import Authentication, allowed
@@ -51,6 +52,7 @@ from steelyard.serve.endpoints import (
     openapi,
     projects,
     responses,
+    transcriptions,
     usage,
 )
 from steelyard.serve.endpoints import models as model_endpoints
@@ -112,6 +114,7 @@ from steelyard.serve.protocol.reading import (
 from steelyard.serve.protocol.response_events import ResponseEvent
 from steelyard.serve.protocol.response_object import InputTokens, ResponseDeleted, ResponseObject
 from steelyard.serve.protocol.response_request import InputTokensRequest, ResponseRequest
+from steelyard.serve.protocol.transcriptions import TextDelta, TextDone, Transcription
 from steelyard.serve.service import Service, export_head, open_service
 from steelyard.serve.tracing import open_tracing
 from steelyard.store.database import opened, sqlite_url
@@ -128,6 +131,11 @@ KEEP_ALIVE_SECONDS = 75
 UPLOAD_BYTES = MOST_BYTES + (1 << 20)
 """Of a file and the form around it."""
 UPLOAD_SECONDS = 900.0
+LARGER = {
+    "/v1/files": (UPLOAD_BYTES, UPLOAD_SECONDS),
+    "/v1/audio/transcriptions": (sounds.MOST_BYTES + (1 << 20), 300.0),
+}
+"""Paths of bodies that may be larger, and slower."""
 RELOAD_SECONDS = 2.0
 """How soon limits and prices that another process changed hold here."""
 SWITCH_SECONDS = 0.0005
@@ -138,7 +146,7 @@ HEAD_SECONDS = 60.0
 log = logging.getLogger("steelyard.serve")
 
 ORGANIZATION = "/v1/organization"
-CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+CHAT, RESPONSES, TRANSCRIPTIONS = "/v1/chat/completions", "/v1/responses", "/v1/audio/transcriptions"
 RESPONSE = f"{RESPONSES}/{{response_id}}"
 FINE_TUNING, COMPRESSION = "/v1/fine_tuning/jobs", "/v1/compression/jobs"
 ALIASES = f"{ORGANIZATION}/model_aliases"
@@ -184,6 +192,16 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/classify", labels.classify, "inference", Readings[Class], ClassifyRequest),
     Endpoint("POST", "/v1/tag", labels.tag, "inference", Readings[TaggedText], TagRequest),
     Endpoint("POST", "/v1/explain", explain.create, "inference", Explanation, ExplainRequest),
+    Endpoint(
+        "POST",
+        TRANSCRIPTIONS,
+        transcriptions.create,
+        "inference",
+        Transcription,
+        transcriptions.TAKES,
+        events=TextDelta | TextDone,
+        media=tuple(transcriptions.MEDIA.values()),
+    ),
     Endpoint("GET", "/v1/models", model_endpoints.list_models, "inference", ModelList),
     Endpoint("GET", "/v1/models/{model_id:path}", model_endpoints.retrieve, "inference", Model),
     Endpoint("DELETE", "/v1/models/{model_id:path}", model_endpoints.delete, "fine_tuning", ModelDeleted),
@@ -335,7 +353,7 @@ def create_app(
             *([] if tracing is None else [Middleware(tracing.around)]),
             Middleware(AccessLog),
             Middleware(Authentication, keys=service.keys),
-            Middleware(BodyLimit, max_bytes=max_body_bytes, larger={"/v1/files": (UPLOAD_BYTES, UPLOAD_SECONDS)}),
+            Middleware(BodyLimit, max_bytes=max_body_bytes, larger=LARGER),
             Middleware(Idempotency, database=service.database, root=service.secrets.root, now=service.now),
         ],
         exception_handlers={HTTPException: refuse_path},

@@ -6,7 +6,8 @@
     ├── SourceError               a source cannot be reached or does not exist
     ├── ArtifactError             bytes that are not what they claim to be
     │   ├── UnsafeArtifactError   a format that runs code when it is read (pickle)
-    │   └── DamagedError          stored bytes that were altered or cut off
+    │   ├── DamagedError          stored bytes that were altered or cut off
+    │   └── LongSoundError        a recording that lasts longer than is taken
     ├── CheckpointError           a checkpoint is missing, incomplete or altered
     ├── TemplateError             a chat template failed or passed its limits
     ├── TrainingError             a run that cannot go on
@@ -81,6 +82,10 @@ class UnsafeArtifactError(ArtifactError):
 
 class DamagedError(ArtifactError):
     """What was stored here is not what was stored: altered, cut off, or sealed by another key. It stays so."""
+
+
+class LongSoundError(ArtifactError):
+    """A recording that lasts longer than is taken."""
 
 
 class CheckpointError(SteelyardError):
@@ -194,6 +199,7 @@ EDGES: dict[type[BaseException], Edge] = {
     SourceError: Edge(4, 400, "invalid_request_error", "source_unavailable"),
     ArtifactError: Edge(5, 400, "invalid_request_error", "invalid_artifact"),
     DamagedError: Edge(5, 500, "server_error", "storage_damaged"),
+    LongSoundError: Edge(5, 413, "invalid_request_error", "audio_too_long"),
     CheckpointError: Edge(6, 500, "server_error", "checkpoint_invalid"),
     TemplateError: Edge(7, 400, "invalid_request_error", "template_failed"),
     TrainingError: Edge(8, 500, "server_error", "training_failed"),

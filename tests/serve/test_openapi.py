@@ -140,6 +140,8 @@ def test_what_is_no_json_is_described_as_what_it_is() -> None:
     assert content("/v1/fine_tuning/jobs/{job_id}/events").keys() == {"application/json", "text/event-stream"}
     assert content("/v1/files/{file_id}/content").keys() == {"application/octet-stream"}
     assert [kind.split(";")[0] for kind in content("/metrics")] == ["text/plain"]
+    kinds = {"application/json", "text/event-stream", "text/plain", "application/x-subrip", "text/vtt"}
+    assert content("/v1/audio/transcriptions", "post").keys() == kinds
     assert DOCUMENT["paths"]["/v1/files"]["post"]["requestBody"]["content"].keys() == {"multipart/form-data"}
 
 
@@ -172,7 +174,8 @@ def test_a_neutral_value_is_one_that_the_document_has(schema: str) -> None:
 
 
 def test_a_form_is_refused_by_the_field_that_is_wrong(service: Service) -> None:
-    form = next(endpoint.takes for endpoint in ENDPOINTS if isinstance(endpoint.takes, Form))
+    form = next(endpoint.takes for endpoint in ENDPOINTS if endpoint.path == "/v1/files")
+    assert isinstance(form, Form)
     right = {"purpose": "user_data", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
     assert form.schema["properties"].keys() == {"file", *right}
     with service.http() as http:
@@ -182,6 +185,21 @@ def test_a_form_is_refused_by_the_field_that_is_wrong(service: Service) -> None:
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
         answer = http.post("/v1/files", files={name: (None, value) for name, value in right.items()})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
+
+
+def test_a_form_of_a_recording_is_refused_by_the_field_that_is_wrong(service: Service) -> None:
+    """Every field of it, before anything is heard."""
+    form = next(endpoint.takes for endpoint in ENDPOINTS if endpoint.path == "/v1/audio/transcriptions")
+    assert isinstance(form, Form)
+    wrong = {"language": "x" * 17, "prompt": "x" * 4097, "model": ""}
+    with service.http() as http:
+        for field in form.schema["properties"].keys() - {"file"}:
+            data = {"model": "tiny", field: wrong.get(field, "wrong")}
+            answer = http.post("/v1/audio/transcriptions", data=data, files={"file": ("x", b"x")})
+            assert answer.status_code == 400, field
+            assert answer.json()["error"]["param"].split("[")[0] == field.removesuffix("[]"), answer.text
+        answer = http.post("/v1/audio/transcriptions", data={"model": "tiny"}, files={"file": ("x", b"x")})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
 
 
 def test_made_up_requests_get_answers_that_the_document_has(

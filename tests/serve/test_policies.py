@@ -14,8 +14,9 @@ import httpx
 import pytest
 from running_service import Service, serving
 
-from steelyard.app import ENDPOINTS, UPLOAD_BYTES, Endpoint
+from steelyard.app import ENDPOINTS, LARGER, Endpoint
 from steelyard.serve.auth import ADMIN_SCOPES, PROJECT_SCOPES, PUBLIC_ROUTES
+from steelyard.serve.endpoint import Form
 from steelyard.serve.limits import MAX_BODY_BYTES
 
 IDS = [f"{endpoint.method} {endpoint.path}" for endpoint in ENDPOINTS]
@@ -197,7 +198,7 @@ def test_too_large_a_body_is_refused_before_it_is_sent(
     if endpoint.permission is None:
         return
     key = two.admin_key if endpoint.permission in ADMIN_SCOPES else mine[0]
-    most = UPLOAD_BYTES if endpoint.path == "/v1/files" else MAX_BODY_BYTES
+    most = LARGER[endpoint.path][0] if endpoint.path in LARGER else MAX_BODY_BYTES
     host, port = two.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(
@@ -243,8 +244,8 @@ def test_what_is_not_known_is_refused_by_name(
     path = filled(endpoint, mine[1])
     bodiless = ("/archive", "/cancel", "/pause", "/resume", "/promote", "/roll_back")
     with client(two, key) as http:
-        if endpoint.path == "/v1/files" and endpoint.method == "POST":
-            form = {"purpose": "user_data", "nonsense_field": "1"}
+        if isinstance(endpoint.takes, Form):
+            form = {"nonsense_field": "1"}
             answer = send(http, endpoint, path, data=form, files={"file": ("x", b"x")})
         elif endpoint.method == "POST" and not endpoint.path.endswith(bodiless):
             answer = send(http, endpoint, path, json={"nonsense_field": 1})

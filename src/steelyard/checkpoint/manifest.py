@@ -26,6 +26,8 @@ from steelyard.errors import CheckpointError, ConfigError
 MANIFEST = "steelyard.json"
 SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 MAX_JSON_BYTES = 64 << 20
+SPEECH = "SteelyardSpeechCTC"
+"""The architecture of our recognisers, whose vocabulary is in their config.json."""
 
 
 class Manifest(msgspec.Struct, kw_only=True):
@@ -69,6 +71,15 @@ def digest(files: dict[str, str]) -> str:
     """Checkpoint id over `(name, sha256)` pairs, independent of their order."""
     listing = "".join(f"{name} {sha}\n" for name, sha in sorted(files.items()))
     return "sha256:" + hashlib.sha256(listing.encode()).hexdigest()
+
+
+def reads_text(folder: Path) -> bool:
+    """Whether a model has a tokenizer: a recogniser of speech has characters, and reads none.
+
+    Raises:
+        CheckpointError: its config.json is missing or broken.
+    """
+    return SPEECH not in (read_json(folder / "config.json").get("architectures") or ())
 
 
 def kind_of(folder: Path) -> str:

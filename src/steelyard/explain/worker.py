@@ -10,16 +10,19 @@ from steelyard.explain.explainer import ClassifierExplainer, DecoderExplainer
 from steelyard.infer import worker
 from steelyard.infer.asides import Explainer
 from steelyard.infer.encoder_engine import EncoderEngine
+from steelyard.infer.engine import Engine
 from steelyard.infer.worker import AnyEngine
 
 
 def explainer_of(engine: AnyEngine, checkpoint: Path) -> Explainer | None:
     """What explains an engine's model; None: nothing does."""
-    if isinstance(engine, EncoderEngine):
-        return ClassifierExplainer(checkpoint) if engine.reader.task == "classify" else None
+    if not isinstance(engine, Engine):
+        texts = isinstance(engine, EncoderEngine) and engine.reader.task == "classify"
+        return ClassifierExplainer(checkpoint) if texts else None
+    adapters = engine.adapters
 
     def path(name: str) -> Path:
-        found = engine.adapters.find(name).path
+        found = adapters.find(name).path
         if found is None:
             raise ModelNotFoundError(f"adapter '{name}' has no file", param="model", code="model_not_found")
         return found

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-import msgspec
 import torch
 
-from steelyard.infer.decoding import ctc
+from steelyard.infer.decoding import ctc, stepped
+from steelyard.infer.decoding.stepped import Steps
+from steelyard.infer.sound import Word
 from steelyard.models import speech
 from steelyard.models.mel import HOP, RATE
 from steelyard.models.ngram import EDGE, CharacterModel
@@ -24,15 +25,6 @@ TOGETHER = 64
 PLACE_SECONDS = 2 * HOP / RATE
 SAY, LENGTH = 0.5, 1.0
 """Of the model of characters: its weight, and what each character adds, since more of them are less likely."""
-
-
-class Word(msgspec.Struct, frozen=True):
-    """A word, and when it was said."""
-
-    word: str
-    start: float
-    """Seconds from the recording's beginning."""
-    end: float
 
 
 def recognise(
@@ -63,9 +55,18 @@ def recognise(
 
 def searched(recogniser: Recogniser, logits: torch.Tensor, beam: int) -> str:
     """The likeliest text of logits `[P, K]` by beams."""
+    return spelled(recogniser, stepped.last(searching(recogniser, logits, beam))[0].characters)
+
+
+def searching(recogniser: Recogniser, logits: torch.Tensor, beam: int) -> Steps[None, list[ctc.Beam]]:
+    """The likeliest texts by beams, the best first, a place at a step."""
     said = None if recogniser.language is None else _language(recogniser.language, recogniser.vocabulary)
-    best = ctc.beams(logits.log_softmax(-1), beam, said)[0]
-    return " ".join("".join(recogniser.vocabulary[character - 1] for character in best.characters).split())
+    return ctc.searching(logits.log_softmax(-1), beam, said)
+
+
+def spelled(recogniser: Recogniser, characters: Sequence[int]) -> str:
+    """The text of characters by their numbers."""
+    return " ".join("".join(recogniser.vocabulary[character - 1] for character in characters).split())
 
 
 def _language(model: CharacterModel, vocabulary: Sequence[str]) -> ctc.Language:

@@ -11,9 +11,11 @@ from typing import Literal
 
 import msgspec
 
+from steelyard.infer.sound import Heard, Hearing, Hears
+
 FinishReason = Literal["stop", "length"]
 Priority = Literal["interactive", "batch"]
-Task = Literal["generate", "embed", "classify", "tag"]
+Task = Literal["generate", "embed", "classify", "tag", "transcribe"]
 """What a model does with what it is given."""
 CacheKind = Literal["bfloat16", "int8"]
 """How an engine keeps keys and values."""
@@ -149,6 +151,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """Of a tagger: how many sequences of tags are wanted."""
     grammar: str | None = None
     """What the answer has to be, as `steelyard.text.grammar` makes it."""
+    sound: bytes | None = None
+    """Of a model that hears, instead of a prompt: float32 samples of 16 kHz, at most a piece of them."""
+    hearing: Hearing = Hearing()
     beam: Beam | None = None
     """Beam search instead of draws; `n` is how many of its continuations come back, the best first, at the end."""
     explain: Explain | None = None
@@ -267,6 +272,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag="output"):
     paths: list[LabelPath] | None = None
     """Of a tagger, the best first."""
     explanation: Explanation | None = None
+    heard: Heard | None = None
+    """Of a piece of a recording, whose transcript is the text; it begins with a space where a word does."""
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -305,6 +312,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Of a classifier or a tagger."""
     width: int = 0
     """Of embeddings."""
+    hears: Hears | None = None
+    """Of a model that transcribes."""
 
 
 class Fatal(msgspec.Struct, frozen=True, kw_only=True, tag="fatal"):

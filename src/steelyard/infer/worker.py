@@ -26,6 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+import msgspec
+
 from steelyard.checkpoint import manifest
 from steelyard.errors import ArtifactError, CheckpointError, RequestError, SteelyardError
 from steelyard.infer import fidelity
@@ -34,6 +36,8 @@ from steelyard.infer.asides import Asides, Explainer
 from steelyard.infer.encoder_engine import EncoderEngine, open_reader
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.grammars import State
+from steelyard.infer.hearing import open_hearer
+from steelyard.infer.hearing_engine import HearingEngine
 from steelyard.infer.request import (
     Abort,
     Aborted,
@@ -94,7 +98,8 @@ def receive(socket: EngineSocket, inbox: Inbox) -> None:
     inbox.put(None)
 
 
-AnyEngine = Engine | EncoderEngine
+Reading = EncoderEngine | HearingEngine
+AnyEngine = Engine | Reading
 Explaining = Callable[[AnyEngine, Path], Explainer | None]
 """An engine and its checkpoint -> what explains it; None: nothing does."""
 
@@ -220,10 +225,9 @@ def start(
     checkpoint: Path, adapters: dict[str, Path], draft: Path | None = None, config: EngineConfig | None = None
 ) -> AnyEngine:
     """Load the engine, see that it computes what was certified, and draw a canary token from it and each adapter."""
-    if (reader := open_reader(checkpoint)) is not None:
+    if (reading := _reading(checkpoint)) is not None:
         if adapters or draft is not None:
             raise CheckpointError(f"'{checkpoint}' reads and does not write: it wears no adapters and has no draft")
-        reading = EncoderEngine(reader)
         reading.add(Request(id="canary", prompt=[0], counted=False))
         while reading.busy:
             for output in reading.step():
@@ -239,13 +243,37 @@ def start(
     return engine
 
 
+def _reading(checkpoint: Path) -> Reading | None:
+    """The engine of a network that reads or hears."""
+    if (hearer := open_hearer(checkpoint)) is not None:
+        return HearingEngine(hearer)
+    return None if (reader := open_reader(checkpoint)) is None else EncoderEngine(reader)
+
+
 def _populate(engine: AnyEngine, ending: threading.Event) -> None:
     """Take the cache's memory from the system where the processor has nothing better to do."""
-    if isinstance(engine, EncoderEngine):
+    if not isinstance(engine, Engine):
         return  # it has none
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     engine.runner.populate(lambda: not ending.is_set())
+
+
+def _ready(engine: AnyEngine, model: str, checkpoint_id: str, adapters: list[str]) -> Ready:
+    """What an engine says of itself."""
+    ready = Ready(
+        model=model,
+        checkpoint_id=checkpoint_id,
+        adapters=adapters,
+        context=engine.context,
+        vocabulary=engine.vocabulary,
+    )
+    if isinstance(engine, HearingEngine):
+        return msgspec.structs.replace(ready, task=engine.task, hears=engine.hears)
+    if isinstance(engine, EncoderEngine):
+        reader = engine.reader
+        return msgspec.structs.replace(ready, task=reader.task, labels=list(reader.labels), width=reader.width)
+    return ready
 
 
 def main(arguments: Sequence[str] | None = None, explaining: Explaining = lambda engine, folder: None) -> int:
@@ -268,17 +296,7 @@ def main(arguments: Sequence[str] | None = None, explaining: Explaining = lambda
     except (SteelyardError, FloatingPointError, MemoryError) as error:
         socket.send([Fatal(message=str(error) or "not enough memory")])
         return 1
-    ready: FromEngine = Ready(
-        model=options.model,
-        checkpoint_id=manifest.read(options.checkpoint).id,
-        adapters=list(adapters),
-        context=engine.context,
-        vocabulary=engine.vocabulary,
-        task=engine.reader.task if isinstance(engine, EncoderEngine) else "generate",
-        labels=list(engine.reader.labels) if isinstance(engine, EncoderEngine) else [],
-        width=engine.reader.width if isinstance(engine, EncoderEngine) else 0,
-    )
-    socket.send([ready])
+    socket.send([_ready(engine, options.model, manifest.read(options.checkpoint).id, list(adapters))])
     ending = threading.Event()
     threading.Thread(target=_populate, args=(engine, ending), name="cache").start()
     inbox: Inbox = queue.SimpleQueue()

@@ -8,7 +8,7 @@ Names of weights are Hugging Face's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,12 @@ class Memory:
         self.length = 0
         """Tokens that were said."""
 
+    @classmethod
+    def joined(cls, rows: Sequence[Memory]) -> Memory:
+        """What several rows, each alone, have heard; nothing was said yet."""
+        layers = zip(*(row.heard for row in rows), strict=True)
+        return cls([(torch.cat([key for key, _ in own]), torch.cat([value for _, value in own])) for own in layers])
+
     def keep(self, rows: torch.Tensor) -> None:
         """Only some rows, by number, in this order."""
         self.heard = [(key[rows], value[rows]) for key, value in self.heard]
@@ -203,16 +209,19 @@ class Whisper(nn.Module):
         layers: Any = self.model.decoder.layers
         return Memory([layer.encoder_attn.keys_and_values(states) for layer in layers])
 
-    def forward(self, token_ids: torch.Tensor, memory: Memory) -> torch.Tensor:
-        """The next tokens `[B, L]` of each row (several only at the start) -> logits `[B, L, V]` float32."""
+    def forward(self, token_ids: torch.Tensor, memory: Memory, places: int = 0) -> torch.Tensor:
+        """The next tokens `[B, L]` of each row (several only at the start) -> logits `[B, L, V]` float32.
+
+        Of the last `places` alone, if that is not 0.
+        """
         assert memory.length == 0 or token_ids.shape[1] == 1, "what was said is attended to by one token at a time"
         decoder = self.model.decoder
-        places = slice(memory.length, memory.length + token_ids.shape[1])
-        x = decoder.embed_tokens(token_ids) + decoder.embed_positions.weight[places]
+        here = slice(memory.length, memory.length + token_ids.shape[1])
+        x = decoder.embed_tokens(token_ids) + decoder.embed_positions.weight[here]
         for number, layer in enumerate(decoder.layers):
             x, memory.said[number] = layer(x, memory.heard[number], memory.said[number])
         memory.length += token_ids.shape[1]
-        return self._head(decoder.layer_norm(x)).float()
+        return self._head(decoder.layer_norm(x[:, -places:])).float()
 
     def _head(self, x: torch.Tensor) -> torch.Tensor:
         """The embeddings once more, whatever they are made of."""

@@ -27,7 +27,7 @@ from steelyard.models.mel import HOP, log_mel
 from steelyard.models.ngram import CharacterModel
 from steelyard.models.seq2seq import WhisperConfig, WhisperEncoder
 
-ARCHITECTURE = "SteelyardSpeechCTC"
+ARCHITECTURE = manifest.SPEECH
 MAX_CHARACTERS = 65_536
 PLACES = 6000
 """Most places of a forward pass that recognises."""
@@ -108,8 +108,12 @@ def logits_of(
 
 def greedy(logits: torch.Tensor, vocabulary: Sequence[str]) -> str:
     """The text of the best character at every place of `[P, K]`: repeated ones are one, blanks are none."""
-    best = [number for number, _ in itertools.groupby(logits.argmax(-1).tolist())]
-    return " ".join("".join(vocabulary[number - 1] for number in best if number).split())
+    return " ".join("".join(vocabulary[number - 1] for number in best_characters(logits)).split())
+
+
+def best_characters(logits: torch.Tensor) -> list[int]:
+    """The same by their numbers."""
+    return [number for number, _ in itertools.groupby(logits.argmax(-1).tolist()) if number]
 
 
 def save(recogniser: Recogniser, folder: Path) -> None:

@@ -26,7 +26,8 @@ faults = logging.getLogger("steelyard.serve")
 class AccessLog:
     """ASGI middleware: adds `x-request-id` and `openai-processing-ms`, echoes `x-client-request-id`.
 
-    What stands behind it may leave `headers` for the response, and `at_end`, called when all is over, in the state.
+    What stands behind it may leave in the state `headers` for the response, and `at_end`: what is called when all is
+    over, the last first.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -66,7 +67,8 @@ class AccessLog:
                 raise
             await error_response(error, request_id)(scope, receive, labelled)
         finally:
-            state.get("at_end", _nothing)()
+            for end in reversed(state.get("at_end", ())):
+                end()
             path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
             took, caller = _milliseconds(began), state.get("caller")
             fields = {
@@ -96,10 +98,6 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             values["exception"] = self.formatException(record.exc_info)
         return json.dumps(values, ensure_ascii=False)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _milliseconds(began: float) -> int:

@@ -32,6 +32,8 @@ class Endpoint:
     takes: type[Fields] | Form | tuple[Parameter, ...] = ()
     """The body; or, where there is none, parameters of the query, and those of the path that are more than a name."""
     events: Any = None
-    """What an event is, where a stream can be asked for: a struct, or several."""
+    """What an event is, where a stream can be asked for: a struct, or one of several."""
+    media: tuple[str, ...] = ()
+    """Media types of answers that are texts, where they can be asked for."""
     statuses: tuple[int, ...] = (200,)
     """Those that have this answer."""

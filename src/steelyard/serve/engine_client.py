@@ -245,6 +245,10 @@ class EngineClient:
             inbox.put_nowait(None)
             self._write(wire.frame(Abort(request_id)))
 
+    def counts(self, request_id: str) -> bool:
+        """Whether a meter has still to hear what a request comes to."""
+        return request_id in self._meters
+
     async def load_adapter(self, name: str, path: Path) -> str:
         """Let requests wear an adapter by this name from now on, after a restart of the engine too.
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from steelyard.checkpoint.manifest import kind_of
-from steelyard.errors import ConfigError, EngineUnavailableError
+from steelyard.checkpoint.manifest import kind_of, reads_text
+from steelyard.errors import ConfigError, EngineUnavailableError, RequestError
 from steelyard.infer.request import CacheKind, Ready
 from steelyard.serve.engine_client import Command, EngineClient, worker_command
 from steelyard.text.chat_template import ChatTemplate
@@ -30,7 +30,8 @@ class ServedModel:
     engine: EngineClient
     adapter: str | None
     """The adapter that its requests wear; None is the base model."""
-    tokenizer: Tokenizer
+    own_tokenizer: Tokenizer | None
+    """None for a model that reads no text."""
     template: ChatTemplate | None
     """None for a model that was not made to chat."""
     created: int
@@ -44,6 +45,17 @@ class ServedModel:
     def names(self) -> tuple[str, ...]:
         """Its own and its base's: the first that has a price says what it costs."""
         return (self.id,) if self.base is None else (self.id, self.base)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of a model that reads texts.
+
+        Raises:
+            RequestError: it reads none.
+        """
+        if self.own_tokenizer is None:
+            raise RequestError(f"'{self.id}' reads no texts", param="model", code="model_not_supported")
+        return self.own_tokenizer
 
     @property
     def is_base(self) -> bool:
@@ -161,7 +173,7 @@ def adapter_model(name: str, path: Path, base: ServedModel, project: str | None 
     # An adapter may have been trained with a template of its own; its tokens are the base model's.
     own = ChatTemplate.load(path) or base.template
     created = _written(path / "adapter_config.json")
-    return ServedModel(name, base.engine, name, base.tokenizer, own, created, project, base.id)
+    return ServedModel(name, base.engine, name, base.own_tokenizer, own, created, project, base.id)
 
 
 def whole_model(name: str, engine: EngineClient, project: str | None = None, base: str | None = None) -> ServedModel:
@@ -171,7 +183,8 @@ def whole_model(name: str, engine: EngineClient, project: str | None = None, bas
         CheckpointError: its tokenizer or its chat template does not load.
     """
     folder = engine.checkpoint
-    tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
+    tokenizer = Tokenizer.load(folder) if reads_text(folder) else None
+    template = ChatTemplate.load(folder)
     return ServedModel(name, engine, None, tokenizer, template, _written(folder / "config.json"), project, base)
 
 

@@ -67,6 +67,7 @@ def _responses(shapes: Sequence[Any]) -> tuple[dict[Any, Schema], dict[str, Sche
 def _operation(one: Endpoint, requests: dict[type[Fields], Schema], responses: dict[Any, Schema]) -> dict[str, Any]:
     handler = one.handler.func if isinstance(one.handler, partial) else one.handler
     content = {one.answer: {"schema": TEXT}} if isinstance(one.answer, str) else _json(responses[one.answer])
+    content |= {kind: {"schema": TEXT} for kind in one.media}
     if one.events is not None:
         content[STREAM] = {"schema": _event(responses[one.events], responses[ErrorBody])}
     answer = {"description": "The answer.", "content": content}

@@ -24,6 +24,7 @@ WORK: dict[Task, str] = {
     "embed": "makes embeddings: ask it at /v1/embeddings",
     "classify": "classifies texts: ask it at /v1/classify",
     "tag": "tags words: ask it at /v1/tag",
+    "transcribe": "transcribes recordings: ask it at /v1/audio/transcriptions",
 }
 
 

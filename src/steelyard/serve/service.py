@@ -38,6 +38,7 @@ from steelyard.serve.organization import limits, projects
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.keys import create_key
 from steelyard.serve.rate_limits import Admission, RateLimits
+from steelyard.serve.sounds import Sounds
 from steelyard.serve.stored import StoredCompletions
 from steelyard.serve.stored_responses import StoredResponses
 from steelyard.serve.tuned import TunedModels
@@ -67,6 +68,7 @@ class Service:
     stored: StoredCompletions
     responses: StoredResponses
     names: Names
+    sounds: Sounds
     meters: RequestMeters = field(default_factory=RequestMeters)
     energy: Energy = field(default_factory=Energy)
     first_keys: dict[str, str] = field(default_factory=dict)
@@ -132,7 +134,7 @@ class Service:
             admission = self.limits.admit(caller.project, served.id)
         finally:
             request.state.headers = self.limits.headers(caller.project, served.id)
-        request.state.at_end = admission.close
+        request.state.at_end = [*getattr(request.state, "at_end", ()), admission.close]
         trace = getattr(request.state, "trace", None)
         return served, Payer(caller.project, caller.key_id, admission, *money, trace=trace)
 
@@ -249,6 +251,7 @@ def open_service(
         StoredCompletions(files),
         StoredResponses(database, stored),
         database.read_now(aliases.read),
+        Sounds(state / "clear"),
         first_keys=first_keys,
     )
     return service

@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+from steelyard.infer.decoding import stepped
+from steelyard.infer.decoding.stepped import Steps
+
 CHARACTERS = -8.0
 """Log-probability below which a character is not tried at a place, where any is likelier."""
 
@@ -44,6 +47,13 @@ def beams(
         language: see `Language`.
         least: see `CHARACTERS`.
     """
+    return stepped.last(searching(log_probabilities, width, language, least))
+
+
+def searching(
+    log_probabilities: torch.Tensor, width: int, language: Language | None = None, least: float = CHARACTERS
+) -> Steps[None, list[Beam]]:
+    """`beams`, a place at a step: of half a minute they may take half a minute."""
     kept: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
     said: dict[tuple[int, ...], float] = {(): 0.0}  # what the language model says of each beginning
     for place in log_probabilities.tolist():
@@ -69,6 +79,7 @@ def beams(
         kept = {text: (following[text][0], following[text][1]) for text in best}
         if len(said) > REMEMBERED:
             said = {text: said[text] for text in best}
+        yield
     found = [
         Beam(text, _sum(*ends) + said[text] + (0.0 if language is None else language(text, None)))
         for text, ends in kept.items()

@@ -22,9 +22,9 @@ from steelyard.serve.billing.prices import NANO, Counts, Price, Quote
 from steelyard.store import chain, tables
 from steelyard.store.database import Database
 
-Service = Literal["completions", "embeddings", "explanations", "fine_tuning", "compression"]
-ASKED: tuple[Service, ...] = ("completions", "embeddings", "explanations")
-"""What an engine is asked for; the others are jobs."""
+Service = Literal["completions", "embeddings", "audio_transcriptions", "explanations", "fine_tuning", "compression"]
+ANSWERS: tuple[Service, ...] = ("completions", "embeddings", "audio_transcriptions", "explanations")
+"""What engines are asked for; the others are jobs."""
 Clock = Callable[[], float]
 """Unix seconds."""
 
@@ -128,7 +128,7 @@ class Ledger:
         """Add an entry without a reservation; the future has None if its reference is there already."""
         return self._database.apply(self._apply, charge)
 
-    def settle_abandoned(self, *, services: Sequence[Service] = ASKED) -> int:
+    def settle_abandoned(self, *, services: Sequence[Service] = ANSWERS) -> int:
         """Settle what servers that have died left open, at their last persisted counts; returns how many.
 
         Training's reservations are the jobs' own, which go on elsewhere.

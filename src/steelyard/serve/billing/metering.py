@@ -71,6 +71,10 @@ class Meter:
         self._lost = True
         self._end(request_id)
 
+    def drop(self, request_id: str) -> None:
+        """A request was never sent: it comes to nothing."""
+        self._end(request_id)
+
     @property
     def counts(self) -> Counts:
         """What it has come to."""

@@ -34,6 +34,7 @@ from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
 from steelyard.serve.protocol.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta, call_id
 from steelyard.serve.protocol.usage import CompletionTokensDetails, Finish, Usage
+from steelyard.serve.reading import demand
 from steelyard.serve.rendering import reasoning_reader, rendered
 from steelyard.serve.service import Service
 from steelyard.serve.stored import Kept
@@ -51,6 +52,7 @@ async def create(service: Service, request: Request) -> Response:
     """Answer a conversation."""
     body = parse(ChatRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
+    demand(served, "generate")
     grammar = await asyncio.to_thread(lambda: body.form) if body.structured or body.offered else None
     source = await while_connected(request.receive, asyncio.to_thread(_source, served, body))
     generation = plan(

@@ -28,6 +28,7 @@ from steelyard.serve.protocol.completions import (
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
+from steelyard.serve.reading import demand
 from steelyard.serve.service import Service
 
 DEFAULT_MAX_TOKENS = 16
@@ -37,6 +38,7 @@ async def create(service: Service, request: Request) -> Response:
     """Continue prompts."""
     body = parse(CompletionRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
+    demand(served, "generate")
     grammar = await asyncio.to_thread(lambda: body.grammar) if body.structured else None
     prompts = await while_connected(request.receive, asyncio.to_thread(_prompts, served, body.prompt))
     generation = plan(

@@ -67,6 +67,7 @@ async def fine_tune(service: Service, request: Request) -> Response:
     served = service.find(body.model, caller.project)
     if served.adapter is not None:
         raise RequestError(f"'{body.model}' is an adapter: fine-tune its base, '{served.engine.model}'", param="model")
+    _check_no_hearer(served, "fine-tuned")
     try:
         training.base_to_train(served.engine.checkpoint)
     except CheckpointError as error:
@@ -95,6 +96,7 @@ async def compress(service: Service, request: Request) -> Response:
     body = parse(CompressionRequest, await request.body())
     caller: Caller = request.state.caller
     served = await service.found(body.model, caller.project)
+    _check_no_hearer(served, "compressed")
     file, field = body.file
     asked = {**_asked(body, caller, served), "training_file": file, "settings": body.settings, "seed": 0}
 
@@ -106,6 +108,14 @@ async def compress(service: Service, request: Request) -> Response:
     made = await service.database.write(make)
     service.jobs.wake()
     return json_response(CompressionJob.of(made))
+
+
+def _check_no_hearer(served: ServedModel, done: str) -> None:
+    """Recordings are no rows of a file that a job takes."""
+    ready = served.engine.ready
+    if ready is not None and ready.task == "transcribe":
+        reason = f"'{served.id}' transcribes recordings: it is {done} by the command line, not by a job"
+        raise RequestError(reason, param="model", code="model_not_supported")
 
 
 def _asked(body: JobRequest | CompressionRequest, caller: Caller, served: ServedModel) -> Row:

@@ -24,6 +24,7 @@ from steelyard.serve.protocol.lists import Page, allow, boolean, page_of, wanted
 from steelyard.serve.protocol.parameters import BOOLEAN, Parameter
 from steelyard.serve.protocol.response_object import InputTokens, ResponseDeleted, ResponseObject, ResponseUsage
 from steelyard.serve.protocol.response_request import InputTokensRequest, ResponseRequest
+from steelyard.serve.reading import demand
 from steelyard.serve.rendering import rendered
 from steelyard.serve.responding import Growing
 from steelyard.serve.service import Service
@@ -38,6 +39,7 @@ async def create(service: Service, request: Request) -> Response:
     """Answer input."""
     body = parse(ResponseRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
+    demand(served, "generate")
     grammar = await asyncio.to_thread(lambda: body.form)
     prompt = await _read(service, request, body, served)
     generation = plan(
@@ -104,6 +106,7 @@ async def input_tokens(service: Service, request: Request) -> Response:
     """How many tokens a model would read."""
     body = parse(InputTokensRequest, await request.body())
     served, _ = await service.ask(request, body.model)
+    demand(served, "generate")
     return json_response(InputTokens(len(await _read(service, request, body, served))))
 
 

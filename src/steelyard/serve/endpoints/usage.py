@@ -18,6 +18,7 @@ from steelyard.serve.protocol.billing import (
     Cost,
     EmbeddingsUsage,
     ExplanationsUsage,
+    TranscriptionsUsage,
 )
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.lists import integer
@@ -37,7 +38,7 @@ KINDS: dict[str, tuple[Sequence[Kind], Callable[[dict[str, Any]], Any] | None]] 
     "moderations": ((), None),
     "images": ((), None),
     "audio_speeches": ((), None),
-    "audio_transcriptions": ((), None),
+    "audio_transcriptions": (("audio_transcriptions",), TranscriptionsUsage.of),
     "vector_stores": ((), None),
     "code_interpreter_sessions": ((), None),
 }

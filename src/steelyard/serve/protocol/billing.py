@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import Field
 
+from steelyard.infer.sound import SOUND_RATE, TOKEN_SAMPLES
 from steelyard.serve.billing.prices import MOST, PriceList
 from steelyard.serve.protocol.fields import Fields
 
@@ -111,6 +112,26 @@ class ExplanationsUsage(msgspec.Struct, frozen=True, kw_only=True):
         """Of a row of a report."""
         groups = {name: row[name] for name in ("project_id", "api_key_id", "model") if name in row}
         return cls(computed_tokens=row["input_tokens"], num_model_requests=row["requests"], **groups)
+
+
+class TranscriptionsUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What was used of models that transcribe recordings."""
+
+    seconds: int
+    """Of sound, rounded up once."""
+    num_model_requests: int
+    project_id: str | None = None
+    api_key_id: str | None = None
+    model: str | None = None
+    user_id: str | None = None
+    object: Literal["organization.usage.audio_transcriptions.result"] = "organization.usage.audio_transcriptions.result"
+
+    @classmethod
+    def of(cls, row: Row) -> TranscriptionsUsage:
+        """Of a row of a report."""
+        groups = {name: row[name] for name in ("project_id", "api_key_id", "model") if name in row}
+        seconds = -(-row["input_tokens"] * TOKEN_SAMPLES // SOUND_RATE)
+        return cls(seconds=seconds, num_model_requests=row["requests"], **groups)
 
 
 class Amount(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import TYPE_CHECKING
 
 import python_multipart
@@ -25,19 +25,22 @@ class Upload:
     Args:
         content_type: the request's header.
         write: takes the file's content; runs in the thread that feeds.
+        several: names of fields that may be there several times.
 
     Raises:
         RequestError: it is no multipart form.
     """
 
-    def __init__(self, content_type: str, write: Callable[[bytes], object]) -> None:
+    def __init__(self, content_type: str, write: Callable[[bytes], object], several: Collection[str] = ()) -> None:
         kind, options = parse_options_header(content_type.encode("latin-1", "replace"))
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise RequestError("the body must be a form, multipart/form-data, with a boundary", code="invalid_form")
         self.fields: dict[str, str] = {}
+        self.lists: dict[str, list[str]] = {}
+        """Those that may be there several times."""
         self.filename: str | None = None
         """The file's own name, once its part has begun."""
-        self._write = write
+        self._write, self._several = write, several
         self._header, self._value = bytearray(), bytearray()
         self._headers: dict[bytes, bytes] = {}
         self._name, self._is_file, self._parts, self._ended = "", False, 0, False
@@ -124,7 +127,11 @@ class Upload:
 
     def _end(self) -> None:
         if not self._is_file:
-            self.fields[self._name] = self._value.decode("utf-8", "replace")
+            value = self._value.decode("utf-8", "replace")
+            if self._name in self._several:
+                self.lists.setdefault(self._name, []).append(value)
+            else:
+                self.fields[self._name] = value
 
     def _finish(self) -> None:
         self._ended = True
