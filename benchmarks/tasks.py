@@ -230,29 +230,31 @@ def _fashion(
 
 def brown(folder: Path, seeds: list[int], quick: bool) -> Found:
     """Accuracy over the words of a random tenth of the sentences, by transfer of MiniLM."""
-
-    def run(seed: int) -> tuple[TrainConfig, Path]:
-        learnt, held = task_data.brown_sentences(folder / f"brown-{seed}", seed, 1000 if quick else None)
-        rows = [json.loads(line) for path in (learnt, held) for line in path.read_text().splitlines()]
-        tags = tuple(sorted({tag for row in rows for tag in row["tags"]}))  # some are in one sentence alone
-        return TrainConfig(
-            task="tagging",
-            model=MINILM,
-            output=str(folder / f"brown-{seed}" / "run"),
-            data=DataConfig(train=str(learnt), holdout=50 if quick else 1000, deduplicate=False, labels=tags),
-            epochs=1 if quick else 2,
-            batch_size=96,
-            micro_batch_tokens=8192,
-            checkpoint_every=500,
-            seed=seed,
-            optimizer=OptimizerConfig(name="adamw", learning_rate=5e-4, weight_decay=0.01, layer_decay=0.9),
-        ), held
-
-    found = over_seeds(run, seeds, 0.975)
+    found = over_seeds(lambda seed: brown_run(folder, seed, quick), seeds, 0.975)
     learnt, held = task_data.brown_sentences(folder / f"brown-{seeds[0]}", seeds[0], 1000 if quick else None)
     found["hidden_markov_model"] = _counted(learnt, held)
     print(f"hidden Markov model: {found['hidden_markov_model']:.4f}", flush=True)
     return found
+
+
+def brown_run(folder: Path, seed: int, quick: bool, chained: bool = False) -> tuple[TrainConfig, Path]:
+    """How it is learnt, perhaps with a chain, and what is held out."""
+    learnt, held = task_data.brown_sentences(folder / f"brown-{seed}", seed, 1000 if quick else None)
+    rows = [json.loads(line) for path in (learnt, held) for line in path.read_text().splitlines()]
+    tags = tuple(sorted({tag for row in rows for tag in row["tags"]}))  # some are in one sentence alone
+    return TrainConfig(
+        task="tagging",
+        model=MINILM,
+        output=str(folder / f"brown-{seed}" / ("chained" if chained else "run")),
+        data=DataConfig(train=str(learnt), holdout=50 if quick else 1000, deduplicate=False, labels=tags),
+        epochs=1 if quick else 2,
+        batch_size=96,
+        micro_batch_tokens=8192,
+        checkpoint_every=500,
+        seed=seed,
+        chain=chained,
+        optimizer=OptimizerConfig(name="adamw", learning_rate=5e-4, weight_decay=0.01, layer_decay=0.9),
+    ), held
 
 
 def _counted(learnt: Path, held: Path) -> float:

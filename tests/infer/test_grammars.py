@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from steelyard.compress.quantize.decoders import QuantizeConfig
 from steelyard.errors import RequestError
 from steelyard.infer.engine import Engine, EngineConfig
-from steelyard.infer.grammars import Grammars
-from steelyard.infer.request import Beam, Output, Request, Sampling
+from steelyard.infer.grammars import Grammars, State
+from steelyard.infer.request import Beam, Failure, Output, Request, Sampling
 from steelyard.stages.compress import quantize
 from steelyard.text import grammar
 from steelyard.text.tokenizer import Tokenizer
@@ -247,4 +249,52 @@ def test_fewer_ways_than_are_asked_for(tiny_model: Path) -> None:
     with pytest.raises(RequestError, match="continuations are possible here") as caught:
         list(engine.run([request]))
     assert caught.value.param == "n"
+    assert not engine.busy
+
+
+def test_ceilings(tiny_model: Path) -> None:
+    """Infinite where a token may come next; of more tokens than a tokenizer has none of the others."""
+    tokenizer = Tokenizer.load(tiny_model)
+    state = Grammars(tokenizer, 600).begin(grammar.of_pattern("ab?", "regex"))
+    a, b, c = (tokenizer.encode_plain(text)[0] for text in "abc")
+    first, second = state.after([a, c, b])  # c is not allowed after a: as far as that
+    assert first.dtype == np.float32
+    assert first.shape == (600,)
+    assert first[a] == np.inf
+    assert first[b] == first[599] == second[a] == np.float32(-1e9)
+    assert second[b] == np.inf
+    assert set(np.unique([first, second])) == {np.float32(-1e9), np.inf}
+    assert np.array_equal(state.ceiling(), first)  # guesses leave no trace
+
+
+def test_ceilings_are_found_while_the_model_computes(int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.load(int8)
+    after, run, found, threads = State.after, engine.runner.run, threading.Event(), set[str]()
+
+    def noticed(state: State, drafts: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        try:
+            return after(state, drafts)
+        finally:
+            found.set()
+
+    def slow(batch: Any) -> torch.Tensor:
+        assert found.wait(30)
+        found.clear()
+        return run(batch)
+
+    monkeypatch.setattr(State, "after", noticed)
+    monkeypatch.setattr(engine.runner, "run", slow)
+    rules = grammar.of_schema(SCHEMA, "response_format")
+    assert texts(engine, [asked(0, rules)])
+    assert threading.current_thread().name not in threads
+
+
+def test_a_grammar_that_is_too_long_to_follow(int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.load(int8)
+    monkeypatch.setattr(State, "broken", True)
+    engine.add(asked(0, grammar.of_schema(SCHEMA, "response_format")))
+    (failure,) = engine.step()
+    assert isinstance(failure, Failure)
+    assert failure.param == "response_format"
     assert not engine.busy

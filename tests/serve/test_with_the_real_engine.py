@@ -279,6 +279,7 @@ def test_the_sdk_parses_what_a_schema_says(real: Service) -> None:
         ({"grammar": 'start: "a" "b"+ "c"'}, "ab+c"),
         ({"json": {"type": "integer", "minimum": 10, "maximum": 99}}, "[1-9][0-9]"),
         ({"json_object": True}, r"\{.*\}"),
+        ({"json": {"type": "array", "items": {"$ref": "#"}, "maxItems": 1}, "depth": 2}, r"\[(\[\])?\]"),
     ],
 )
 def test_structured_outputs(real: Service, wanted: dict[str, Any], pattern: str) -> None:
@@ -312,6 +313,9 @@ def test_structured_outputs(real: Service, wanted: dict[str, Any], pattern: str)
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
         ({"structured_outputs": {"grammar": "begin: x"}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json": {"allOf": [{"$ref": "#"}]}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": {}, "depth": 65}}, "structured_outputs.depth"),
+        ({"structured_outputs": {"regex": "a", "depth": 2}}, "structured_outputs.depth"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
     ],

@@ -15,6 +15,7 @@ import torch
 from steelyard.errors import RequestError
 from steelyard.infer.decoding import sampling
 from steelyard.infer.decoding.beam import Beams, Ended
+from steelyard.infer.grammars import Ceiling
 from steelyard.infer.request import Failure, Output, Request, Timeline
 from steelyard.infer.runner import Runner
 from steelyard.infer.scheduler import Scheduled, Scheduler
@@ -106,16 +107,16 @@ class BeamSearch:
         """A request was aborted."""
         self._searches.pop(request_id, None)
 
-    def take(self, work: Scheduled, logits: torch.Tensor) -> bool:
-        """Take in what follows a beginning, logits `[V]`; False if they are not finite."""
+    def take(self, work: Scheduled, logits: torch.Tensor, ceiling: Ceiling | None) -> bool:
+        """Take in what follows a beginning, logits `[V]`, under its ceiling; False if not finite."""
         if not bool(logits.isfinite().all()):
             return False
         sequence = work.sequence
         own = logits.float().clone()
         sampling.adjust(own, sampling.Row(sequence.request.sampling, 0, 0, 0, sequence.counts))
         own = own.log_softmax(-1)
-        if sequence.grammar is not None:
-            own.masked_fill_(~sequence.grammar.allowed(), -torch.inf)
+        if ceiling is not None:
+            own.masked_fill_(torch.from_numpy(ceiling) < 0, -torch.inf)
         self._searches[sequence.request.id].said[sequence] = own
         sequence.waits = True
         return True

@@ -21,7 +21,7 @@ from steelyard.infer.decoding import sampling, scoring
 from steelyard.infer.decoding.draft_model import Draft, DraftModel, load_draft
 from steelyard.infer.decoding.prompt_lookup import PromptLookup
 from steelyard.infer.decoding.speculative import Speculation
-from steelyard.infer.grammars import Grammars, State
+from steelyard.infer.grammars import Beside, Ceiling, Grammars, State
 from steelyard.infer.packed import PackedWeights, packed_file
 from steelyard.infer.request import (
     Aborted,
@@ -127,6 +127,7 @@ class Engine:
         self.beam_search = BeamSearch(self.scheduler, self.runner, tokenizer, self.context)
         self.max_running = config.max_running
         self.grammars = Grammars(tokenizer, decoder.config.vocabulary)
+        self.ceilings = Beside()
         self.sequences: dict[str, list[Sequence]] = {}
         for name, source in (adapters or {}).items():
             self.load_adapter(name, source)
@@ -270,9 +271,10 @@ class Engine:
         if self.speculation is not None:
             guesses = self.speculation.propose(batch, self.scheduler.room(batch))
             batch = self.scheduler.lengthen(batch, guesses) if guesses else batch
+        ceilings = self.ceilings.begin(_held(batch))
         logits = self.runner.run(batch)
         scored = self._score(batch, logits)  # before the draws, which add biases to the logits
-        drawn = self._draw(batch, logits)
+        drawn = self._draw(batch, logits, ceilings.result())
         self.scheduler.computed(batch)
         now = time.monotonic()
         for parts in zip(batch, scored, drawn, strict=True):
@@ -343,7 +345,9 @@ class Engine:
             found.append(None if scored is None else [self._prompt_logprob(one) for one in scored])
         return found
 
-    def _draw(self, batch: list[Scheduled], logits: torch.Tensor) -> list[list[sampling.Drawn | None]]:
+    def _draw(
+        self, batch: list[Scheduled], logits: torch.Tensor, ceilings: dict[State, list[Ceiling]]
+    ) -> list[list[sampling.Drawn | None]]:
         """Of each unit of work, what is drawn after its last token and after every drafted one; all in one call."""
         places: list[int] = []
         counts: list[int] = []
@@ -352,11 +356,13 @@ class Engine:
         for work in batch:
             end += work.wanted
             searched = work.sequence in self.beam_search
-            if searched and work.draws and not self.beam_search.take(work, logits[end - 1]):
-                broken.add(work.sequence)
+            if searched and work.draws:
+                own = None if work.sequence.grammar is None else ceilings[work.sequence.grammar][0]
+                if not self.beam_search.take(work, logits[end - 1], own):
+                    broken.add(work.sequence)
             counts.append(0 if searched else work.draws)
             places += range(end - counts[-1], end)
-        rows = [row for work, count in zip(batch, counts, strict=True) for row in _rows(work, count)]
+        rows = [row for work, count in zip(batch, counts, strict=True) for row in _rows(work, count, ceilings)]
         drawn = iter(sampling.draw(logits if len(places) == end else logits[places], rows, self.library))
         found = [list(itertools.islice(drawn, count)) for count in counts]
         return [[None] if work.sequence in broken else mine for work, mine in zip(batch, found, strict=True)]
@@ -496,12 +502,15 @@ def _forced(sequence: Sequence) -> Iterator[int]:
         yield token
 
 
-def _rows(work: Scheduled, count: int) -> list[sampling.Row]:
+def _held(batch: list[Scheduled]) -> dict[State, tuple[int, ...]]:
+    """Of the sequences that draw and are held to a grammar, its state and the guesses at what follows."""
+    return {work.sequence.grammar: work.draft for work in batch if work.sequence.grammar is not None and work.draws}
+
+
+def _rows(work: Scheduled, count: int, ceilings: dict[State, list[Ceiling]]) -> list[sampling.Row]:
     """What the draws after none, one, two drafted tokens depend on; one counts only if all before it are right."""
     sequence = work.sequence
-    allowed: list[torch.Tensor] = []
-    if count and sequence.grammar is not None:
-        allowed = sequence.grammar.after(work.draft)
+    own = ceilings[sequence.grammar] if count and sequence.grammar is not None else []
     return [
         sampling.Row(
             sequence.request.sampling,
@@ -509,7 +518,7 @@ def _rows(work: Scheduled, count: int) -> list[sampling.Row]:
             sequence.choice,
             len(sequence.tokens) + ahead,
             sequence.counts_after(work.draft[:ahead]),
-            allowed[ahead] if ahead < len(allowed) else None,
+            own[ahead] if ahead < len(own) else None,
         )
         for ahead in range(count)
     ]

@@ -9,19 +9,27 @@ are allowed; where only one text can follow, its tokens are taken as they are, a
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from threading import Lock
 
 import numpy as np
-import torch
 from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
 
 from steelyard.errors import RequestError
+from steelyard.kernels.draw import NEVER
 from steelyard.text.grammar import LIMITS
 from steelyard.text.tokenizer import Tokenizer
 
 KEPT = 64
 """Compiled grammars."""
+Ceiling = NDArray[np.float32]
+"""`[V]`: the most that each token's logit may be."""
+BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+CEILINGS: Ceiling = np.where(BITS, np.inf, NEVER).astype(np.float32)
+"""`[256, 8]`: of eight tokens, by the byte that says which of them may come next."""
 
 
 class State:
@@ -34,22 +42,22 @@ class State:
         """Another that goes on from here."""
         return State(self._matcher.deep_copy(), self._vocabulary)
 
-    def allowed(self) -> torch.Tensor:
-        """`[V]` bool: the tokens that may come next; of a `broken` one, whichever."""
+    def ceiling(self) -> Ceiling:
+        """`[V]`: infinite for tokens that may come next, `NEVER` for all others; of a `broken` one, whichever."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        found = np.zeros(self._vocabulary, np.bool_)
-        unpacked = np.unpackbits(bits, bitorder="little")[: self._vocabulary]
-        found[: len(unpacked)] = unpacked
-        return torch.from_numpy(found)
+        known = np.take(CEILINGS, bits, axis=0).reshape(-1)[: self._vocabulary]
+        found = np.full(self._vocabulary, NEVER, np.float32)
+        found[: len(known)] = known
+        return found
 
-    def after(self, drafts: list[int] | tuple[int, ...]) -> list[torch.Tensor]:
+    def after(self, drafts: Sequence[int]) -> list[Ceiling]:
         """What is allowed now, and after each of some guesses, as far as they are allowed."""
-        found, taken = [self.allowed()], 0
+        found, taken = [self.ceiling()], 0
         for token in drafts:
-            if not bool(found[-1][token]) or self._matcher.try_consume_tokens([token]) != 1:
+            if found[-1][token] < 0 or self._matcher.try_consume_tokens([token]) != 1:
                 break
             taken += 1
-            found.append(self.allowed())
+            found.append(self.ceiling())
         if taken:
             self._matcher.rollback(taken)
         return found
@@ -118,3 +126,18 @@ class Grammars:
                     self._known.popitem(last=False)
             self._known.move_to_end(grammar)
             return State(self._known[grammar].deep_copy(), self._vocabulary)
+
+
+class Beside:
+    """What grammars allow at the places of a step, found out by a thread of its own while the model computes them."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "ceilings")
+
+    def begin(self, drafts: Mapping[State, Sequence[int]]) -> Future[dict[State, list[Ceiling]]]:
+        """Ask what is `after` the guesses at each state's tokens; until it is there, nobody may touch the states."""
+        if drafts:
+            return self._thread.submit(lambda: {state: state.after(tokens) for state, tokens in drafts.items()})
+        nothing = Future[dict[State, list[Ceiling]]]()
+        nothing.set_result({})
+        return nothing

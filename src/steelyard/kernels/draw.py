@@ -14,6 +14,9 @@ import torch
 from steelyard.kernels import reference
 from steelyard.kernels.library import Library
 
+NEVER = -1e9
+"""A logit that is never drawn; finite, as all have to be."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:

@@ -13,9 +13,11 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits
 
 from steelyard.errors import RequestError
-from steelyard.text import tool_calls
+from steelyard.text import recursion, tool_calls
 
 MOST_CHARACTERS = 1 << 16
+MOST_WRITTEN_OUT = 1 << 18
+"""Of a recursive schema on all its levels."""
 MOST_RULES = 256
 """Of a grammar that is written by hand: the library follows them by recursion."""
 LIMITS = LLParserLimits(
@@ -34,17 +36,39 @@ LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 _RULE = re.compile(r"(?:^|\n)[^\n:]*:")
 
 
-def of_schema(schema: dict[str, Any], param: str) -> str:
+def of_schema(schema: dict[str, Any], param: str, depth: int = recursion.DEPTH) -> str:
     """JSON of a schema.
 
+    Args:
+        schema: what JSON has to be.
+        param: the field that it came from.
+        depth: how often a definition may stand within itself.
+
     Raises:
-        RequestError: a keyword that is not kept here, by name, or a schema that is none.
+        RequestError: a keyword that is not kept here, by name, a schema that is none, or that has no answer so shallow.
     """
+    made = _of_json(schema, param)
+    _short(made, param)
+    flat = _written_out(schema, param, depth)
+    return _checked(made, param) if flat is schema else _checked(_of_json(flat, param), param, MOST_WRITTEN_OUT)
+
+
+def _of_json(schema: dict[str, Any], param: str) -> str:
     try:
-        made = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)  # type: ignore[arg-type]
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)  # type: ignore[arg-type]
     except (ValueError, RecursionError):
-        raise RequestError(f"'{param}' is nested too deeply: name its parts in $defs", param=param) from None
-    return _checked(made, param)
+        raise _too_deep(param) from None
+
+
+def _written_out(schema: dict[str, Any], param: str, depth: int) -> dict[str, Any]:
+    try:
+        return recursion.unroll(schema, param, depth)
+    except RecursionError:
+        raise _too_deep(param) from None
+
+
+def _too_deep(param: str) -> RequestError:
+    return RequestError(f"'{param}' is nested too deeply: name its parts in $defs", param=param)
 
 
 def of_pattern(pattern: str, param: str) -> str:
@@ -82,11 +106,13 @@ def of_calls(tools: Sequence[tuple[str, dict[str, Any], str]], *, text: bool, se
     Raises:
         RequestError: a schema's keyword that is not kept here, by the tool's field.
     """
-    calls, rules = [], []
+    calls, rules, most = list[str](), list[str](), MOST_CHARACTERS
     for number, (name, schema, own) in enumerate(tools):
         of_schema(schema, own)
+        flat = _written_out(schema, own, recursion.DEPTH)
+        most = most if flat is schema else MOST_WRITTEN_OUT
         calls.append(f"call_{number}")
-        arguments = json.dumps({**schema, "x-guidance": LAYOUT})
+        arguments = json.dumps({**flat, "x-guidance": LAYOUT})
         begin, end = json.dumps(tool_calls.head(name)), json.dumps("}" + tool_calls.CLOSE)
         rules.append(f"call_{number}: {begin} %json {arguments} {end}")
     mark = json.dumps(tool_calls.OPEN)
@@ -96,13 +122,17 @@ def of_calls(tools: Sequence[tuple[str, dict[str, Any], str]], *, text: bool, se
         lines = [f"start: TEXT | (head {either}){more}", f"head[lazy]: TEXT {mark}", r"TEXT: /(.|\n)*/"]
     else:
         lines = [f"start: ({mark} {either}){more}"]
-    return _checked("%llguidance {}\n" + "\n".join([*lines, *rules]), param)
+    return _checked("%llguidance {}\n" + "\n".join([*lines, *rules]), param, most)
 
 
-def _checked(grammar: str, param: str) -> str:
-    if len(grammar) > MOST_CHARACTERS:
-        raise RequestError(f"'{param}' is longer than {MOST_CHARACTERS} characters", param=param)
+def _checked(grammar: str, param: str, most: int = MOST_CHARACTERS) -> str:
+    _short(grammar, param, most)
     if reason := LLMatcher.validate_grammar(grammar, limits=LIMITS):
         told = " ".join(reason.split())[:300]
         raise RequestError(f"'{param}' is nothing that an answer can be held to: {told}", param=param)
     return grammar
+
+
+def _short(grammar: str, param: str, most: int = MOST_CHARACTERS) -> None:
+    if len(grammar) > most:
+        raise RequestError(f"'{param}' is longer than {most} characters", param=param)

@@ -22,6 +22,7 @@ from steelyard.infer.decoding.speculative import STEP_ROWS
 from steelyard.infer.runner import CacheSizes, open_runner
 from steelyard.infer.scheduler import Scheduled
 from steelyard.infer.sequence import Sequence
+from steelyard.kernels.draw import NEVER
 from steelyard.kernels.library import Library
 from steelyard.models import head_tokens, weights
 from steelyard.models.decoder import Decoder
@@ -124,9 +125,7 @@ class DraftModel:
         self.runner = open_runner(draft.decoder, sizes, tokens=tokens, rows=most_running, library=library)
         self.share = _read(draft.decoder) / _read(target)
         self._tokens = draft.tokens
-        self._logits = torch.full(
-            (0 if draft.tokens is None else most_running, target.config.vocabulary), sampling.NEVER
-        )
+        self._logits = torch.full((0 if draft.tokens is None else most_running, target.config.vocabulary), NEVER)
         self._followers: dict[Sequence, Follower] = {}
 
     def row_cost(self, rows: int) -> float:

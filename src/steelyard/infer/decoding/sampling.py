@@ -12,7 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from steelyard.errors import RequestError
 from steelyard.infer.request import Sampling
@@ -21,8 +23,6 @@ from steelyard.kernels.library import Library
 
 MAX = (1 << 31) - 1
 TINY = torch.finfo(torch.float32).tiny  # a lower temperature is greedy
-NEVER = -1e9
-"""A logit that is never drawn; finite, as all have to be."""
 RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (0, MAX),
     "temperature": (0, MAX),
@@ -47,8 +47,8 @@ class Row:
     position: int
     counts: Mapping[int, int]
     """How often each token was generated in this choice."""
-    allowed: torch.Tensor | None = None
-    """`[V]` bool: the tokens that may be drawn; None: all."""
+    ceiling: NDArray[np.float32] | None = None
+    """`[V]`: the most that a logit may be, `NEVER` for tokens that may not be drawn; None: all may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,5 +129,6 @@ def adjust(logits: torch.Tensor, row: Row) -> None:
         tokens = torch.tensor(list(row.counts))
         counts = torch.tensor(list(row.counts.values()), dtype=torch.float32)
         logits[tokens] -= row.sampling.frequency_penalty * counts + row.sampling.presence_penalty
-    if row.allowed is not None:
-        logits.masked_fill_(~row.allowed, NEVER)
+    if row.ceiling is not None:
+        values = logits.numpy()
+        np.minimum(values, row.ceiling, out=values)

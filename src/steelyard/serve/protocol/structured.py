@@ -10,8 +10,10 @@ from pydantic import Field
 from steelyard.errors import RequestError
 from steelyard.serve.protocol.fields import Fields
 from steelyard.text import grammar
+from steelyard.text.recursion import DEPTH
 
 MAX_SCHEMA_NAME = 64
+MAX_DEPTH = 64
 CHOICE = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -62,6 +64,8 @@ class StructuredOutputs(Fields):
     grammar_: Annotated[str | None, Field(alias="grammar", min_length=1)] = None
     """Lark's rules, from `start` on."""
     json_object: Literal[True] | None = None
+    depth: Annotated[int, Field(ge=1, le=MAX_DEPTH)] | None = None
+    """How often a definition of a recursive schema may stand within itself; only beside `json`."""
 
     @pydantic.model_validator(mode="after")
     def _is_one(self) -> StructuredOutputs:
@@ -71,6 +75,9 @@ class StructuredOutputs(Fields):
                 "'structured_outputs' has one of json, regex, choice, grammar and json_object",
                 param="structured_outputs",
             )
+        if self.depth is not None and self.json_ is None:
+            reason = "says how deep an answer to 'structured_outputs.json' may be"
+            raise RequestError(f"'structured_outputs.depth' {reason}", param="structured_outputs.depth")
         return self
 
     @property
@@ -82,4 +89,5 @@ class StructuredOutputs(Fields):
             return grammar.of_choice(self.choice, "structured_outputs.choice")
         if self.grammar_ is not None:
             return grammar.of_rules(self.grammar_, "structured_outputs.grammar")
-        return grammar.of_schema({"type": "object"} if self.json_ is None else self.json_, "structured_outputs.json")
+        schema = {"type": "object"} if self.json_ is None else self.json_
+        return grammar.of_schema(schema, "structured_outputs.json", self.depth or DEPTH)
