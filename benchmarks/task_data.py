@@ -17,7 +17,7 @@ from PIL import Image
 import corpora
 from assets import fetch
 from steelyard.atomic import write_file
-from steelyard.data.images import MAX_PIXELS
+from steelyard.data.picture import MAX_PIXELS
 from steelyard.models.speech import normalised
 
 GENSIM = "gensim==4.4.0"

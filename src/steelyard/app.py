@@ -131,9 +131,13 @@ KEEP_ALIVE_SECONDS = 75
 UPLOAD_BYTES = MOST_BYTES + (1 << 20)
 """Of a file and the form around it."""
 UPLOAD_SECONDS = 900.0
+EXAMPLE_BYTES = 24 << 20
+"""Of images and sounds in a body."""
 LARGER = {
     "/v1/files": (UPLOAD_BYTES, UPLOAD_SECONDS),
     "/v1/audio/transcriptions": (sounds.MOST_BYTES + (1 << 20), 300.0),
+    "/v1/classify": (EXAMPLE_BYTES, 60.0),
+    "/v1/explain": (EXAMPLE_BYTES, 60.0),
 }
 """Paths of bodies that may be larger, and slower."""
 RELOAD_SECONDS = 2.0

@@ -7,7 +7,8 @@
     ├── ArtifactError             bytes that are not what they claim to be
     │   ├── UnsafeArtifactError   a format that runs code when it is read (pickle)
     │   ├── DamagedError          stored bytes that were altered or cut off
-    │   └── LongSoundError        a recording that lasts longer than is taken
+    │   ├── LongSoundError        a recording that lasts longer than is taken
+    │   └── LargePictureError     an image of more pixels than are taken
     ├── CheckpointError           a checkpoint is missing, incomplete or altered
     ├── TemplateError             a chat template failed or passed its limits
     ├── TrainingError             a run that cannot go on
@@ -82,6 +83,10 @@ class UnsafeArtifactError(ArtifactError):
 
 class DamagedError(ArtifactError):
     """What was stored here is not what was stored: altered, cut off, or sealed by another key. It stays so."""
+
+
+class LargePictureError(ArtifactError):
+    """An image of more pixels than are taken."""
 
 
 class LongSoundError(ArtifactError):
@@ -200,6 +205,7 @@ EDGES: dict[type[BaseException], Edge] = {
     ArtifactError: Edge(5, 400, "invalid_request_error", "invalid_artifact"),
     DamagedError: Edge(5, 500, "server_error", "storage_damaged"),
     LongSoundError: Edge(5, 413, "invalid_request_error", "audio_too_long"),
+    LargePictureError: Edge(5, 413, "invalid_request_error", "image_too_large"),
     CheckpointError: Edge(6, 500, "server_error", "checkpoint_invalid"),
     TemplateError: Edge(7, 400, "invalid_request_error", "template_failed"),
     TrainingError: Edge(8, 500, "server_error", "training_failed"),

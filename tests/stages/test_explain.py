@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_fusion
-import test_image_classifier
 
+import drawn
+import several_kinds
 from steelyard.cli import main
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import CheckpointError, ConfigError, DataError
@@ -107,8 +107,8 @@ def test_a_chat_and_its_answer(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_an_image_by_its_patches(tmp_path: Path) -> None:
-    done = train(test_image_classifier.configuration(tmp_path, network=test_image_classifier.VIT, epochs=10))
-    held = test_image_classifier.draw(tmp_path / "held", 4, 1)
+    done = train(drawn.configuration(tmp_path, network=drawn.VIT, epochs=10))
+    held = drawn.draw(tmp_path / "held", 4, 1)
     image = next((held / "spots").glob("*.png"))
     found, drawing = explain(Path(str(done.path)), str(image), FormatConfig(), Wanted(target="spots"))
     accounts(found)
@@ -123,8 +123,8 @@ def test_an_image_by_its_patches(tmp_path: Path) -> None:
 
 
 def test_a_row_of_several_kinds(tmp_path: Path) -> None:
-    done = train(test_fusion.configuration(tmp_path, epochs=2))
-    rows = test_fusion.write_rows(tmp_path / "held", 20, 3)
+    done = train(several_kinds.configuration(tmp_path, epochs=2))
+    rows = several_kinds.write_rows(tmp_path / "held", 20, 3)
     whole = next(
         number
         for number, line in enumerate(rows.read_text().splitlines(), 1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
 
+from drawn import CONV, VIT, configuration, draw
 from interrupted import ends_the_same
 from steelyard.data.augmentation import Augmentation
 from steelyard.data.chat import FormatConfig
@@ -18,47 +17,8 @@ from steelyard.stages.evaluate import evaluate
 from steelyard.stages.labelling import Classification
 from steelyard.stages.predict import predict
 from steelyard.stages.train import train
-from steelyard.train.config import DataConfig, TrainConfig
+from steelyard.train.config import DataConfig
 from steelyard.train.networks import ConvNetwork, VitNetwork
-from steelyard.train.optimizers import OptimizerConfig
-
-CONV = ConvNetwork(image_size=12, channels=1, widths=(8, 16), blocks=1)
-VIT = VitNetwork(image_size=12, channels=1, patch=3, hidden=32, layers=2, heads=2, dropout=0.0)
-
-
-def draw(folder: Path, count: int, seed: int, labels: tuple[str, ...] = ("lines", "spots")) -> Path:
-    """Images of flat lines and of spots, somewhere."""
-    chance = random.Random(seed)
-    for number in range(count):
-        label = labels[number % len(labels)]
-        image = Image.new("L", (16, 16), chance.randrange(60))
-        pen = ImageDraw.Draw(image)
-        x, y = chance.randrange(1, 9), chance.randrange(1, 13)
-        if label == "lines":
-            pen.line((x, y, x + 6, y), 200 + chance.randrange(50), 2)
-        else:
-            pen.ellipse((x, min(y, 9), x + 5, min(y, 9) + 5), 200 + chance.randrange(50))
-        place = folder / label / f"{number}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        image.save(place)
-    return folder
-
-
-def configuration(folder: Path, **fields: Any) -> TrainConfig:
-    rows = folder / "images"
-    if not rows.is_dir():
-        draw(rows, 120, 0)
-    settings: dict[str, Any] = {
-        "task": "classification",
-        "network": CONV,
-        "output": str(folder / "run"),
-        "data": DataConfig(train=str(rows), holdout=30),
-        "epochs": 8,
-        "batch_size": 16,
-        "optimizer": OptimizerConfig(name="adamw", learning_rate=5e-3),
-        **fields,
-    }
-    return TrainConfig(**settings)
 
 
 @pytest.mark.parametrize("network", [CONV, VIT])

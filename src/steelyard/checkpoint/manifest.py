@@ -28,6 +28,9 @@ SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 MAX_JSON_BYTES = 64 << 20
 SPEECH = "SteelyardSpeechCTC"
 """The architecture of our recognisers, whose vocabulary is in their config.json."""
+WITHOUT_TEXT = {SPEECH, "SteelyardConvNet", "SteelyardVisionTransformer"}
+FUSED = "SteelyardFusionClassifier"
+"""Architectures that read no text, and one that may."""
 
 
 class Manifest(msgspec.Struct, kw_only=True):
@@ -74,12 +77,14 @@ def digest(files: dict[str, str]) -> str:
 
 
 def reads_text(folder: Path) -> bool:
-    """Whether a model has a tokenizer: a recogniser of speech has characters, and reads none.
+    """Whether a model has a tokenizer: a recogniser of speech has characters, and networks of images read none.
 
     Raises:
         CheckpointError: its config.json is missing or broken.
     """
-    return SPEECH not in (read_json(folder / "config.json").get("architectures") or ())
+    config = read_json(folder / "config.json")
+    named = set(config.get("architectures") or ())
+    return not named & WITHOUT_TEXT and not (FUSED in named and config.get("text") is None)
 
 
 def kind_of(folder: Path) -> str:

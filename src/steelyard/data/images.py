@@ -3,14 +3,12 @@
     photos/cat/1.png                                      a folder for each label; beside these, images without one
     {"image": "photos/1.png", "label": "cat"}             JSONL, CSV or TSV; paths are relative to the list
 
-Only bytes that say themselves what they are get decoded, by Pillow's readers of a few plain formats, never more pixels
-than `MAX_PIXELS`.
+What is decoded, and how it is bounded, is in `picture.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
+from steelyard.data import picture
 from steelyard.data.chat import FormatConfig
 from steelyard.data.readers import check_file, json_rows, table_rows
-from steelyard.errors import DataError
+from steelyard.errors import ArtifactError, DataError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 MAX_BYTES = 64 << 20
-MAX_PIXELS = 64 << 20
-MODES = {1: "L", 3: "RGB"}
 LISTS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
@@ -111,30 +106,10 @@ def read(row: ImageRow, channels: int, side: int) -> np.ndarray[Any, np.dtype[np
     Raises:
         DataError: it cannot be read, is no image that is known here, or is too large.
     """
-    content = _bytes(row)
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise DataError(f"{opened.width} x {opened.height} pixels are too many", **_where(row))
-            opened.draft(MODES[channels], (side, side))
-            turned = ImageOps.exif_transpose(opened)
-            if turned.mode.startswith("I;16"):  # Pillow would cut, not scale
-                turned = Image.fromarray((np.asarray(turned, dtype=np.uint16) // 257).astype(np.uint8))
-            if turned.mode in ("I", "F"):
-                raise DataError(f"'{row.path}' has numbers for pixels, whose white nobody knows", **_where(row))
-            if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
-                layer = turned.convert("RGBA")
-                turned = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            image = turned.convert(MODES[channels])
-    except DataError:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        what = "is no PNG, JPEG, WebP, GIF or BMP" if "cannot identify" in str(error) else f"is damaged: {error}"
-        raise DataError(f"'{row.path}' {what}", **_where(row)) from None
-    if image.size != (side, side):
-        image = ImageOps.pad(image, (side, side), Image.Resampling.BILINEAR, color="white")
-    pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+        return picture.fitted(_bytes(row), channels, side)
+    except ArtifactError as error:
+        raise DataError(f"'{row.path}' {error}", **_where(row)) from None
 
 
 class ImageTensors(Sequence[torch.Tensor]):

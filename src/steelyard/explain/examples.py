@@ -17,13 +17,12 @@ import torch
 
 from steelyard.explain.rules import Rules
 from steelyard.explain.subject import PIECE, Steps, Taken, Watch, log_odds
+from steelyard.infer.example_reader import PATCHES
 from steelyard.models.classifiers import Classifier
 from steelyard.models.images import ImageConfig
 from steelyard.models.inputs import Fused, FusedInputs, TextInputs, around
 from steelyard.models.vision import VisionConfig
 
-ACROSS = 7
-"""Patches of a side, where the network has no patches of its own."""
 MOMENT = 20
 """Frames of a unit of sound: a fifth of a second."""
 MOST_MOMENTS = 100
@@ -77,7 +76,7 @@ class ImagePart:
 
     def __init__(self, image: torch.Tensor, config: ImageConfig) -> None:
         side = config.image_size
-        own = config.patch_size if isinstance(config, VisionConfig) else max(1, -(-side // ACROSS))
+        own = config.patch_size if isinstance(config, VisionConfig) else max(1, -(-side // PATCHES))
         self.image, self._size = image, own
         self.across = -(-side // own)
         self.units = self.across**2

@@ -16,15 +16,18 @@ from steelyard import memory
 from steelyard.errors import CheckpointError, RequestError
 from steelyard.explain import faithfulness
 from steelyard.explain.decoders import AnswerSubject
+from steelyard.explain.examples import ExampleSubject
 from steelyard.explain.methods import METHODS
 from steelyard.explain.subject import Steps, Subject
 from steelyard.explain.texts import TextSubject
 from steelyard.infer.effort import MOST, most
-from steelyard.infer.request import Explanation, Request
+from steelyard.infer.example_reader import example_of
+from steelyard.infer.request import Explanation, Request, example_tokens
+from steelyard.infer.sound import SAMPLE_BYTES
 from steelyard.models import classifiers, quantized, weights
 from steelyard.models.classifiers import Classifier
 from steelyard.models.decoder import Decoder
-from steelyard.models.inputs import around
+from steelyard.models.inputs import TextInputs, around
 from steelyard.models.lora import Adapter
 from steelyard.text.tokenizer import Tokenizer
 
@@ -67,7 +70,7 @@ class _Kept:
 
 
 class ClassifierExplainer:
-    """See `Explainer`: classes of texts.
+    """See `Explainer`: classes of texts, images, examples of several kinds.
 
     Args:
         folder: the checkpoint.
@@ -82,8 +85,9 @@ class ClassifierExplainer:
         assert asked is not None, "see the caller"
         for field, given in (("answer", asked.answer), ("lens", asked.lens), ("words", request.words)):
             if given:
-                raise RequestError(f"'{field}' is for models that write: this one classifies texts", param=field)
-        return _bounded(request, len(request.prompt))
+                raise RequestError(f"'{field}' is for models that write: this one classifies", param=field)
+        samples = len(request.sound or b"") // SAMPLE_BYTES
+        return _bounded(request, example_tokens(len(request.prompt), len(request.image or b""), samples))
 
     def explain(self, request: Request) -> Steps[Explanation]:
         """See `Explainer`."""
@@ -92,6 +96,8 @@ class ClassifierExplainer:
         classifier: Classifier = yield from self._kept.get()
         if asked.target is not None and not 0 <= asked.target < len(classifier.labels):
             raise RequestError(f"'target' must be below {len(classifier.labels)}", param="target")
+        if not isinstance(classifier.inputs, TextInputs):
+            return (yield from self._example(classifier, request))
         target, computed = asked.target, 0
         if target is None:
             windows = classifier.text.windows(request.prompt)
@@ -103,6 +109,22 @@ class ClassifierExplainer:
         places = list(range(before, before + subject.units))
         found = yield from explained(subject, request, places)
         return msgspec.structs.replace(found, target=target, computed_tokens=found.computed_tokens + computed)
+
+    def _example(self, classifier: Classifier, request: Request) -> Steps[Explanation]:
+        asked = request.explain
+        assert asked is not None, "see the caller"
+        example = example_of(classifier, request)
+        target, computed = asked.target, 0
+        if target is None:
+            target = int(classifiers.log_probabilities(classifier, [example])[0].argmax())
+            computed = classifier.inputs.size(example)
+            yield
+        subject = ExampleSubject(classifier, example, target)
+        found = yield from explained(subject, request, list(range(subject.units)))
+        units = [(unit.kind, unit.name) for unit in subject.names]
+        return msgspec.structs.replace(
+            found, units=units, target=target, computed_tokens=found.computed_tokens + computed
+        )
 
 
 class DecoderExplainer:

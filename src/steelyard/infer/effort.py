@@ -17,13 +17,13 @@ MOST = 1 << 18
 """Tokens of one explanation: minutes of a small model."""
 
 
-def most(explain: Explain, tokens: int) -> int:
-    """Of an input of so many tokens, its answer included."""
+def most(explain: Explain, tokens: int, units: int | None = None) -> int:
+    """Of an input of so many tokens, its answer included, in so many units at the most; None: as many as tokens."""
     passes = {
         "lrp": 3,
         "gradient_x_input": 3,
         "integrated_gradients": 3 * (INTEGRAL + 2),
-        "occlusion": tokens + 2,
+        "occlusion": (tokens if units is None else units) + 2,
         "random": 0,
     }[explain.method]
     if explain.faithfulness:

@@ -17,12 +17,25 @@ from typing import Any, Protocol
 import torch
 
 from steelyard.errors import CheckpointError, RequestError
+from steelyard.infer.example_reader import ExampleReader
 from steelyard.infer.grammars import State
-from steelyard.infer.request import Aborted, EngineStats, Failure, LabelPath, Output, Request, Task, Timeline
+from steelyard.infer.request import (
+    Aborted,
+    EngineStats,
+    Failure,
+    LabelPath,
+    Output,
+    Request,
+    Task,
+    Timeline,
+    example_tokens,
+)
+from steelyard.infer.sound import SAMPLE_BYTES
 from steelyard.infer.waiting import Waiting
 from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.encoder import Encoder
+from steelyard.models.fusion import FusionClassifier
 from steelyard.models.inputs import padded
 from steelyard.text.tokenizer import Tokenizer
 
@@ -48,7 +61,8 @@ class Reader(Protocol):
     """Of its embeddings; 0: it makes none."""
     context: int
     """Most tokens of a request."""
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None: it reads no text."""
 
     def rows(self, request: Request) -> list[Any]:
         """What it reads of a request, in as many rows as that takes. Raises RequestError: nothing that it reads."""
@@ -88,7 +102,7 @@ class EncoderEngine:
     @property
     def vocabulary(self) -> int:
         """Number of token ids."""
-        return self.reader.tokenizer.vocabulary
+        return 1 if self.reader.tokenizer is None else self.reader.tokenizer.vocabulary
 
     def add(self, request: Request, arrived: float | None = None, grammar: State | None = None) -> None:
         """Queue a request.
@@ -142,7 +156,7 @@ class EncoderEngine:
                 outputs.append(self._end(job, answer))
                 continue
             values, paths = answer
-            self._tokens += len(job.request.prompt) if job.request.counted else 0
+            self._tokens += _paid(job.request) if job.request.counted else 0
             timeline = Timeline(arrived=job.arrived, scheduled=scheduled, first_token=now, last_token=now)
             output = Output(
                 id=job.request.id,
@@ -152,7 +166,7 @@ class EncoderEngine:
                 values=values,
                 paths=paths or None,
                 finish_reason="stop",
-                prompt_tokens=len(job.request.prompt),
+                prompt_tokens=_paid(job.request),
                 timeline=timeline,
             )
             outputs.append(self._end(job, output))
@@ -195,7 +209,7 @@ class EncoderEngine:
             longest, rows = most, count
         for job in chosen:
             project = job.request.project
-            self._waiting.served[project] = self._waiting.served.get(project, 0) + len(job.request.prompt)
+            self._waiting.served[project] = self._waiting.served.get(project, 0) + _paid(job.request)
         return chosen
 
     def _end(self, job: Job, said: Output | Failure) -> Output | Failure:
@@ -217,7 +231,8 @@ class SentenceReader:
     labels: tuple[str, ...] = ()
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer) -> None:
-        self._encoder, self.tokenizer = encoder, tokenizer
+        self._encoder = encoder
+        self.tokenizer: Tokenizer | None = tokenizer
         self.width, self.context = encoder.config.hidden_size, encoder.config.max_position_embeddings
 
     def rows(self, request: Request) -> list[Any]:
@@ -245,7 +260,8 @@ class ClassReader:
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier, self._inputs = classifier, classifier.text
-        self.labels, self.tokenizer = classifier.labels, classifier.text.tokenizer
+        self.labels = classifier.labels
+        self.tokenizer: Tokenizer | None = classifier.text.tokenizer
         window = self._inputs.window
         self.context = ROWS * window // 2 if window else self._inputs.context or ANY_LENGTH  # in one pass
 
@@ -271,7 +287,8 @@ class WordReader:
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier, self._inputs = classifier, classifier.words
-        self.labels, self.tokenizer = classifier.labels, self._inputs.tokenizer
+        self.labels = classifier.labels
+        self.tokenizer: Tokenizer | None = self._inputs.tokenizer
         self.context = self._inputs.context or ANY_LENGTH
 
     def rows(self, request: Request) -> list[Any]:
@@ -303,6 +320,11 @@ class WordReader:
         return answers
 
 
+def _paid(request: Request) -> int:
+    """Tokens that a request is paid for."""
+    return example_tokens(len(request.prompt), len(request.image or b""), len(request.sound or b"") // SAMPLE_BYTES)
+
+
 def open_reader(folder: Path) -> Reader | None:
     """The reader of a checkpoint; None: it is none.
 
@@ -323,7 +345,10 @@ def open_reader(folder: Path) -> Reader | None:
         config: Any = classifier.network.config
         known = config.vocab_size
     else:
-        raise CheckpointError(f"'{folder}' reads images, which are not served yet: use `steelyard predict`")
-    if reader.tokenizer.vocabulary > known:
+        classifier = classifiers.load(folder)
+        reader, network = ExampleReader(classifier), classifier.network
+        text = network.config.text if isinstance(network, FusionClassifier) else None
+        known = 1 if text is None else text.vocab_size
+    if reader.tokenizer is not None and reader.tokenizer.vocabulary > known:
         raise CheckpointError(f"'{folder}': the tokenizer has more tokens than the model; pull it again")
     return reader

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from steelyard.infer.sound import Heard, Hearing, Hears
+from steelyard.infer.sound import SOUND_RATE, Heard, Hearing, Hears
 
 FinishReason = Literal["stop", "length"]
 Priority = Literal["interactive", "batch"]
@@ -104,7 +104,9 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """Each unit's share in a value."""
 
     places: list[int]
-    """The units: tokens of the prompt."""
+    """The units: tokens of the prompt; of examples that are more than a text their numbers."""
+    units: list[tuple[str, str]] = []
+    """Of such: what kind each is of, and its name."""
     shares: list[float]
     """Of each, in nats of the value."""
     rest: float
@@ -127,6 +129,28 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """Of each layer tokens, their texts and probabilities."""
     computed_tokens: int = 0
     """That went through the network, each pass back counted twice: what is paid for."""
+
+
+PATCH = 64
+"""Values of an image, of every channel, that count as a token."""
+MOMENT = SOUND_RATE // 50
+"""Samples of sound that do so beside a text or an image."""
+
+
+class Sees(msgspec.Struct, frozen=True):
+    """What a model that sees takes of an image."""
+
+    channels: int
+    """1: grey. 3: red, green, blue."""
+    side: int
+    """Pixels; images are fitted into a square."""
+    patches: int = 1
+    """Into which it is parted where it is explained."""
+
+
+def example_tokens(text: int, values: int, samples: int) -> int:
+    """What an example of so many tokens, values of an image and samples of a sound is paid for."""
+    return text + -(-values // PATCH) + (max(2, -(-samples // MOMENT)) if samples else 0)
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
@@ -154,6 +178,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     sound: bytes | None = None
     """Of a model that hears, instead of a prompt: float32 samples of 16 kHz, at most a piece of them."""
     hearing: Hearing = Hearing()
+    image: bytes | None = None
+    """Of a model that sees: pixels, channel by channel, row by row."""
     beam: Beam | None = None
     """Beam search instead of draws; `n` is how many of its continuations come back, the best first, at the end."""
     explain: Explain | None = None
@@ -312,6 +338,9 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Of a classifier or a tagger."""
     width: int = 0
     """Of embeddings."""
+    kinds: list[str] = []
+    """Of a classifier: what it reads, of text, image and audio."""
+    sees: Sees | None = None
     hears: Hears | None = None
     """Of a model that transcribes."""
 

@@ -35,6 +35,7 @@ from steelyard.infer.adapters import Prepared
 from steelyard.infer.asides import Asides, Explainer
 from steelyard.infer.encoder_engine import EncoderEngine, open_reader
 from steelyard.infer.engine import Engine, EngineConfig
+from steelyard.infer.example_reader import ExampleReader
 from steelyard.infer.grammars import State
 from steelyard.infer.hearing import open_hearer
 from steelyard.infer.hearing_engine import HearingEngine
@@ -272,7 +273,10 @@ def _ready(engine: AnyEngine, model: str, checkpoint_id: str, adapters: list[str
         return msgspec.structs.replace(ready, task=engine.task, hears=engine.hears)
     if isinstance(engine, EncoderEngine):
         reader = engine.reader
-        return msgspec.structs.replace(ready, task=reader.task, labels=list(reader.labels), width=reader.width)
+        ready = msgspec.structs.replace(ready, task=reader.task, labels=list(reader.labels), width=reader.width)
+        if isinstance(reader, ExampleReader):
+            return msgspec.structs.replace(ready, kinds=list(reader.kinds), sees=reader.sees)
+        return ready
     return ready
 
 

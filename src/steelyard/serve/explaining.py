@@ -14,6 +14,7 @@ from steelyard.infer.request import Explain, Explanation, Output, Request
 from steelyard.serve.billing.bill import Bill, Payer
 from steelyard.serve.billing.metering import Meter
 from steelyard.serve.billing.prices import NANO, Counts
+from steelyard.serve.examples import Shown
 from steelyard.serve.ids import fresh
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.explanations import (
@@ -21,6 +22,7 @@ from steelyard.serve.protocol.explanations import (
     Explained,
     ExplainedTarget,
     ExplainedToken,
+    ExplainedUnit,
     ExplanationUsage,
     Likely,
 )
@@ -39,6 +41,8 @@ class Asked:
     sources: list[Source]
     explains: list[Explain]
     meter: Meter
+    shown: Sequence[Shown]
+    """Of each what the engine reads."""
 
     @property
     def id(self) -> str:
@@ -50,13 +54,15 @@ class Asked:
         requests = [
             Request(
                 id=id,
-                prompt=source.ids,
+                prompt=shown.prompt,
+                image=shown.image,
+                sound=shown.sound,
                 adapter=self.served.adapter,
                 project=self.bill.payer.project,
                 priority="interactive" if self.bill.payer.line is None else "batch",
                 explain=explain,
             )
-            for id, source, explain in zip(_ids(self.bill, len(self.sources)), self.sources, self.explains, strict=True)
+            for id, shown, explain in zip(_ids(self.bill, len(self.shown)), self.shown, self.explains, strict=True)
         ]
         found: dict[str, Output] = {}
         async with contextlib.aclosing(self.served.engine.submit(*requests, meter=self.meter)) as outputs:
@@ -82,6 +88,7 @@ async def asking(
     sources: list[Source],
     explains: list[Explain],
     *,
+    shown: Sequence[Shown] | None = None,
     lengths: Sequence[int] | None = None,
     param: str = "input",
 ) -> AsyncGenerator[Asked, None]:
@@ -91,6 +98,7 @@ async def asking(
         served: the model.
         payer: whose request it is.
         sources: what is read.
+        shown: the same as the engine takes it, where it is more than a text.
         explains: how each is explained.
         lengths: tokens of each with its answer, at most; None: as they are.
         param: the field that they came from.
@@ -104,16 +112,17 @@ async def asking(
     if payer.line is not None:
         raise RequestError("a batch's lines are not explained: ask /v1/explain", param="explain")
     whole = 0
-    for number, (source, explain) in enumerate(zip(sources, explains, strict=True)):
-        length = len(source.ids) + len(explain.answer) if lengths is None else lengths[number]
-        most = effort.most(explain, length)
+    read = [Shown(source.ids) for source in sources] if shown is None else shown
+    for number, (one, explain) in enumerate(zip(read, explains, strict=True)):
+        length = one.tokens + len(explain.answer) if lengths is None else lengths[number]
+        most = effort.most(explain, length, None if shown is None else one.units(served.ready()))
         if most > effort.MOST:
             reason = f"the explanation would compute {most} tokens, {effort.MOST} are the limit: shorten the input"
             raise RequestError(f"{reason}, or take the method 'lrp'", param=param, code="context_length_exceeded")
         whole += most
     bill = payer.bill(fresh("explain-"), served, Counts(whole, 0, 0), "explanations")
     async with bill.metered(dict.fromkeys(_ids(bill, len(sources)), 1)) as meter:
-        yield Asked(served, bill, sources, explains, meter)
+        yield Asked(served, bill, sources, explains, meter, read)
 
 
 def _ids(bill: Bill, count: int) -> list[str]:
@@ -129,6 +138,8 @@ def _told(
     served: ServedModel, source: Source, asked: Explain, found: Explanation, usage: ExplanationUsage
 ) -> Explained:
     shares = dict(zip(found.places, found.shares, strict=True))
+    if found.units:
+        return _told_of_units(served, source, asked, found, usage)
     text = served.tokenizer.token_text
     tokens = [
         ExplainedToken(source.text[begin:end] or text(id), begin, end, shares.get(place))
@@ -138,9 +149,6 @@ def _told(
         target = ExplainedTarget(served.ready().labels[found.target])
     else:
         target = ExplainedTarget(served.tokenizer.decode(found.answer), [text(id) for id in found.answer])
-    believed = None
-    if found.faithfulness is not None and found.chance is not None:
-        believed = Believed(found.faithfulness, found.chance)
     lens: list[list[Likely]] | msgspec.UnsetType = msgspec.UNSET
     if found.lens is not None:
         lens = [[Likely(token, share) for _, token, share in layer] for layer in found.lens]
@@ -154,7 +162,35 @@ def _told(
         base=found.base,
         rest=found.rest,
         residual=found.residual,
-        faithfulness=believed,
+        faithfulness=_believed(found),
         lens=lens,
         usage=usage,
     )
+
+
+def _told_of_units(
+    served: ServedModel, source: Source, asked: Explain, found: Explanation, usage: ExplanationUsage
+) -> Explained:
+    """Of an example that is more than a text."""
+    assert found.target is not None, "it has classes"
+    units = [ExplainedUnit(kind, name, share) for (kind, name), share in zip(found.units, found.shares, strict=True)]
+    return Explained(
+        method=asked.method,
+        baseline=found.baseline,
+        target=ExplainedTarget(served.ready().labels[found.target]),
+        text=source.text,
+        tokens=[],
+        units=units,
+        value=found.value,
+        base=found.base,
+        rest=found.rest,
+        residual=found.residual,
+        faithfulness=_believed(found),
+        usage=usage,
+    )
+
+
+def _believed(found: Explanation) -> Believed | None:
+    if found.faithfulness is None or found.chance is None:
+        return None
+    return Believed(found.faithfulness, found.chance)

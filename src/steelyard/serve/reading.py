@@ -14,6 +14,7 @@ from steelyard.errors import RequestError
 from steelyard.infer.request import Output, Ready, Request, Task
 from steelyard.serve.billing.bill import Payer
 from steelyard.serve.billing.prices import NANO, Counts
+from steelyard.serve.examples import Shown
 from steelyard.serve.ids import fresh
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.reading import ReadingUsage
@@ -45,6 +46,10 @@ class Text(msgspec.Struct, frozen=True):
         return tokenizer.encode_plain(self.content, add_special_tokens=True) or [0]
 
 
+def _shown(given: Text | Shown, served: ServedModel) -> Shown:
+    return given if isinstance(given, Shown) else Shown(given.tokens(served.tokenizer))
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a model said of some texts."""
@@ -72,9 +77,16 @@ def demand(served: ServedModel, *tasks: Task) -> Ready:
 
 
 async def read(
-    served: ServedModel, payer: Payer, texts: Sequence[Text], task: Task, *, prefix: str, param: str, paths: int = 1
+    served: ServedModel,
+    payer: Payer,
+    texts: Sequence[Text] | Sequence[Shown],
+    task: Task,
+    *,
+    prefix: str,
+    param: str,
+    paths: int = 1,
 ) -> Answer:
-    """Let a model read texts.
+    """Let a model read texts, or examples.
 
     Args:
         served: the model.
@@ -93,28 +105,31 @@ async def read(
         StorageError: nothing could be reserved, or the settlement not be written yet.
     """
     ready = demand(served, task)
-    prompts = await asyncio.to_thread(lambda: [text.tokens(served.tokenizer) for text in texts])
+    shown = await asyncio.to_thread(lambda: [_shown(text, served) for text in texts])
+    prompts = [one.prompt for one in shown]
     for number, prompt in enumerate(prompts):
         where = param if len(prompts) == 1 else f"{param}[{number}]"
         if len(prompt) > ready.context:
             size, most = len(prompt), ready.context
             reason = f"'{where}' has {size} tokens, but the context of '{served.id}' is {most}: shorten it"
             raise RequestError(reason, param=param, code="context_length_exceeded")
-        if max(prompt) >= ready.vocabulary:
+        if max(prompt, default=0) >= ready.vocabulary:
             raise RequestError(f"'{where}' has a token id that is not below {ready.vocabulary}", param=param)
     answer_id = fresh(prefix)
     requests = [
         Request(
             id=f"{answer_id}-{number}",
-            prompt=prompt,
-            words=text.words,
+            prompt=one.prompt,
+            image=one.image,
+            sound=one.sound,
+            words=text.words if isinstance(text, Text) else None,
             paths=paths,
             project=payer.project,
             priority="interactive" if payer.line is None else "batch",
         )
-        for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True))
+        for number, (text, one) in enumerate(zip(texts, shown, strict=True))
     ]
-    bill = payer.bill(answer_id, served, Counts(sum(map(len, prompts)), 0, 0), "embeddings")
+    bill = payer.bill(answer_id, served, Counts(sum(one.tokens for one in shown), 0, 0), "embeddings")
     timing = payer.meters.timing(served.id)
     found: dict[str, Output] = {}
     async with bill.metered({request.id: 1 for request in requests}) as meter:

@@ -28,6 +28,7 @@ from steelyard.serve.billing.metering import Metering
 from steelyard.serve.billing.prices import PriceList
 from steelyard.serve.energy import Energy
 from steelyard.serve.engine_client import EngineClient
+from steelyard.serve.examples import Showing
 from steelyard.serve.files import Files
 from steelyard.serve.jobs.compression import Compression
 from steelyard.serve.jobs.fine_tuning import FineTuning
@@ -37,6 +38,7 @@ from steelyard.serve.models import ServedModel
 from steelyard.serve.organization import limits, projects
 from steelyard.serve.organization.audit import Actor
 from steelyard.serve.organization.keys import create_key
+from steelyard.serve.pictures import Pictures
 from steelyard.serve.rate_limits import Admission, RateLimits
 from steelyard.serve.sounds import Sounds
 from steelyard.serve.stored import StoredCompletions
@@ -69,10 +71,16 @@ class Service:
     responses: StoredResponses
     names: Names
     sounds: Sounds
+    pictures: Pictures = field(default_factory=Pictures)
     meters: RequestMeters = field(default_factory=RequestMeters)
     energy: Energy = field(default_factory=Energy)
     first_keys: dict[str, str] = field(default_factory=dict)
     """Keys that were made at the first start, by what they are for: to be shown once."""
+
+    @property
+    def showing(self) -> Showing:
+        """What classifiers are shown."""
+        return Showing(self.pictures, self.sounds)
 
     @property
     def ledger(self) -> Ledger:

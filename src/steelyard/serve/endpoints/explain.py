@@ -10,10 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard.errors import RequestError
+from steelyard.infer.request import Ready
 from steelyard.serve.connection import while_connected
+from steelyard.serve.examples import Shown
 from steelyard.serve.explaining import asking, with_answer
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.errors import json_response
+from steelyard.serve.protocol.examples import Example
 from steelyard.serve.protocol.explain import ExplainRequest, Explanation
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.reading import demand
@@ -34,7 +37,7 @@ async def create(service: Service, request: Request) -> Response:
             raise RequestError(f"'{served.id}' writes nothing: it has no lens", param="lens")
         if body.target is not None and body.target not in ready.labels:
             raise RequestError(f"'target' must be one of {', '.join(ready.labels)}", param="target")
-    source = await while_connected(request.receive, asyncio.to_thread(_source, served, body))
+    source, shown = await while_connected(request.receive, _read(service, served, ready, payer.project, body))
     if ready.task == "classify":
         explain = body.asked(target=None if body.target is None else ready.labels.index(body.target))
     else:
@@ -42,8 +45,8 @@ async def create(service: Service, request: Request) -> Response:
         explain = with_answer(body.asked(), source, answer)
     if len(source.ids) > ready.context:
         reason = f"the input has {len(source.ids)} tokens, but the context of '{served.id}' is {ready.context}"
-        raise RequestError(f"{reason}: shorten it", param="input", code="context_length_exceeded")
-    async with asking(served, payer, [source], [explain], param=_param(body)) as asked:
+        raise RequestError(f"{reason}: shorten it", param=_param(body), code="context_length_exceeded")
+    async with asking(served, payer, [source], [explain], shown=shown, param=_param(body)) as asked:
         (found,) = await while_connected(request.receive, asked.answers())
     told = msgspec.structs.asdict(found)
     return json_response(Explanation(id=asked.id, created=int(time.time()), model=served.id, **told))
@@ -53,9 +56,16 @@ def _param(body: ExplainRequest) -> str:
     return "input" if body.messages is None else "messages"
 
 
-def _source(served: ServedModel, body: ExplainRequest) -> Source:
-    if body.messages is None:
-        return source_of(served.tokenizer, body.input or "")
-    return source_of_chat(
-        served.tokenizer, rendered(served, body.messages), [said.get("content", "") for said in body.messages]
-    )
+async def _read(
+    service: Service, served: ServedModel, ready: Ready, project: str, body: ExplainRequest
+) -> tuple[Source, list[Shown] | None]:
+    """What is explained; and, where it is more than a text, what the engine is shown of it."""
+    if body.messages is not None:
+        said = [message.get("content", "") for message in body.messages]
+        text = await asyncio.to_thread(rendered, served, body.messages)
+        return await asyncio.to_thread(source_of_chat, served.tokenizer, text, said), None
+    given = body.input if isinstance(body.input, Example) else Example(text=body.input)
+    if given.image is None and given.audio is None and not ready.kinds:
+        return await asyncio.to_thread(source_of, served.tokenizer, given.text or ""), None
+    shown = await service.showing.prepare(served, ready, project, [given], "input")
+    return Source(given.text or "", shown[0].prompt, []), shown

@@ -17,6 +17,7 @@ from steelyard.errors import RequestError
 from steelyard.infer.request import Output
 from steelyard.serve.billing.bill import Payer
 from steelyard.serve.connection import while_connected
+from steelyard.serve.examples import Shown
 from steelyard.serve.explaining import asking
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.errors import json_response
@@ -33,7 +34,7 @@ from steelyard.serve.protocol.reading import (
 )
 from steelyard.serve.reading import Text, demand, read
 from steelyard.serve.service import Service
-from steelyard.text.source import source_of
+from steelyard.text.source import Source, source_of
 
 WORD = re.compile(r"\w+(?:[-'’.]\w+)*|[^\w\s]")
 """Words with what joins them, and every other sign by itself."""
@@ -47,9 +48,11 @@ async def classify(service: Service, request: Request) -> Response:
     """The class of each text."""
     body = parse(ClassifyRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    async with _explaining(served, payer, texts, body) as explain:
-        asked = read(served, payer, [Text(text) for text in texts], "classify", prefix="classify-", param="input")
+    ready = demand(served, "classify")
+    decoding = service.showing.prepare(served, ready, payer.project, body.given, "input")
+    shown = await while_connected(request.receive, decoding)
+    async with _explaining(served, payer, shown, body) as explain:
+        asked = read(served, payer, shown, "classify", prefix="classify-", param="input")
         answer = await while_connected(request.receive, asked)
         labels = answer.ready.labels
         data, classes = [], []
@@ -66,16 +69,21 @@ async def classify(service: Service, request: Request) -> Response:
 
 @contextlib.asynccontextmanager
 async def _explaining(
-    served: ServedModel, payer: Payer, texts: list[str], body: ClassifyRequest
+    served: ServedModel, payer: Payer, shown: list[Shown], body: ClassifyRequest
 ) -> AsyncGenerator[Callable[[list[int]], Coroutine[Any, Any, list[Explained]]] | None, None]:
     """Reserve for explanations of the classes that are to come; None: none is wanted."""
     wanted = options(body.explain)
     if wanted is None:
         yield None
         return
-    demand(served, "classify")
-    sources = await asyncio.to_thread(lambda: [source_of(served.tokenizer, text) for text in texts])
-    async with asking(served, payer, sources, [wanted.asked(target=0) for _ in sources]) as reserved:
+    texts = [one if isinstance(one, str) else one.text or "" for one in body.given]
+    read_as: list[Shown] | None = None
+    if served.ready().kinds:
+        sources, read_as = [Source(text, one.prompt, []) for text, one in zip(texts, shown, strict=True)], shown
+    else:
+        sources = await asyncio.to_thread(lambda: [source_of(served.tokenizer, text) for text in texts])
+    explains = [wanted.asked(target=0) for _ in sources]
+    async with asking(served, payer, sources, explains, shown=read_as) as reserved:
 
         async def explain(classes: list[int]) -> list[Explained]:
             reserved.explains = [wanted.asked(target=number) for number in classes]

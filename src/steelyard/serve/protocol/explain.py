@@ -9,6 +9,7 @@ from pydantic import Field, WithJsonSchema
 
 from steelyard.errors import RequestError
 from steelyard.serve.protocol.chat import MESSAGES, read_messages
+from steelyard.serve.protocol.examples import Example
 from steelyard.serve.protocol.explanations import Explained, ExplainOptions
 from steelyard.serve.protocol.reading import ReadingFields, Text
 
@@ -16,7 +17,8 @@ from steelyard.serve.protocol.reading import ReadingFields, Text
 class ExplainRequest(ReadingFields, ExplainOptions):
     """A text or a conversation, and what a model says of it."""
 
-    input: Text | None = None
+    input: Text | Example | None = None
+    """A text; of a classifier of images, or of several kinds, an example."""
     messages: Annotated[list[dict[str, str]], WithJsonSchema(MESSAGES)] | None = None
     """Of a model that chats, instead of `input`."""
     target: Annotated[str, Field(min_length=1, max_length=1 << 14)] | None = None

@@ -61,6 +61,16 @@ class ExplainedToken(msgspec.Struct, frozen=True):
     """In nats of the value; null: it is no unit, such as a template's."""
 
 
+class ExplainedUnit(msgspec.Struct, frozen=True):
+    """A part of an example that is more than a text."""
+
+    kind: str
+    """text, image or audio."""
+    unit: str
+    """A token; a patch as row,column; when a moment begins."""
+    share: float
+
+
 class ExplainedTarget(msgspec.Struct, frozen=True):
     """What is explained."""
 
@@ -102,6 +112,8 @@ class Explained(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     """What offsets refer to."""
     tokens: list[ExplainedToken]
+    units: list[ExplainedUnit] | msgspec.UnsetType = msgspec.UNSET
+    """Instead of tokens, where more than a text is read."""
     value: float
     """What the shares are of: log-odds of the class, or the answer's centred logits; by occlusion a log-probability."""
     base: float

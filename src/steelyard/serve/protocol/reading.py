@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 
 from steelyard.errors import RequestError
+from steelyard.serve.protocol.examples import MOST_EXAMPLES, Example
 from steelyard.serve.protocol.explanations import Explained, Wanted, options
 from steelyard.serve.protocol.fields import Fields
 
@@ -51,16 +52,21 @@ class EmbeddingsRequest(ReadingFields):
 
 
 class ClassifyRequest(ReadingFields):
-    """Texts of which the class is wanted."""
+    """Texts, or examples, of which the class is wanted."""
 
-    input: Text | Texts
+    input: Text | Texts | Example | Annotated[list[Example], Field(min_length=1, max_length=MOST_EXAMPLES)]
     explain: Wanted | None = None
     """Why it is that class."""
 
+    @property
+    def given(self) -> list[str | Example]:
+        """One after the other."""
+        return [*self.input] if isinstance(self.input, list) else [self.input]
+
     @pydantic.model_validator(mode="after")
     def _few(self) -> ClassifyRequest:
-        if self.explain and not isinstance(self.input, str) and len(self.input) > MOST_EXPLAINED:
-            raise RequestError(f"'explain' is for {MOST_EXPLAINED} texts at most", param="explain")
+        if self.explain and len(self.given) > MOST_EXPLAINED:
+            raise RequestError(f"'explain' is for {MOST_EXPLAINED} inputs at most", param="explain")
         wanted = options(self.explain)
         if wanted is not None and wanted.lens:
             raise RequestError("'explain.lens' is for models that write", param="explain.lens")
