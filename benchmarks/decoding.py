@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 
 import workload
 from peers.contenders import FOLDER as PEERS
@@ -72,17 +73,28 @@ class Bench:
 
 
 def beams(bench: Bench, quick: bool) -> Found:
-    """Seconds of an answer by beams, and by as many samples."""
+    """Seconds of an answer, and how likely the model finds the best: greedily, of some samples, by as many beams."""
     rows = workload.make(workload.brown(PEERS), bench.engine.tokenizer, 3 if quick else 12)["w1"]
     prompts = [bench.prompt(row["messages"][0]["content"]) for row in rows]
-    sampling = Sampling(max_tokens=TOKENS, seed=1, ignore_eos=True)
-    ways: dict[str, dict[str, Any]] = {"samples": {"n": BEAMS}, "beams": {"n": 1, "beam": Beam(width=BEAMS)}}
-    seconds = dict.fromkeys(ways, 0.0)
+    sampling = Sampling(max_tokens=TOKENS, seed=1, ignore_eos=True, logprobs=0)
+    greedy = msgspec.structs.replace(sampling, temperature=0)
+    ways: dict[str, dict[str, Any]] = {
+        "greedy": {"sampling": greedy},
+        "samples": {"n": BEAMS, "sampling": sampling},
+        "beams": {"beam": Beam(width=BEAMS), "sampling": sampling},
+    }
+    seconds, nats = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
     for number, prompt in enumerate(prompts):
         for name, fields in ways.items():
-            seconds[name] += bench.run([Request(id=f"{name}-{number}", prompt=prompt, sampling=sampling, **fields)])[1]
+            started, found = time.perf_counter(), dict[int, float]()
+            for output in bench.engine.run([Request(id=f"{name}-{number}", prompt=prompt, **fields)]):
+                told = sum(token.logprob for token in output.logprobs or ())
+                found[output.choice] = found.get(output.choice, 0.0) + told
+            seconds[name] += time.perf_counter() - started
+            nats[name] += max(found.values())
     return {
         **{name: value / len(prompts) for name, value in seconds.items()},
+        **{f"{name}_log_probability": value / len(prompts) for name, value in nats.items()},
         "ratio": seconds["beams"] / seconds["samples"],
     }
 

@@ -12,6 +12,18 @@ import pytest
 from running_service import Service, serving
 
 from steelyard.serve.engine_client import worker_command
+from steelyard.serve.protocol.fields import parse
+from steelyard.serve.protocol.response_events import OutputTextDelta
+from steelyard.serve.protocol.response_object import (
+    InputTokensDetails,
+    OutputMessage,
+    OutputTokensDetails,
+    ResponseObject,
+    ResponseUsage,
+)
+from steelyard.serve.protocol.response_request import ResponseRequest
+from steelyard.serve.responding import Growing
+from steelyard.text.reasoning import ReasoningReader
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools> Write "
@@ -103,6 +115,25 @@ def test_responses_say_the_answer_alone(thinker: Service) -> None:
         },
     )
     assert answer.output_text == "{}"
+    assert answer.usage.output_tokens_details.reasoning_tokens == 0
+
+
+def test_responses_count_thoughts_and_do_not_tell_them() -> None:
+    """However the text is cut."""
+    growing = Growing(_begun(), calls=False, thoughts=ReasoningReader())
+    said: list[Any] = []
+    for piece in ("<thi", "nk>In the", " house</think>", "\n\nThere", "."):
+        said += growing.push(piece, [], "stop" if piece == "." else None)
+    usage = ResponseUsage(1, InputTokensDetails(0), 9, OutputTokensDetails(3), 10, 0.0)
+    (item,) = growing.end(usage, 0).output
+    assert growing.thought == "In the house"
+    assert isinstance(item, OutputMessage)
+    assert item.content[0].text == "There."
+    assert "".join(event.delta for event in said if isinstance(event, OutputTextDelta)) == "There."
+
+
+def _begun() -> ResponseObject:
+    return ResponseObject.of(parse(ResponseRequest, b'{"model": "m", "input": "x"}'), "resp_1", 0, "m")
 
 
 def test_a_template_tells_of_tools_in_its_own_form(thinker: Service, folder: Path) -> None:

@@ -42,6 +42,7 @@ from steelyard.serve.protocol.response_object import (
 )
 from steelyard.serve.protocol.tools import call_id
 from steelyard.serve.protocol.usage import Finish
+from steelyard.text.reasoning import Answered, ReasoningReader, Thought
 from steelyard.text.tool_calls import Arguments, Begun, CallReader, Said
 
 
@@ -51,10 +52,13 @@ class Growing:
     Args:
         response: as it begins.
         calls: whether there may be calls of tools in the text.
+        thoughts: what parts thoughts from the answer, which are counted and not told; None: there are none.
     """
 
-    def __init__(self, response: ResponseObject, calls: bool) -> None:
+    def __init__(self, response: ResponseObject, calls: bool, thoughts: ReasoningReader | None = None) -> None:
         self.response = response
+        self.thought = ""
+        self._thoughts = thoughts
         self._reader = CallReader() if calls else None
         self._items: list[OutputItem] = []
         self._open = False
@@ -73,8 +77,14 @@ class Growing:
 
     def push(self, text: str, scored: list[ChosenToken], reason: Finish | None) -> Iterator[ItemEvent]:
         """More text, with its tokens if they are asked for, and why it ends if it does."""
+        if self._thoughts is not None:
+            pieces = [*self._thoughts.push(text), *(self._thoughts.flush() if reason is not None else [])]
+            self.thought += "".join(piece.text for piece in pieces if isinstance(piece, Thought))
+            text = "".join(piece.text for piece in pieces if isinstance(piece, Answered))
+            scored = scored if text else []
         if self._reader is None:
-            yield from self._say(text, scored)
+            if self._thoughts is None or text:
+                yield from self._say(text, scored)
         else:
             for piece in [*self._reader.push(text), *(self._reader.flush() if reason is not None else [])]:
                 match piece:

@@ -25,7 +25,7 @@ from steelyard.serve.protocol.parameters import BOOLEAN, Parameter
 from steelyard.serve.protocol.response_object import InputTokens, ResponseDeleted, ResponseObject, ResponseUsage
 from steelyard.serve.protocol.response_request import InputTokensRequest, ResponseRequest
 from steelyard.serve.reading import demand
-from steelyard.serve.rendering import rendered
+from steelyard.serve.rendering import reasoning_reader, rendered
 from steelyard.serve.responding import Growing
 from steelyard.serve.service import Service
 from steelyard.serve.stored_responses import Kept
@@ -41,7 +41,8 @@ async def create(service: Service, request: Request) -> Response:
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     demand(served, "generate")
     grammar = await asyncio.to_thread(lambda: body.form)
-    prompt = await _read(service, request, body, served)
+    text = await _read(service, request, body, served)
+    prompt = await asyncio.to_thread(served.tokenizer.encode_rendered, text)
     generation = plan(
         body.sampling,
         served,
@@ -54,7 +55,7 @@ async def create(service: Service, request: Request) -> Response:
         grammar=grammar,
     )
     begun = ResponseObject.of(body, generation.id, generation.created, served.id)
-    growing = Growing(begun, calls=bool(body.offer.offered))
+    growing = Growing(begun, calls=bool(body.offer.offered), thoughts=reasoning_reader(served, text))
     if body.stream:
         request_id: str = request.state.request_id
         return EventStream(_events(service, body, generation, growing, request_id), request_id)
@@ -107,17 +108,17 @@ async def input_tokens(service: Service, request: Request) -> Response:
     body = parse(InputTokensRequest, await request.body())
     served, _ = await service.ask(request, body.model)
     demand(served, "generate")
-    return json_response(InputTokens(len(await _read(service, request, body, served))))
+    text = await _read(service, request, body, served)
+    return json_response(InputTokens(len(await asyncio.to_thread(served.tokenizer.encode_rendered, text))))
 
 
-async def _read(service: Service, request: Request, body: InputTokensRequest, served: ServedModel) -> list[int]:
-    """The prompt: instructions, responses before, the input."""
+async def _read(service: Service, request: Request, body: InputTokensRequest, served: ServedModel) -> str:
+    """The prompt, rendered: instructions, responses before, the input."""
     caller: Caller = request.state.caller
     history = await service.responses.history(caller.project, body.previous_response_id)
 
-    def read() -> list[int]:
-        text = rendered(served, body.messages(history), body.offer, "input")
-        return served.tokenizer.encode_rendered(text)
+    def read() -> str:
+        return rendered(served, body.messages(history), body.offer, "input")
 
     return await while_connected(request.receive, asyncio.to_thread(read))
 
@@ -128,7 +129,8 @@ async def _kept(service: Service, request: Request) -> Kept:
 
 async def _ended(service: Service, body: ResponseRequest, generation: Generation, growing: Growing) -> ResponseObject:
     """The whole response; it is kept before its end is told."""
-    whole = growing.end(ResponseUsage.of(generation.usage()), service.now())
+    thoughts = len(generation.served.tokenizer.encode(growing.thought)) if growing.thought else 0
+    whole = growing.end(ResponseUsage.of(generation.usage(), thoughts), service.now())
     if body.store is not False:
         kept = Kept(body.input, msgspec.to_builtins(whole))
         await service.responses.keep(generation.bill.payer.project, kept)

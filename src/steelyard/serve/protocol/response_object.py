@@ -71,13 +71,13 @@ class ResponseUsage(msgspec.Struct, frozen=True):
     """Dollars, of the entry in the ledger; whole nano-dollars."""
 
     @staticmethod
-    def of(usage: Usage) -> ResponseUsage:
-        """In these words."""
+    def of(usage: Usage, reasoning: int = 0) -> ResponseUsage:
+        """In these words; and how many of the tokens were thoughts."""
         return ResponseUsage(
             usage.prompt_tokens,
             InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
             usage.completion_tokens,
-            OutputTokensDetails(),
+            OutputTokensDetails(reasoning),
             usage.total_tokens,
             usage.cost,
         )
