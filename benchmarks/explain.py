@@ -64,7 +64,7 @@ from steelyard.models.lora import Adapter
 from steelyard.stages.compress import quantize
 from steelyard.stages.train import train
 from steelyard.text.chat_template import ChatTemplate
-from steelyard.text.source import source_of_chat
+from steelyard.text.source import marked, source_of_chat
 from steelyard.text.tokenizer import Tokenizer
 
 GRID = tuple(place / 10 for place in range(11))
@@ -192,9 +192,11 @@ def of_decoder(folder: Path, quick: bool) -> Found:
     for number, row in enumerate(chosen):
         text, question, found = asked[row].messages[-1].content, questions[row], scores[row]
         turns = [{"role": turn.role, "content": turn.content} for turn in asked[row].messages]
-        source = source_of_chat(
-            tokenizer, template.render(tokenizer.guard_messages(turns), add_generation_prompt=True), [text]
-        )
+        marks = [*turns[:-1], {**turns[-1], "content": marked(text)}]
+        rendered = [
+            template.render(tokenizer.guard_messages(each), add_generation_prompt=True) for each in (turns, marks)
+        ]
+        source = source_of_chat(tokenizer, *rendered)
         assert source.ids == question.prompt, "both are rendered alike"
         subject = AnswerSubject(
             decoder, adapter, source.ids, question.answers[int(found.argmax())], source.places or []

@@ -11,7 +11,7 @@ import torch
 from captum.attr import InputXGradient, IntegratedGradients
 from torch import nn
 
-import conftest as explained
+import deciding as explained
 from steelyard.explain import faithfulness
 from steelyard.explain.decoders import AnswerSubject
 from steelyard.explain.explainer import likeliest, open_decoder
@@ -80,13 +80,11 @@ def test_plain_gradients_are_captums(classifier: Classifier) -> None:
 def test_occlusion_is_enumeration(classifier: Classifier) -> None:
     tokens = classifier.text.all_tokens(TEXT)
     found = at_once(METHODS["occlusion"](TextSubject(classifier, tokens, 1)))
-    tokenizer = classifier.text.tokenizer
     for place in range(len(tokens)):
         rest = [*tokens[:place], *tokens[place + 1 :]]
         with torch.no_grad():
             both = [classifier.network(*padded([row])).log_softmax(-1)[0, 1] for row in (tokens, rest)]
         assert float(found.units[place]) == pytest.approx(float(both[0] - both[1]), abs=1e-5)
-    assert tokenizer is classifier.text.tokenizer
 
 
 def test_long_texts_are_explained_by_their_windows(classifier: Classifier) -> None:
@@ -212,3 +210,29 @@ def test_a_decoder_wears_its_adapter(tiny_model: Path) -> None:
     one, other = (at_once(METHODS["lrp"](subject)) for subject in (plain, worn))
     assert one.value != other.value
     assert not torch.allclose(one.units, other.units)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("window", [None, 8, 13])
+@pytest.mark.parametrize("believed", [False, True])
+def test_no_more_is_computed_than_was_reserved(
+    classifier: Classifier, method: Method, window: int | None, believed: bool
+) -> None:
+    """For every method, with and without windows, faithfulness, and a class that is named."""
+    from steelyard.infer import effort
+    from steelyard.infer.request import Explain
+    from steelyard.models.inputs import around
+
+    read = replace(classifier, inputs=replace(classifier.text, window=window))
+    outside = sum(map(len, around(read.text.tokenizer)))
+    for words in (1, 4, 9, 30):
+        tokens = read.text.all_tokens(
+            " ".join(["the", "weight", explained.DECIDES][: min(3, words)] * (words // 3 + 1))
+        )
+        tokens = tokens[:60]
+        subject = TextSubject(read, tokens, 1)
+        shares = at_once(METHODS[method](subject))
+        if believed:
+            at_once(faithfulness.measure(subject, shares.units))
+        asked = Explain(method=method, faithfulness=believed, target=1)
+        assert subject.computed <= effort.most(asked, effort.in_windows(len(tokens), window, outside))

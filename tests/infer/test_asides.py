@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from steelyard.errors import CheckpointError, RequestError
-from steelyard.infer.asides import ALONE_SECONDS, SHARE, Asides, Steps
+from steelyard.infer.asides import ALONE_SECONDS, SHARE, Asides, Steps, Tally
 from steelyard.infer.request import Explain, Explanation, Failure, Output, Request
 
 
@@ -19,14 +19,14 @@ class Pieces:
         self.count, self.seconds, self.wrong = count, seconds, wrong
         self.done: list[str] = []
 
-    def check(self, request: Request) -> int:
+    def check(self, request: Request) -> None:
         if not request.prompt:
             raise RequestError("nothing to explain", param="input")
-        return 0
 
-    def explain(self, request: Request) -> Steps:
+    def explain(self, request: Request, tally: Tally) -> Steps:
         for _ in range(self.count):
             time.sleep(self.seconds)
+            tally.before += 1
             self.done.append(request.id)
             yield
         if self.wrong is not None:
@@ -72,7 +72,26 @@ def test_messages_are_looked_at_in_between() -> None:
     assert pieces.done
     gone = asides.abort("a")
     assert gone is not None
-    assert (gone.prompt_tokens, asides.busy, asides.abort("a")) == (0, False, None)
+    assert gone.prompt_tokens == len(pieces.done), "what was computed is paid for"
+    assert (asides.busy, asides.abort("a")) == (False, None)
+
+
+def test_a_message_is_not_kept_waiting_by_the_next_piece() -> None:
+    asides = Asides(pieces := Pieces(10_000))
+    asides.add(asked("a"), arrived=0.0)
+    asides.turn(0.0, others=False, asked=lambda: len(pieces.done) >= 3)
+    assert len(pieces.done) == 3
+
+
+def test_a_long_piece_is_paid_back_by_others_time() -> None:
+    """A second of work beside steps of 10 ms: the next piece comes after ten seconds of these."""
+    asides = Asides(pieces := Pieces(100, seconds=0.05))
+    asides.add(asked("a"), arrived=0.0)
+    turns = 0
+    while len(pieces.done) < 2:
+        asides.turn(0.01, others=True)
+        turns += 1
+    assert turns >= 0.05 / SHARE / 0.01 * 0.9
 
 
 def test_the_project_that_was_served_least_is_next() -> None:
@@ -91,7 +110,8 @@ def test_the_project_that_was_served_least_is_next() -> None:
     [
         (RequestError("no such place", param="places"), "places"),
         (CheckpointError("no memory"), None),
-        (ValueError("?"), "input"),
+        (OSError("no file"), None),
+        (ValueError("?"), None),
     ],
 )
 def test_what_goes_wrong_is_that_requests_alone(wrong: Exception, param: str | None) -> None:

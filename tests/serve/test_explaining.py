@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,15 @@ def test_a_class_is_explained_by_its_tokens(classifier: Service, classifier_fold
 def test_the_likeliest_class_is_explained_and_stands_beside_it(classifier: Service) -> None:
     plain = post(classifier, "/v1/classify", input=[TEXT, "cold"]).json()
     both = post(classifier, "/v1/classify", input=[TEXT, "cold"], explain={"faithfulness": False}).json()
+    told = []
     for row, other in zip(plain["data"], both["data"], strict=True):
-        explanation = other.pop("explanation")
+        told.append(explanation := other.pop("explanation"))
         assert row == other
         assert explanation["target"]["text"] == row["label"]
         assert explanation["faithfulness"] is None
     alone = post(classifier, "/v1/explain", input=TEXT, faithfulness=False).json()
     assert alone["target"]["text"] == plain["data"][0]["label"]
-    assert alone["tokens"] == both["data"][0]["explanation"]["tokens"] if "explanation" in both["data"][0] else True
+    assert alone["tokens"] == told[0]["tokens"]
 
 
 def test_what_a_classifier_refuses(classifier: Service) -> None:
@@ -184,8 +186,54 @@ def test_explanations_are_paid_by_their_own_price(decoder: Service) -> None:
     explained = both["explanation"]["usage"]
     with decoder.admin_http() as admin:
         entries = admin.get("/v1/organization/ledger", params={"limit": 100}).json()["data"]
-        used = admin.get("/v1/organization/usage/explanations", params={"start_time": 0, "limit": 31}).json()
+        used = admin.get(
+            "/v1/organization/usage/explanations", params={"start_time": int(time.time()) - 86400, "limit": 31}
+        ).json()
     own = [entry for entry in entries if entry["service"] == "explanations" and entry["kind"] == "settle"]
     assert {entry["input_tokens"] for entry in own[:2]} == {computed, explained["computed_tokens"]}
     rows = [row for bucket in used["data"] for row in bucket["results"]]
-    assert not rows or all("computed_tokens" in row for row in rows)
+    assert sum(row["computed_tokens"] for row in rows) >= computed
+
+
+def test_what_is_said_is_known_though_the_template_says_the_same(decoder: Service) -> None:
+    """The system's words hold the user's: only his own have shares."""
+    messages = [{"role": "user", "content": " helpful "}]
+    told = post(decoder, "/v1/explain", messages=messages, target="x", faithfulness=False).json()
+    text = told["text"]
+    assert text.count("helpful") == 2, "the template's system message, and his"
+    shared = [one for one in told["tokens"] if one["share"] is not None]
+    assert all(one["start"] >= text.rindex("helpful") - 1 for one in shared)
+    assert shared
+    nothing = post(decoder, "/v1/explain", messages=[{"role": "user", "content": " "}], target="x")
+    assert nothing.status_code == 400
+    assert "nothing to explain" in nothing.json()["error"]["message"]
+
+
+def test_a_text_is_read_as_completions_read_it(decoder: Service) -> None:
+    """Control tokens that are spelled out are control tokens, which have no share."""
+    prompt = "<|im_start|>user\nhi<|im_end|>\n"
+    told = post(decoder, "/v1/explain", input=prompt, faithfulness=False).json()
+    completed = post(decoder, "/v1/completions", prompt=prompt, max_tokens=1, temperature=0).json()
+    assert len(told["tokens"]) == completed["usage"]["prompt_tokens"]
+    assert told["target"]["text"] == completed["choices"][0]["text"] or told["target"]["tokens"]
+    assert told["tokens"][0]["share"] is None
+
+
+def test_an_answer_without_its_explanation_is_an_answer(decoder: Service) -> None:
+    """What cannot be explained after it was said and paid for: the answer comes, and says why there is none."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": " "}], "max_tokens": 3, "explain": True}
+    told = post(decoder, "/v1/chat/completions", **body)
+    assert told.status_code == 200
+    assert told.json()["choices"][0]["message"]
+    assert "nothing to explain" in told.json()["explanation_error"]
+    with decoder.http() as client:
+        lines = client.post(
+            "/v1/chat/completions", json={"model": decoder.checkpoint.name, **body, "stream": True}
+        ).text
+    assert lines.rstrip().endswith("[DONE]")
+
+
+def test_too_much_is_refused_before_it_is_computed(decoder: Service, classifier: Service) -> None:
+    long = refused(decoder, "/v1/explain", "target", input="x", target="a b " * 100)
+    assert "256 are explained" in long
+    assert "1024 are explained" in refused(classifier, "/v1/explain", "input", input="a b " * 1000)

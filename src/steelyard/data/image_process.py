@@ -8,6 +8,7 @@ It ends with 0, or says in one line on its standard error why not.
 from __future__ import annotations
 
 import io
+import os
 import resource
 import sys
 
@@ -36,6 +37,7 @@ def main(channels: int, side: int) -> int:
     """Decode; returns the exit code."""
     _import_readers(channels)
     limit()
+    os.nice(10)  # engines go first
     try:
         content = sys.stdin.buffer.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:

@@ -64,7 +64,7 @@ def pieces(source: BinaryIO | int, most_seconds: int = MAX_SECONDS) -> Iterator[
                 if not np.isfinite(mono).all():
                     raise ArtifactError("is empty or damaged")
                 empty = empty and not len(mono)
-                yield resampled.resample_chunk(mono)
+                yield resampled.resample_chunk(mono.clip(-1, 1))
             if empty:
                 raise ArtifactError("is empty or damaged")
             yield resampled.resample_chunk(np.zeros(0, np.float32), last=True)

@@ -41,6 +41,7 @@ def main(seconds: int) -> int:
 
     soxr.ResampleStream(44_100, sound.RATE, 1, dtype="float32")
     limit(seconds)
+    os.nice(10)  # engines go first
     try:
         for piece in sound.pieces(0, seconds):
             rest = memoryview(piece.tobytes())

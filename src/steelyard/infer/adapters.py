@@ -81,7 +81,7 @@ class Adapters:
         self._versions: dict[str, Version] = {}  # by digest
         self._placed: OrderedDict[Version, None] = OrderedDict()  # the longest unused first
         self._reading: dict[Version, futures.Future[Prepared]] = {}
-        self._thread = futures.ThreadPoolExecutor(1, "adapters", initializer=_use_one_core)
+        self._thread = futures.ThreadPoolExecutor(1, "adapters", initializer=use_one_core)
 
     def prepare(self, source: Path | Adapter) -> Prepared:
         """Read an adapter, or take one as it is; any thread may call this.
@@ -229,7 +229,7 @@ class Adapters:
             version.weights = None
 
 
-def _use_one_core() -> None:
+def use_one_core() -> None:
     """Let the reading thread start no threads of its own: they would spin beside those that compute."""
     with contextlib.suppress(OSError):  # torch has another runtime here: it costs speed alone
         ctypes.CDLL(library.openmp_runtime()).omp_set_num_threads(1)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from steelyard.errors import CheckpointError, RequestError
@@ -21,21 +21,42 @@ SHARE = 0.1
 """Of the time that others' steps take."""
 ALONE_SECONDS = 0.05
 """How long it may go on where nobody else waits, until messages are looked at."""
-DEBT_SECONDS = 1.0
+DEBT_SECONDS = 60.0
 """The most that a long piece is held against those after it."""
 
 log = logging.getLogger("steelyard.engine")
 Steps = Generator[None, None, Explanation]
 
 
+class Counted(Protocol):
+    """Something that is computed."""
+
+    computed: int
+    """Tokens so far."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What an explanation has come to."""
+
+    before: int = 0
+    """Tokens before its subject was there."""
+    subject: Counted | None = None
+
+    @property
+    def computed(self) -> int:
+        """Tokens so far."""
+        return self.before + (0 if self.subject is None else self.subject.computed)
+
+
 class Explainer(Protocol):
     """Explains what the engine's model says."""
 
-    def check(self, request: Request) -> int:
-        """The most tokens that it would compute. Raises RequestError: it cannot be explained; the field is named."""
+    def check(self, request: Request) -> None:
+        """Raises RequestError: it cannot be explained; the field is named."""
         ...
 
-    def explain(self, request: Request) -> Steps:
+    def explain(self, request: Request, tally: Tally) -> Steps:
         """Pieces of some milliseconds, and what came of them. Raises as `check`, or CheckpointError: no memory."""
         ...
 
@@ -49,6 +70,7 @@ class Aside:
     steps: Steps | None = None
     """None: it has not begun."""
     scheduled: float = 0.0
+    tally: Tally = field(default_factory=Tally)
 
 
 class Asides:
@@ -80,19 +102,20 @@ class Asides:
         self._waiting.add(aside, set())
 
     def abort(self, request_id: str) -> Aborted | None:
-        """Drop a request; None: there is no such one. What is not told is not paid for."""
+        """Drop a request; None: there is no such one. What was computed is paid for."""
         aside = self._asides.get(request_id)
         if aside is None:
             return None
         self._end(aside)
-        return Aborted(id=request_id, prompt_tokens=0, cached_tokens=0, completion_tokens=[])
+        return Aborted(id=request_id, prompt_tokens=aside.tally.computed, cached_tokens=0, completion_tokens=[])
 
-    def turn(self, spent: float, others: bool) -> list[Output | Failure]:
+    def turn(self, spent: float, *, others: bool, asked: Callable[[], bool] = lambda: False) -> list[Output | Failure]:
         """Some work.
 
         Args:
             spent: seconds that the step before took.
             others: whether anybody waits for the next step.
+            asked: whether a message has come meanwhile.
         """
         if not self._asides:
             self._credit = 0.0
@@ -100,12 +123,15 @@ class Asides:
         began = time.monotonic()
         self._credit = min(self._credit + SHARE * spent, ALONE_SECONDS)
         said: list[Output | Failure] = []
-        while self._asides and (self._credit > 0 if others else time.monotonic() - began < ALONE_SECONDS):
+        while self._asides and not asked() and self._may_go_on(others, began):
             before = time.monotonic()
             said += self._piece()
             if others:
                 self._credit = max(self._credit - (time.monotonic() - before), -DEBT_SECONDS)
         return said
+
+    def _may_go_on(self, others: bool, began: float) -> bool:
+        return self._credit > 0 if others else time.monotonic() - began < ALONE_SECONDS
 
     def _piece(self) -> list[Output | Failure]:
         aside = self._waiting.next()
@@ -115,25 +141,21 @@ class Asides:
         try:
             if aside.steps is None:
                 aside.scheduled = time.monotonic()
-                aside.steps = self._explainer.explain(request)
+                aside.steps = self._explainer.explain(request, aside.tally)
             next(aside.steps)
         except StopIteration as end:
             return [self._told(aside, end.value)]
         except RequestError as error:
             return self._failed(aside, Failure(request.id, str(error), error.param, error.code))
-        except (CheckpointError, MemoryError) as error:
+        except (CheckpointError, MemoryError, OSError) as error:
             return self._failed(aside, Failure(request.id, str(error) or "not enough memory to explain"))
         except Exception as error:  # an input may be anything: others do not end for it
             log.exception("explaining request %s", request.id)
-            reason = f"the input cannot be explained: {type(error).__name__}; send another"
-            return self._failed(aside, Failure(request.id, reason, "input"))
+            return self._failed(aside, Failure(request.id, f"it cannot be explained: {type(error).__name__}"))
         return []
 
     def _told(self, aside: Aside, found: Explanation) -> Output:
         self._end(aside)
-        served, project = self._waiting.served, aside.request.project
-        if project in served:
-            served[project] += found.computed_tokens
         now = time.monotonic()
         return Output(
             id=aside.request.id,
@@ -152,6 +174,8 @@ class Asides:
 
     def _end(self, aside: Aside) -> None:
         del self._asides[aside.request.id]
+        served, project = self._waiting.served, aside.request.project
+        served[project] = served.get(project, 0) + aside.tally.computed
         self._waiting.remove(aside)
         self._waiting.forget(set())
         if aside.steps is not None:

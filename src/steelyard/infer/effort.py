@@ -5,6 +5,7 @@ A pass back counts as two more; rows that are alike are computed once, so it may
 
 from __future__ import annotations
 
+from steelyard.errors import RequestError
 from steelyard.infer.request import Explain
 
 INTEGRAL = 16
@@ -14,7 +15,40 @@ GRID = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 DRAWN = 3
 """Random orders beside that of an explanation."""
 MOST = 1 << 18
-"""Tokens of one explanation: minutes of a small model."""
+"""Tokens that one explanation computes: minutes of a small model."""
+LONGEST = 1024
+"""Of an input, its answer included: a pass over a block or a window is a piece, which nobody interrupts, and scores of
+attention are held whole."""
+MOST_ANSWER = 256
+"""Tokens of an answer."""
+
+
+def check(explain: Explain, tokens: int, units: int | None = None, param: str = "input") -> int:
+    """`most`, of an input that is not too large.
+
+    Raises:
+        RequestError: it is; the field is named.
+    """
+    if len(explain.answer) > MOST_ANSWER:
+        reason = f"the answer has {len(explain.answer)} tokens; {MOST_ANSWER} are explained at the most"
+        raise RequestError(reason, param="target", code="context_length_exceeded")
+    if tokens > LONGEST:
+        reason = f"{tokens} tokens, {LONGEST} are explained at the most: shorten it"
+        raise RequestError(reason, param=param, code="context_length_exceeded")
+    count = most(explain, tokens, units)
+    if count > MOST:
+        advice = "take the method 'lrp'" if explain.method != "lrp" else "leave 'faithfulness' out"
+        reason = f"the explanation would compute {count} tokens, {MOST} are the limit: shorten the input, or {advice}"
+        raise RequestError(reason, param=param, code="context_length_exceeded")
+    return count
+
+
+def in_windows(tokens: int, window: int | None, around: int) -> int:
+    """Tokens of a text that is read in windows, what stands around each of them counted every time."""
+    if window is None or tokens <= window:
+        return tokens
+    inside = max(1, window - around)
+    return tokens + around * (-(-(tokens - around) // inside) - 1)
 
 
 def most(explain: Explain, tokens: int, units: int | None = None) -> int:

@@ -36,7 +36,7 @@ from steelyard.models import classifiers
 from steelyard.models.classifiers import Classifier
 from steelyard.models.encoder import Encoder
 from steelyard.models.fusion import FusionClassifier
-from steelyard.models.inputs import padded
+from steelyard.models.inputs import around, padded
 from steelyard.text.tokenizer import Tokenizer
 
 log = logging.getLogger("steelyard.engine")
@@ -262,7 +262,8 @@ class ClassReader:
         self._classifier, self._inputs = classifier, classifier.text
         self.labels = classifier.labels
         self.tokenizer: Tokenizer | None = classifier.text.tokenizer
-        window = self._inputs.window
+        window = self.window = self._inputs.window
+        self.around = sum(map(len, around(self._inputs.tokenizer)))
         self.context = ROWS * window // 2 if window else self._inputs.context or ANY_LENGTH  # in one pass
 
     def rows(self, request: Request) -> list[Any]:

@@ -52,14 +52,12 @@ class State:
 
     def after(self, drafts: Sequence[int]) -> list[Ceiling]:
         """What is allowed now, and after each of some guesses, as far as they are allowed."""
-        found, taken = [self.ceiling()], 0
+        found = [self.ceiling()]
+        ahead = self.copy() if drafts else self  # a guess that is too hard to follow breaks the copy alone
         for token in drafts:
-            if found[-1][token] < 0 or self._matcher.try_consume_tokens([token]) != 1:
+            if found[-1][token] < 0 or ahead._matcher.try_consume_tokens([token]) != 1:
                 break
-            taken += 1
-            found.append(self.ceiling())
-        if taken:
-            self._matcher.rollback(taken)
+            found.append(ahead.ceiling())
         return found
 
     def take(self, token: int) -> None:

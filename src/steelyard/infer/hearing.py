@@ -17,7 +17,7 @@ import torch
 from steelyard.errors import CheckpointError, ConfigError
 from steelyard.infer import recognition, transcription
 from steelyard.infer.decoding.stepped import Steps
-from steelyard.infer.sound import SOUND_RATE, TOKEN_SAMPLES, Heard, Hearing, Hears
+from steelyard.infer.sound import MOST_BEAMS, SOUND_RATE, TOKEN_SAMPLES, Heard, Hearing, Hears
 from steelyard.infer.transcription import ROWS, SECONDS, Said, Transcriber
 from steelyard.models import speech
 from steelyard.models.mel import HOP
@@ -82,6 +82,7 @@ class WhisperHearer:
             languages=list(transcriber.languages),
             prompts=transcriber.before is not None,
             words=False,
+            beams=max(1, min(MOST_BEAMS, HEARD_BYTES // row)),
         )
 
     def size(self, samples: int) -> float:

@@ -340,6 +340,10 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Of embeddings."""
     kinds: list[str] = []
     """Of a classifier: what it reads, of text, image and audio."""
+    window: int | None = None
+    """Of a classifier of texts: longer ones are read in parts of so many tokens,"""
+    around: int = 0
+    """with so many around each."""
     sees: Sees | None = None
     hears: Hears | None = None
     """Of a model that transcribes."""

@@ -71,6 +71,8 @@ class Hears(msgspec.Struct, frozen=True, kw_only=True):
     """Whether it can be told what was said before."""
     words: bool
     """Whether it can say when each word is said."""
+    beams: int = MOST_BEAMS
+    """Most beginnings of a transcript that it keeps: each holds what it has heard."""
 
 
 def most_written(hears: Hears, samples: int) -> int:
@@ -85,8 +87,8 @@ def check(hears: Hears, hearing: Hearing, model: str = "this model") -> None:
     Raises:
         RequestError: it does not; the field is named.
     """
-    if not 1 <= hearing.beam <= MOST_BEAMS:
-        raise RequestError(f"'beam_width' must be 1 to {MOST_BEAMS}", param="beam_width")
+    if not 1 <= hearing.beam <= hears.beams:
+        raise RequestError(f"'beam_width' of {model} must be 1 to {hears.beams}", param="beam_width")
     if hearing.language is not None and hearing.language not in hears.languages:
         known = f"one of {', '.join(hears.languages)}" if hears.languages else "absent: it is not told any"
         raise RequestError(f"'language' of {model} must be {known}", param="language")

@@ -33,7 +33,7 @@ from steelyard.errors import ArtifactError, CheckpointError, RequestError, Steel
 from steelyard.infer import fidelity
 from steelyard.infer.adapters import Prepared
 from steelyard.infer.asides import Asides, Explainer
-from steelyard.infer.encoder_engine import EncoderEngine, open_reader
+from steelyard.infer.encoder_engine import ClassReader, EncoderEngine, open_reader
 from steelyard.infer.engine import Engine, EngineConfig
 from steelyard.infer.example_reader import ExampleReader
 from steelyard.infer.grammars import State
@@ -121,12 +121,14 @@ def serve(engine: AnyEngine, inbox: Inbox, socket: EngineSocket, explainer: Expl
                 socket.send([answer])
         began = time.monotonic()
         answers: list[FromEngine] = [*engine.step()] if engine.busy else []
-        answers += asides.turn(time.monotonic() - began, others=engine.busy)
-        if not engine.busy or time.monotonic() - told >= STATS_SECONDS:
+        if not (engine.busy or asides.busy) or time.monotonic() - told >= STATS_SECONDS:
             told = time.monotonic()
             answers.append(engine.stats())
-        if answers:
+        if answers:  # before any other work: somebody waits for them
             socket.send(answers)
+        spent = time.monotonic() - began
+        if explained := asides.turn(spent, others=engine.busy, asked=lambda: not inbox.empty()):
+            socket.send(explained)
         if not engine.busy:
             engine.check_integrity()
 
@@ -274,6 +276,8 @@ def _ready(engine: AnyEngine, model: str, checkpoint_id: str, adapters: list[str
     if isinstance(engine, EncoderEngine):
         reader = engine.reader
         ready = msgspec.structs.replace(ready, task=reader.task, labels=list(reader.labels), width=reader.width)
+        if isinstance(reader, ClassReader):
+            return msgspec.structs.replace(ready, window=reader.window, around=reader.around)
         if isinstance(reader, ExampleReader):
             return msgspec.structs.replace(ready, kinds=list(reader.kinds), sees=reader.sees)
         return ready

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from steelyard.errors import RequestError
+from steelyard.errors import EngineUnavailableError, RequestError
 from steelyard.infer import effort
 from steelyard.infer.request import Explain, Explanation, Output, Request
 from steelyard.serve.billing.bill import Bill, Payer
@@ -28,8 +29,8 @@ from steelyard.serve.protocol.explanations import (
 )
 from steelyard.text.source import Source
 
-MOST_ANSWER = 256
-"""Tokens of an answer that are explained; those after are not."""
+SECONDS = 900.0
+"""How long explanations may take."""
 
 
 @dataclass
@@ -65,11 +66,18 @@ class Asked:
             for id, shown, explain in zip(_ids(self.bill, len(self.shown)), self.shown, self.explains, strict=True)
         ]
         found: dict[str, Output] = {}
-        async with contextlib.aclosing(self.served.engine.submit(*requests, meter=self.meter)) as outputs:
-            async for together in outputs:
-                found |= {output.id: output for output in together}
+        timing = self.bill.payer.meters.timing(self.served.id)
+        try:
+            async with asyncio.timeout(SECONDS):
+                async with contextlib.aclosing(self.served.engine.submit(*requests, meter=self.meter)) as outputs:
+                    async for together in outputs:
+                        timing.take((0, output) for output in together)
+                        found |= {output.id: output for output in together}
+        except TimeoutError:
+            raise EngineUnavailableError("the explanation did not come in time: ask for less, or later") from None
         await self.bill.settle(self.meter)
         computed = self.bill.counts.input_tokens
+        timing.end(self.bill.cost / NANO, computed)
         told = []
         for request, source in zip(requests, self.sources, strict=True):
             explanation = found[request.id].explanation
@@ -113,13 +121,11 @@ async def asking(
         raise RequestError("a batch's lines are not explained: ask /v1/explain", param="explain")
     whole = 0
     read = [Shown(source.ids) for source in sources] if shown is None else shown
+    ready = served.ready()
     for number, (one, explain) in enumerate(zip(read, explains, strict=True)):
         length = one.tokens + len(explain.answer) if lengths is None else lengths[number]
-        most = effort.most(explain, length, None if shown is None else one.units(served.ready()))
-        if most > effort.MOST:
-            reason = f"the explanation would compute {most} tokens, {effort.MOST} are the limit: shorten the input"
-            raise RequestError(f"{reason}, or take the method 'lrp'", param=param, code="context_length_exceeded")
-        whole += most
+        units = None if shown is None else one.units(ready)
+        whole += effort.check(explain, effort.in_windows(length, ready.window, ready.around), units, param)
     bill = payer.bill(fresh("explain-"), served, Counts(whole, 0, 0), "explanations")
     async with bill.metered(dict.fromkeys(_ids(bill, len(sources)), 1)) as meter:
         yield Asked(served, bill, sources, explains, meter, read)
@@ -131,7 +137,7 @@ def _ids(bill: Bill, count: int) -> list[str]:
 
 def with_answer(explain: Explain, source: Source, answer: Sequence[int]) -> Explain:
     """Of a model that writes: which answer is explained, and which tokens have a share."""
-    return msgspec.structs.replace(explain, answer=list(answer)[:MOST_ANSWER], places=source.places)
+    return msgspec.structs.replace(explain, answer=list(answer), places=source.places)
 
 
 def _told(

@@ -17,7 +17,7 @@ from steelyard.serve.ids import fresh
 from steelyard.serve.models import ServedModel
 from steelyard.serve.sounds import Samples
 
-TOGETHER = 8
+TOGETHER = 4
 """Pieces of a recording that are asked at once: what this process and the engine hold of it."""
 
 

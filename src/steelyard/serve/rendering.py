@@ -6,6 +6,7 @@ from steelyard.errors import RequestError, TemplateError
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.tools import Offer
 from steelyard.text.reasoning import ReasoningReader, begun, thinks
+from steelyard.text.source import Source, marked, source_of_chat
 
 
 def rendered(
@@ -44,8 +45,17 @@ def rendered(
         raise RequestError(str(error), param=param, code="template_failed") from None
 
 
-def reasoning_reader(served: ServedModel, prompt: str) -> ReasoningReader | None:
-    """What parts an answer's thoughts from it; None: the model has no marks for them."""
-    if served.template is None or not thinks(served.template.source):
+def chat_source(served: ServedModel, messages: list[dict[str, str]], offer: Offer | None = None) -> Source:
+    """A conversation's prompt, with what each token stands for and whose it is. Raises as `rendered` does."""
+    text = rendered(served, messages, offer)
+    marks = [{**message, "content": marked(message.get("content", ""))} for message in messages]
+    return source_of_chat(served.tokenizer, text, rendered(served, marks, offer))
+
+
+def reasoning_reader(served: ServedModel, prompt: str, *, formed: bool = False) -> ReasoningReader | None:
+    """What parts an answer's thoughts from it; None: the model has no marks for them, or it is `formed`: all of it has
+    a form that leaves no room for thoughts.
+    """
+    if formed or served.template is None or not thinks(served.template.source):
         return None
     return ReasoningReader(inside=begun(prompt))

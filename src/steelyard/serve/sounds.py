@@ -38,8 +38,8 @@ DECODERS = 2
 """Processes at once."""
 WALL_SECONDS = 60.0
 """What a decoder may take; its processor time is bounded by itself."""
-MOST_HELD = 16
-"""Recordings of a project that are taken in or heard at once."""
+MOST_HELD, MOST_IN_ALL = 8, 32
+"""Recordings of a project, and of all together, that are taken in or heard at once."""
 MOST_COMPLAINT = 400
 _PACKAGES = str(Path(sound_process.__file__).parents[2])
 
@@ -76,6 +76,8 @@ class Sounds:
         """
         if self._held[project] >= MOST_HELD:
             raise RateLimitError(f"{MOST_HELD} recordings of this project are being heard: send this one later")
+        if self._held.total() >= MOST_IN_ALL:
+            raise RateLimitError("as many recordings are being heard as may be at once: send this one later")
         self._held[project] += 1
         try:
             yield

@@ -33,7 +33,7 @@ from steelyard.models.inputs import FusedInputs, around
 from steelyard.report import Cell, Report
 from steelyard.stages.tasks.fusion import labelled as labelled_rows
 from steelyard.text.chat_template import ChatTemplate
-from steelyard.text.source import Source, source_of, source_of_chat
+from steelyard.text.source import Source, marked, source_of, source_of_chat
 from steelyard.text.tokenizer import Tokenizer
 
 ANSWER = 32
@@ -293,13 +293,16 @@ def _answer(checkpoint: Path, given: str, format_: FormatConfig, wanted: Wanted)
     decoder, tokenizer, template = open_decoder(base), Tokenizer.load(base), ChatTemplate.load(base)
     adapter = dora.load(checkpoint, decoder) if base != checkpoint else None
     labelled = len(format_.labels) > 1 and template is not None
-    plain = Conversation(messages=(Message("user", given),))
-    asked = chat.asked(given, format_, None, None) if labelled else plain
-    source = _asked(tokenizer, template, asked, [given])
+
+    def asked(text: str) -> Conversation:
+        plain = Conversation(messages=(Message("user", text),))
+        return chat.asked(text, format_, None, None) if labelled else plain
+
+    source = _asked(tokenizer, template, given, asked)
     if len(source.ids) > min(MOST_TOKENS, decoder.config.context):
         raise ConfigError(f"the prompt has {len(source.ids)} tokens: more than the model, or an explanation, takes")
     if labelled:
-        (question,) = classification.questions([asked], format_.labels, tokenizer, template)
+        (question,) = classification.questions([asked(given)], format_.labels, tokenizer, template)
         if wanted.target is not None and wanted.target not in format_.labels:
             raise ConfigError(f"--target '{wanted.target}' is none of {', '.join(format_.labels)}")
         scores = classification.score(decoder, adapter, [question])[0]
@@ -327,13 +330,17 @@ def _answer(checkpoint: Path, given: str, format_: FormatConfig, wanted: Wanted)
     return _Prepared(subject, named, _drawn(source, places), ["text"] * len(places), names, near)
 
 
-def _asked(tokenizer: Tokenizer, template: ChatTemplate | None, asked: Conversation, contents: Sequence[str]) -> Source:
+def _asked(
+    tokenizer: Tokenizer, template: ChatTemplate | None, given: str, asked: Callable[[str], Conversation]
+) -> Source:
+    """What the model reads of a text, and which of its tokens are the text's."""
     if template is None:
-        return source_of(tokenizer, contents[0])
-    (rendered,) = located(
-        [asked], lambda turns: template.render_many([(tokenizer.guard_messages(each), True) for each in turns])
+        return source_of(tokenizer, given)
+    conversations = [asked(given), asked(marked(given))]
+    plain, with_marks = located(
+        conversations, lambda turns: template.render_many([(tokenizer.guard_messages(each), True) for each in turns])
     )
-    return source_of_chat(tokenizer, rendered, contents)
+    return source_of_chat(tokenizer, plain, with_marks)
 
 
 def _own(checkpoint: Path, prompt: list[int]) -> list[int]:

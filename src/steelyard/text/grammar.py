@@ -47,10 +47,17 @@ def of_schema(schema: dict[str, Any], param: str, depth: int = recursion.DEPTH) 
     Raises:
         RequestError: a keyword that is not kept here, by name, a schema that is none, or that has no answer so shallow.
     """
-    made = _of_json(schema, param)
-    _short(made, param)
-    flat = _written_out(schema, param, depth)
-    return _checked(made, param) if flat is schema else _checked(_of_json(flat, param), param, MOST_WRITTEN_OUT)
+    _short(_written(schema, param), param)
+    plain = recursion.plain_names(schema, param)
+    flat = _written_out(plain, param, depth)
+    return _checked(_of_json(flat, param), param, MOST_CHARACTERS if flat is plain else MOST_WRITTEN_OUT)
+
+
+def _written(schema: dict[str, Any], param: str) -> str:
+    try:
+        return json.dumps(schema)
+    except RecursionError:
+        raise _too_deep(param) from None
 
 
 def _of_json(schema: dict[str, Any], param: str) -> str:
@@ -107,10 +114,12 @@ def of_calls(tools: Sequence[tuple[str, dict[str, Any], str]], *, text: bool, se
         RequestError: a schema's keyword that is not kept here, by the tool's field.
     """
     calls, rules, most = list[str](), list[str](), MOST_CHARACTERS
+    _short("".join(_written(schema, own) for _, schema, own in tools), param)  # before any is compiled
     for number, (name, schema, own) in enumerate(tools):
         of_schema(schema, own)
-        flat = _written_out(schema, own, recursion.DEPTH)
-        most = most if flat is schema else MOST_WRITTEN_OUT
+        plain = recursion.plain_names(schema, own)
+        flat = _written_out(plain, own, recursion.DEPTH)
+        most = most if flat is plain else MOST_WRITTEN_OUT
         calls.append(f"call_{number}")
         arguments = json.dumps({**flat, "x-guidance": LAYOUT})
         begin, end = json.dumps(tool_calls.head(name)), json.dumps("}" + tool_calls.CLOSE)

@@ -28,6 +28,8 @@ NAMED = ("properties", "patternProperties")
 NUMBERED = ("allOf", "prefixItems", "items", "additionalItems", "additionalProperties")
 """Hold a schema or a list of them."""
 BELOW = "#/$defs/"
+OWN_NAMES = ("$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor")
+RENAMES = (*OWN_NAMES, "$dynamicRef", "$recursiveRef")
 LEFT_OUT = ("$defs", "definitions", "$id", "id", "$anchor", "$schema")
 """What a definition's copy does not have."""
 
@@ -43,11 +45,35 @@ def unroll(schema: dict[str, Any], param: str, depth: int = DEPTH) -> dict[str, 
     Raises:
         RequestError: no answer is that shallow, it grows too large, or it is recursive and names a part elsewhere.
     """
+    schema = plain_names(schema, param)
     definitions = _Definitions(schema, param)
+    definitions.check_names()
     if definitions.returns:
         return unroll(definitions.written_out(depth), param)
     definitions.check_nesting()
     return schema
+
+
+def plain_names(schema: dict[str, Any], param: str) -> dict[str, Any]:
+    """A schema without a name of its own. Its parts have none: two readers would have to agree on what they lead to.
+
+    Raises:
+        RequestError: a part is renamed, or referred to otherwise than by its place, such as `#/$defs/x`.
+    """
+    bare = {key: value for key, value in schema.items() if not (key in OWN_NAMES and isinstance(value, str))}
+    waiting: list[Any] = [bare]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            for key, value in one.items():
+                renamed = key in RENAMES and isinstance(value, str | bool)
+                if renamed or (key == "$ref" and isinstance(value, str) and value[:2] not in ("#", "#/")):
+                    reason = f"has '{key}' of {str(value)[:60]!r}: refer to parts of it by their place, as '#/$defs/x'"
+                    raise RequestError(f"'{param}' {reason}", param=param)
+                waiting.append(value)
+        elif isinstance(one, list):
+            waiting += one
+    return schema if len(bare) == len(schema) else bare
 
 
 class _Definitions:
@@ -88,11 +114,18 @@ class _Definitions:
             reason = f"has more than {MOST_NESTED} schemas within each other, those that it names counted"
             raise RequestError(f"'{self._param}' {reason}", param=self._param)
 
+    def check_names(self) -> None:
+        """Refuse a reference that leads nowhere: another reader may find something there.
+
+        Raises:
+            RequestError: it is named.
+        """
+        if self._unknown is not None:
+            reason = f"names '{self._unknown[:100]}', which is not within it: refer by '#/…'"
+            raise RequestError(f"'{self._param}' {reason}", param=self._param)
+
     def written_out(self, depth: int) -> dict[str, Any]:
         """The schema with a definition for each that is reached, level by level."""
-        if self._unknown is not None:
-            reason = f"is recursive and names '{self._unknown[:100]}', which is not within it: refer by '#/…'"
-            raise RequestError(f"'{self._param}' {reason}", param=self._param)
         for level in range(depth):
             for body in self._inner_first:
                 if level == 0 or id(body) in self._deep:

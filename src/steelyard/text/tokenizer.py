@@ -116,13 +116,15 @@ class Tokenizer:
         """`messages` with every value guarded: what a chat template should be given of what users wrote."""
         return [{key: self.guard(value) for key, value in message.items()} for message in messages]
 
-    def spans(self, text: str, *, add_special_tokens: bool = False) -> tuple[list[int], list[Span]]:
-        """`encode_plain`, and which characters each token stands for; (0, 0) of one that stands for none.
+    def spans(
+        self, text: str, *, add_special_tokens: bool = False, control: bool = False
+    ) -> tuple[list[int], list[Span]]:
+        """`encode_plain`, or with `control` `encode`, and which characters each token stands for; (0, 0): none.
 
         Raises:
             RequestError: the text has a lone surrogate.
         """
-        return _spans(self._plain, text, add_special_tokens)
+        return _spans(self._inner if control else self._plain, text, add_special_tokens)
 
     def rendered_spans(self, text: str) -> tuple[str, list[int], list[Span]]:
         """`encode_rendered`, beside it the text without marks and which of its characters each token stands for.

@@ -12,10 +12,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from steelyard.errors import SteelyardError
+from steelyard.infer.effort import MOST_ANSWER
 from steelyard.infer.request import Output
 from steelyard.serve.billing.bill import Payer
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
-from steelyard.serve.explaining import MOST_ANSWER, asking, with_answer
+from steelyard.serve.explaining import asking, with_answer
 from steelyard.serve.generation import Choice, Generation, finish, plan
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.chat import (
@@ -35,15 +37,15 @@ from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
 from steelyard.serve.protocol.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta, call_id
 from steelyard.serve.protocol.usage import CompletionTokensDetails, Finish, Usage
 from steelyard.serve.reading import demand
-from steelyard.serve.rendering import reasoning_reader, rendered
+from steelyard.serve.rendering import chat_source, reasoning_reader, rendered
 from steelyard.serve.service import Service
 from steelyard.serve.stored import Kept
 from steelyard.text.reasoning import Answered, ReasoningReader, Thought, parted
-from steelyard.text.source import Source, source_of_chat
+from steelyard.text.source import Source
 from steelyard.text.tool_calls import Arguments, Begun, CallReader, Piece, Said
 
 Keep = Callable[[list[Choice]], Awaitable[None]]
-Explain = Callable[[list[int]], Coroutine[Any, Any, Explained]]
+Explain = Callable[[list[int]], Coroutine[Any, Any, Explained | str]]
 """The tokens of an answer -> why it is so."""
 Explaining = Callable[[], contextlib.AbstractAsyncContextManager[Explain | None]]
 
@@ -78,15 +80,15 @@ async def create(service: Service, request: Request) -> Response:
             await keep(choices)
         if explain is not None:
             found = await while_connected(request.receive, explain(choices[0].tokens))
-            answer = msgspec.structs.replace(answer, explanation=found)
+            answer = msgspec.structs.replace(answer, **_explanation(found))
     return json_response(answer)
 
 
 def _source(served: ServedModel, body: ChatRequest) -> Source:
     """The prompt; where it is to be explained, with what each of its tokens stands for."""
-    text = rendered(served, body.messages, body.offer)
     if body.explain:
-        return source_of_chat(served.tokenizer, text, [said.get("content", "") for said in body.messages])
+        return chat_source(served, body.messages, body.offer)
+    text = rendered(served, body.messages, body.offer)
     return Source(text, served.tokenizer.encode_rendered(text), [])
 
 
@@ -103,9 +105,14 @@ async def _explaining(
     longest = len(source.ids) + min(MOST_ANSWER, generation.requests[0].sampling.max_tokens)
     async with asking(served, payer, [source], [asked], lengths=[longest], param="messages") as reserved:
 
-        async def explain(tokens: list[int]) -> Explained:
-            reserved.explains = [with_answer(asked, source, tokens)]
-            (found,) = await reserved.answers()
+        async def explain(tokens: list[int]) -> Explained | str:
+            if not tokens:
+                return "the answer has no token"
+            reserved.explains = [with_answer(asked, source, tokens[:MOST_ANSWER])]
+            try:
+                (found,) = await reserved.answers()
+            except SteelyardError as error:  # the answer is there, and paid for
+                return str(error)
             return found
 
         yield explain
@@ -115,7 +122,7 @@ def _answer(body: ChatRequest, generation: Generation, source: Source, choices: 
     served = generation.served
     answers, thoughts = [], []
     for number, choice in enumerate(choices):
-        reader = reasoning_reader(served, source.text)
+        reader = reasoning_reader(served, source.text, formed=_formed(body))
         thought, text = ("", choice.text) if reader is None else parted(choice.text, inside=reader.inside)
         message, reason = _told(choice, text, bool(body.offered))
         if thought:
@@ -129,6 +136,18 @@ def _answer(body: ChatRequest, generation: Generation, source: Source, choices: 
         scored = prompt_logprobs(choices[0].prompt_logprobs, body.prompt_logprobs)
         answer = msgspec.structs.replace(answer, prompt_logprobs=scored)
     return answer
+
+
+def _explanation(found: Explained | str) -> dict[str, Any]:
+    return {"explanation_error" if isinstance(found, str) else "explanation": found}
+
+
+def _formed(body: ChatRequest) -> bool:
+    """Whether an answer is JSON, or a call, from its first token on."""
+    held = body.structured_outputs
+    as_json = body.response_format is not None and body.response_format.type != "text"
+    as_json = as_json or (held is not None and (held.json_ is not None or held.json_object is not None))
+    return as_json or (bool(body.offered) and body.offer.must_call)
 
 
 def _with_thoughts(generation: Generation, thoughts: list[str]) -> Usage:
@@ -184,7 +203,7 @@ async def _events(
     choices = [Choice() for _ in range(generation.choices)]
     served = generation.served
     told = [
-        _Told(number, served, bool(body.offered), reasoning_reader(served, source.text))
+        _Told(number, served, bool(body.offered), reasoning_reader(served, source.text, formed=_formed(body)))
         for number in range(generation.choices)
     ]
     blank = ChatChunk(
@@ -207,7 +226,7 @@ async def _events(
         if keep is not None:
             await keep(choices)
         if explain is not None:
-            yield event(msgspec.structs.replace(blank, explanation=await explain(choices[0].tokens)))
+            yield event(msgspec.structs.replace(blank, **_explanation(await explain(choices[0].tokens))))
     if body.include_usage:
         usage = _with_thoughts(generation, [one.thought for one in told])
         yield event(msgspec.structs.replace(blank, usage=usage))

@@ -20,9 +20,9 @@ from steelyard.serve.protocol.examples import Example
 from steelyard.serve.protocol.explain import ExplainRequest, Explanation
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.reading import demand
-from steelyard.serve.rendering import rendered
+from steelyard.serve.rendering import chat_source
 from steelyard.serve.service import Service
-from steelyard.text.source import Source, source_of, source_of_chat
+from steelyard.text.source import Source, source_of
 
 
 async def create(service: Service, request: Request) -> Response:
@@ -43,8 +43,9 @@ async def create(service: Service, request: Request) -> Response:
     else:
         answer = [] if body.target is None else served.tokenizer.encode_plain(body.target)
         explain = with_answer(body.asked(), source, answer)
-    if len(source.ids) > ready.context:
-        reason = f"the input has {len(source.ids)} tokens, but the context of '{served.id}' is {ready.context}"
+    if len(source.ids) + max(0, len(explain.answer) - 1) > ready.context:
+        reason = f"input and target have {len(source.ids) + len(explain.answer)} tokens, but the context of"
+        reason += f" '{served.id}' is {ready.context}"
         raise RequestError(f"{reason}: shorten it", param=_param(body), code="context_length_exceeded")
     async with asking(served, payer, [source], [explain], shown=shown, param=_param(body)) as asked:
         (found,) = await while_connected(request.receive, asked.answers())
@@ -61,11 +62,10 @@ async def _read(
 ) -> tuple[Source, list[Shown] | None]:
     """What is explained; and, where it is more than a text, what the engine is shown of it."""
     if body.messages is not None:
-        said = [message.get("content", "") for message in body.messages]
-        text = await asyncio.to_thread(rendered, served, body.messages)
-        return await asyncio.to_thread(source_of_chat, served.tokenizer, text, said), None
+        return await asyncio.to_thread(chat_source, served, body.messages), None
     given = body.input if isinstance(body.input, Example) else Example(text=body.input)
     if given.image is None and given.audio is None and not ready.kinds:
-        return await asyncio.to_thread(source_of, served.tokenizer, given.text or ""), None
+        writes = ready.task == "generate"
+        return await asyncio.to_thread(source_of, served.tokenizer, given.text or "", control=writes), None
     shown = await service.showing.prepare(served, ready, project, [given], "input")
     return Source(given.text or "", shown[0].prompt, []), shown

@@ -13,7 +13,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from steelyard.errors import RequestError
+from steelyard.errors import RequestError, SteelyardError
 from steelyard.infer.request import Output
 from steelyard.serve.billing.bill import Payer
 from steelyard.serve.connection import while_connected
@@ -62,15 +62,18 @@ async def classify(service: Service, request: Request) -> Response:
             data.append(Class(number, labels[classes[-1]], shares, len(labels)))
         if explain is not None:
             found = await while_connected(request.receive, explain(classes))
-            pairs = zip(data, found, strict=True)
-            data = [msgspec.structs.replace(one, explanation=explanation) for one, explanation in pairs]
+            if isinstance(found, str):
+                data = [msgspec.structs.replace(one, explanation_error=found) for one in data]
+            else:
+                pairs = zip(data, found, strict=True)
+                data = [msgspec.structs.replace(one, explanation=explanation) for one, explanation in pairs]
     return json_response(Readings(answer.id, answer.created, served.id, data, answer.usage))
 
 
 @contextlib.asynccontextmanager
 async def _explaining(
     served: ServedModel, payer: Payer, shown: list[Shown], body: ClassifyRequest
-) -> AsyncGenerator[Callable[[list[int]], Coroutine[Any, Any, list[Explained]]] | None, None]:
+) -> AsyncGenerator[Callable[[list[int]], Coroutine[Any, Any, list[Explained] | str]] | None, None]:
     """Reserve for explanations of the classes that are to come; None: none is wanted."""
     wanted = options(body.explain)
     if wanted is None:
@@ -85,9 +88,12 @@ async def _explaining(
     explains = [wanted.asked(target=0) for _ in sources]
     async with asking(served, payer, sources, explains, shown=read_as) as reserved:
 
-        async def explain(classes: list[int]) -> list[Explained]:
+        async def explain(classes: list[int]) -> list[Explained] | str:
             reserved.explains = [wanted.asked(target=number) for number in classes]
-            return await reserved.answers()
+            try:
+                return await reserved.answers()
+            except SteelyardError as error:  # the classes are there, and paid for
+                return str(error)
 
         yield explain
 

@@ -58,6 +58,10 @@ CALL = {
 }
 
 
+THOUGHTS = {"type": ["string", "null"]}
+"""What an assistant thought before: taken back with his message, and not read again."""
+
+
 def _shape(role: Any, content: Any, required: list[str], **others: Any) -> dict[str, Any]:
     neutral = neutral_properties(MESSAGE_NEUTRAL)
     return {
@@ -75,11 +79,13 @@ MESSAGES = {
     "items": {
         "anyOf": [
             _shape({"enum": list(ROLES)}, CONTENT, ["content"]),
+            _shape({"const": "assistant"}, CONTENT, ["content"], reasoning_content=THOUGHTS),
             _shape(
                 {"const": "assistant"},
                 {"anyOf": [*CONTENT["anyOf"], {"type": "null"}]},
                 ["tool_calls"],
                 tool_calls={"type": "array", "minItems": 1, "maxItems": MOST_TOOLS, "items": CALL},
+                reasoning_content=THOUGHTS,
             ),
             {
                 "type": "object",
@@ -160,6 +166,9 @@ def _message(message: object, path: str, called: set[str]) -> dict[str, str]:
     known = (
         ("role", "content", "tool_calls") if role == "assistant" and message.get("tool_calls") else ("role", "content")
     )
+    thoughts = message.get("reasoning_content")
+    if role == "assistant" and (thoughts is None or isinstance(thoughts, str)):
+        message = {name: value for name, value in message.items() if name != "reasoning_content"}
     kept = accept_neutral(message, MESSAGE_NEUTRAL, known, f"{path}.")
     if not isinstance(role, str) or role not in ROLES:
         wrong = f", not '{role[:40]}'" if isinstance(role, str) else ""
@@ -257,6 +266,8 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     """There if they were asked for."""
     explanation: Explained | msgspec.UnsetType = msgspec.UNSET
     """Likewise."""
+    explanation_error: str | msgspec.UnsetType = msgspec.UNSET
+    """Why there is none, though it was asked for: the answer is there, and paid for."""
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -290,6 +301,8 @@ class ChatChunk(msgspec.Struct, frozen=True):
     """Absent unless `include_usage` asks for it; then null in every chunk but the last."""
     explanation: Explained | msgspec.UnsetType = msgspec.UNSET
     """In a chunk of its own after the answer, if it was asked for."""
+    explanation_error: str | msgspec.UnsetType = msgspec.UNSET
+    """Why there is none, though it was asked for: the answer is there, and paid for."""
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 

@@ -153,6 +153,8 @@ class Class(msgspec.Struct, frozen=True):
     num_classes: int
     explanation: Explained | msgspec.UnsetType = msgspec.UNSET
     """There if it was asked for."""
+    explanation_error: str | msgspec.UnsetType = msgspec.UNSET
+    """Why there is none, though it was asked for: the answer is there, and paid for."""
 
 
 class Score(msgspec.Struct, frozen=True):

@@ -64,7 +64,7 @@ class StructuredOutputs(Fields):
     grammar_: Annotated[str | None, Field(alias="grammar", min_length=1)] = None
     """Lark's rules, from `start` on."""
     json_object: Literal[True] | None = None
-    depth: Annotated[int, Field(ge=1, le=MAX_DEPTH)] | None = None
+    depth: Annotated[int, Field(ge=2, le=MAX_DEPTH)] | None = None
     """How often a definition of a recursive schema may stand within itself; only beside `json`."""
 
     @pydantic.model_validator(mode="after")
