@@ -474,3 +474,19 @@ def test_kept_by_either_database(make_checkpoint: Callable[[str], Path], fresh_d
         service.behind.database.write_now(lambda connection: stored_responses.expire(connection, 1 << 40))
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve(second.id)
+
+
+def test_what_is_kept_is_bounded_and_charged(service: Service) -> None:
+    """A large request is answered and not kept; what lies in the database is stored like a file."""
+    from steelyard.serve.billing import storage
+    from steelyard.serve.billing.prices import Price, PriceList
+
+    padded = {"model": "tiny", "input": "Hello", "instructions": " " * (1 << 20)}
+    with service.http() as client:
+        refused = client.post("/v1/responses", json=padded)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "store"
+        assert client.post("/v1/responses", json={"model": "tiny", "input": "Hello"}).status_code == 200
+    prices = PriceList(1, {"*": Price(storage=1 << 40)}, 0)
+    charges = service.behind.database.read_now(lambda connection: storage.due(connection, prices, 0))
+    assert sum(int(charge.note.split()[0]) for charge in charges) > 500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from sqlalchemy import Connection, func, select
 
@@ -19,14 +20,15 @@ def due(connection: Connection, prices: PriceList, now: int) -> list[Charge]:
     if not rate:
         return []
     day = time.strftime("%Y-%m-%d", time.gmtime(now))
-    files = tables.files.c
-    stored = connection.execute(
-        select(files.project_id, func.sum(files.bytes).label("held")).group_by(files.project_id)
-    )
-    wanted = {
-        f"storage {day} {row.project_id}": (row.project_id, int(row.held), int(row.held) * rate // GIGABYTE)
-        for row in stored
-    }
+    files, responses = tables.files.c, tables.responses.c
+    stored = Counter[str]()
+    for project_id, held in (
+        (files.project_id, files.bytes),
+        (responses.project_id, func.length(responses.content)),
+    ):
+        for row in connection.execute(select(project_id, func.sum(held)).group_by(project_id)):
+            stored[row[0]] += int(row[1])
+    wanted = {f"storage {day} {project}": (project, held, held * rate // GIGABYTE) for project, held in stored.items()}
     entries = tables.ledger.c
     there = set(connection.execute(select(entries.reference).where(entries.reference.in_(wanted))).scalars())
     return [

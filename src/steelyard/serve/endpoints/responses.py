@@ -30,6 +30,8 @@ from steelyard.serve.responding import Growing
 from steelyard.serve.service import Service
 from steelyard.serve.stored_responses import Kept
 
+MOST_KEPT = 1 << 20
+"""Bytes of a request whose response is kept."""
 RETRIEVED = (Parameter("stream", BOOLEAN),)
 
 log = logging.getLogger("steelyard.serve")
@@ -37,7 +39,11 @@ log = logging.getLogger("steelyard.serve")
 
 async def create(service: Service, request: Request) -> Response:
     """Answer input."""
-    body = parse(ResponseRequest, await request.body())
+    content = await request.body()
+    body = parse(ResponseRequest, content)
+    if body.store is not False and len(content) > MOST_KEPT:
+        reason = f"a response to over {MOST_KEPT >> 20} MB is not kept: say 'store': false, or send less"
+        raise RequestError(reason, param="store")
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     demand(served, "generate")
     grammar = await asyncio.to_thread(lambda: body.form)
