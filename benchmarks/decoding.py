@@ -76,11 +76,11 @@ def beams(bench: Bench, quick: bool) -> Found:
     """Seconds of an answer, and how likely the model finds the best: greedily, of some samples, by as many beams."""
     rows = workload.make(workload.brown(PEERS), bench.engine.tokenizer, 3 if quick else 12)["w1"]
     prompts = [bench.prompt(row["messages"][0]["content"]) for row in rows]
-    sampling = Sampling(max_tokens=TOKENS, seed=1, ignore_eos=True, logprobs=0)
-    greedy = msgspec.structs.replace(sampling, temperature=0)
+    sampling = Sampling(max_tokens=TOKENS, seed=1, ignore_eos=True)
+    told = msgspec.structs.replace(sampling, logprobs=0)
     ways: dict[str, dict[str, Any]] = {
-        "greedy": {"sampling": greedy},
-        "samples": {"n": BEAMS, "sampling": sampling},
+        "greedy": {"sampling": msgspec.structs.replace(told, temperature=0)},
+        "samples": {"n": BEAMS, "sampling": told},
         "beams": {"beam": Beam(width=BEAMS), "sampling": sampling},
     }
     seconds, nats = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
@@ -88,8 +88,10 @@ def beams(bench: Bench, quick: bool) -> Found:
         for name, fields in ways.items():
             started, found = time.perf_counter(), dict[int, float]()
             for output in bench.engine.run([Request(id=f"{name}-{number}", prompt=prompt, **fields)]):
-                told = sum(token.logprob for token in output.logprobs or ())
-                found[output.choice] = found.get(output.choice, 0.0) + told
+                likely = sum(token.logprob for token in output.logprobs or ())
+                if output.score is not None:  # a beam's, by its length
+                    likely = output.score * output.completion_tokens
+                found[output.choice] = found.get(output.choice, 0.0) + likely
             seconds[name] += time.perf_counter() - started
             nats[name] += max(found.values())
     return {

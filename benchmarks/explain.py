@@ -71,7 +71,7 @@ GRID = tuple(place / 10 for place in range(11))
 TEXTS, DECODED = 200, 40
 LONGEST = 120
 """Tokens of a text that is explained: Shapley values take a pass for every token, ten times over."""
-STREAMS, PROMPTS = 8, 24
+STREAMS, PROMPTS = 8, 128
 KEPT = 0.8
 Found = dict[str, Any]
 Attribution = Callable[[], torch.Tensor]
