@@ -349,3 +349,36 @@ def test_files(client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as error:
             upload(client, b"x", purpose)
         assert error.value.param == "purpose"
+
+
+def test_what_a_model_learnt_from_is_found_for_its_project_alone(service: Service, client: openai.OpenAI) -> None:
+    """The rows that are most like a question, by line; of no model of nobody, nor of one whose file is gone."""
+    training = upload(client, rows(12))
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=training,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 4}}},
+    )
+    model = job_when(service, job.id, "succeeded").fine_tuned_model
+    asked: dict[str, Any] = {
+        "messages": [{"role": "user", "content": f"{ASK}woof 3"}],
+        "target": "dog",
+        "faithfulness": False,
+        "nearest": 4,
+    }
+    with service.http() as http:
+        told = http.post("/v1/explain", json={"model": model, **asked})
+        assert told.status_code == 200, told.text
+        near = told.json()["nearest"]
+        assert len(near) == 4
+        assert near[0]["line"] == 4, "the very question"
+        assert near[0]["file"] == training
+        assert "woof 3" in near[0]["text"]
+        assert near[0]["cosine"] == max(row["cosine"] for row in near)
+        assert told.json()["usage"]["computed_tokens"] > 12 * 10
+        refused = http.post("/v1/explain", json={"model": "tiny", **asked})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "nearest")
+        client.files.delete(training)
+        gone = http.post("/v1/explain", json={"model": model, **asked})
+        assert gone.status_code == 400
+        assert "is gone" in gone.json()["error"]["message"]

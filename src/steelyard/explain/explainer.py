@@ -17,6 +17,7 @@ from steelyard.explain.decoders import AnswerSubject
 from steelyard.explain.examples import ExampleSubject
 from steelyard.explain.kept import Kept
 from steelyard.explain.methods import METHODS
+from steelyard.explain.nearest import nearest, of_answers
 from steelyard.explain.subject import Steps, Subject
 from steelyard.explain.texts import TextSubject
 from steelyard.infer import effort
@@ -126,6 +127,9 @@ class DecoderExplainer:
             raise RequestError("'places' must rise, and be those of tokens of the prompt", param="places")
         if request.adapter is not None:
             self._find(request.adapter)
+        for prompt, answer in asked.rows:
+            if not prompt or not answer or not all(0 <= token < self._vocabulary for token in (*prompt, *answer)):
+                raise RequestError("rows have a prompt and an answer of known tokens", param="nearest")
         effort.check(asked, len(request.prompt) + len(asked.answer))
 
     def explain(self, request: Request, tally: Tally) -> Steps[Explanation]:
@@ -153,7 +157,24 @@ class DecoderExplainer:
             layers = yield from subject.lens(asked.lens)
             told = [[(token, text(token), share) for token, share in layer] for layer in layers]
             found = msgspec.structs.replace(found, lens=told)
+        if asked.rows:
+            near = yield from self._nearest(decoder, adapter, request, answer, tally)
+            found = msgspec.structs.replace(found, nearest=near)
         return msgspec.structs.replace(found, answer=answer, computed_tokens=tally.computed)
+
+    def _nearest(
+        self, decoder: Decoder, adapter: Adapter | None, request: Request, answer: list[int], tally: Tally
+    ) -> Steps[list[tuple[int, float]]]:
+        asked = request.explain
+        assert asked is not None, "see the caller"
+        rows = [(request.prompt, answer), *asked.rows]
+        gradients = []
+        for row in rows:
+            (gradient,) = of_answers(decoder, adapter, [row])
+            gradients.append(gradient)
+            tally.before += len(row[0]) + len(row[1])
+            yield
+        return nearest(gradients[0], gradients[1:], asked.nearest)
 
     def _read(self, worn: Worn, decoder: Decoder) -> Adapter:
         if self._adapter is None or self._adapter[0] != worn.digest:

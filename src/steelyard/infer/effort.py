@@ -65,4 +65,5 @@ def most(explain: Explain, tokens: int, units: int | None = None) -> int:
     wanted = explain.target is None and not explain.answer
     back = explain.method in ("lrp", "gradient_x_input", "integrated_gradients")
     seen = 3 if explain.lens and not back else 0
-    return (passes + wanted + seen) * tokens
+    compared = sum(len(prompt) + len(answer) for prompt, answer in explain.rows)
+    return (passes + wanted + seen + bool(explain.rows)) * tokens + compared

@@ -89,6 +89,10 @@ class Explain(msgspec.Struct, frozen=True, kw_only=True):
     """Whether it is measured how far the shares can be believed."""
     lens: int = 0
     """Of a decoder: how many of the likeliest next tokens each layer tells."""
+    rows: list[tuple[list[int], list[int]]] = []
+    """Of a decoder: prompts and answers that it learnt from,"""
+    nearest: int = 0
+    """and how many of them are told that are most like what is explained."""
 
 
 class Faithfulness(msgspec.Struct, frozen=True):
@@ -127,6 +131,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """The same of orders drawn at random."""
     lens: list[list[tuple[int, str, float]]] | None = None
     """Of each layer tokens, their texts and probabilities."""
+    nearest: list[tuple[int, float]] | None = None
+    """Of rows their numbers, and the cosines of their gradients with that of what is explained."""
     computed_tokens: int = 0
     """That went through the network, each pass back counted twice: what is paid for."""
 

@@ -17,6 +17,7 @@ from steelyard.serve.billing.metering import Meter
 from steelyard.serve.billing.prices import NANO, Counts
 from steelyard.serve.examples import Shown
 from steelyard.serve.ids import fresh
+from steelyard.serve.learnt import Learnt
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.explanations import (
     Believed,
@@ -26,6 +27,7 @@ from steelyard.serve.protocol.explanations import (
     ExplainedUnit,
     ExplanationUsage,
     Likely,
+    Neighbour,
 )
 from steelyard.text.source import Source
 
@@ -50,8 +52,8 @@ class Asked:
         """Of all together."""
         return self.bill.reservation.id
 
-    async def answers(self) -> list[Explained]:
-        """Ask, and pay. Raises as `read` of `reading.py` does."""
+    async def answers(self, learnt: Learnt | None = None) -> list[Explained]:
+        """Ask, and pay; `learnt` are the rows that are compared. Raises as `read` of `reading.py` does."""
         requests = [
             Request(
                 id=id,
@@ -85,7 +87,10 @@ class Asked:
             part = explanation.computed_tokens / computed if computed else 0
             usage = ExplanationUsage(explanation.computed_tokens, part * self.bill.cost / NANO)
             assert request.explain is not None
-            told.append(_told(self.served, source, request.explain, explanation, usage))
+            one = _told(self.served, source, request.explain, explanation, usage)
+            if learnt is not None and explanation.nearest is not None:
+                one = msgspec.structs.replace(one, nearest=_near(learnt, explanation.nearest))
+            told.append(one)
         return told
 
 
@@ -194,6 +199,11 @@ def _told_of_units(
         faithfulness=_believed(found),
         usage=usage,
     )
+
+
+def _near(learnt: Learnt, found: list[tuple[int, float]]) -> list[Neighbour]:
+    rows = [(learnt.rows[number], cosine) for number, cosine in found]
+    return [Neighbour(learnt.file, row.line, row.text, cosine) for row, cosine in rows]
 
 
 def _believed(found: Explanation) -> Believed | None:

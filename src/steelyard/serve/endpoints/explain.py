@@ -14,6 +14,7 @@ from steelyard.infer.request import Ready
 from steelyard.serve.connection import while_connected
 from steelyard.serve.examples import Shown
 from steelyard.serve.explaining import asking, with_answer
+from steelyard.serve.learnt import learnt_rows
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.errors import json_response
 from steelyard.serve.protocol.examples import Example
@@ -33,6 +34,10 @@ async def create(service: Service, request: Request) -> Response:
     if ready.task == "classify":
         if body.messages is not None:
             raise RequestError(f"'{served.id}' classifies texts: give 'input'", param="messages")
+        if body.nearest:
+            raise RequestError(
+                f"'{served.id}' writes nothing: its rows are compared by the command line", param="nearest"
+            )
         if body.lens:
             raise RequestError(f"'{served.id}' writes nothing: it has no lens", param="lens")
         if body.target is not None and body.target not in ready.labels:
@@ -43,12 +48,18 @@ async def create(service: Service, request: Request) -> Response:
     else:
         answer = [] if body.target is None else served.tokenizer.encode_plain(body.target)
         explain = with_answer(body.asked(), source, answer)
+    learnt = None
+    if body.nearest:
+        reading = asyncio.to_thread(learnt_rows, service.files, served, payer.project)
+        learnt = await while_connected(request.receive, reading)
+        rows = [(row.prompt, row.answer) for row in learnt.rows]
+        explain = msgspec.structs.replace(explain, rows=rows, nearest=body.nearest)
     if len(source.ids) + max(0, len(explain.answer) - 1) > ready.context:
         reason = f"input and target have {len(source.ids) + len(explain.answer)} tokens, but the context of"
         reason += f" '{served.id}' is {ready.context}"
         raise RequestError(f"{reason}: shorten it", param=_param(body), code="context_length_exceeded")
     async with asking(served, payer, [source], [explain], shown=shown, param=_param(body)) as asked:
-        (found,) = await while_connected(request.receive, asked.answers())
+        (found,) = await while_connected(request.receive, asked.answers(learnt))
     told = msgspec.structs.asdict(found)
     return json_response(Explanation(id=asked.id, created=int(time.time()), model=served.id, **told))
 

@@ -13,6 +13,8 @@ from steelyard.serve.protocol.examples import Example
 from steelyard.serve.protocol.explanations import Explained, ExplainOptions
 from steelyard.serve.protocol.reading import ReadingFields, Text
 
+MOST_NEAREST = 20
+
 
 class ExplainRequest(ReadingFields, ExplainOptions):
     """A text or a conversation, and what a model says of it."""
@@ -21,6 +23,8 @@ class ExplainRequest(ReadingFields, ExplainOptions):
     """A text; of a classifier of images, or of several kinds, an example."""
     messages: Annotated[list[dict[str, str]], WithJsonSchema(MESSAGES)] | None = None
     """Of a model that chats, instead of `input`."""
+    nearest: Annotated[int, Field(ge=0, le=MOST_NEAREST)] | None = None
+    """Of a model that was tuned here by this project: rows that it learnt from that are most like what is explained."""
     target: Annotated[str, Field(min_length=1, max_length=1 << 14)] | None = None
     """The class, or the answer, that is explained; default: the likeliest class, or next token."""
 

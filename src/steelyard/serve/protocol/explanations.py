@@ -94,6 +94,16 @@ class Likely(msgspec.Struct, frozen=True):
     probability: float
 
 
+class Neighbour(msgspec.Struct, frozen=True):
+    """A row that a model learnt from."""
+
+    file: str
+    line: int
+    text: str
+    cosine: float
+    """Of the gradients: above 0 learning it made what is explained likelier."""
+
+
 class ExplanationUsage(msgspec.Struct, frozen=True):
     """What was computed."""
 
@@ -125,4 +135,6 @@ class Explained(msgspec.Struct, frozen=True, kw_only=True):
     faithfulness: Believed | None
     lens: list[list[Likely]] | msgspec.UnsetType = msgspec.UNSET
     """Of the embedding and of each layer."""
+    nearest: list[Neighbour] | msgspec.UnsetType = msgspec.UNSET
+    """The likest first."""
     usage: ExplanationUsage
