@@ -68,7 +68,8 @@ from steelyard.text.source import marked, source_of_chat
 from steelyard.text.tokenizer import Tokenizer
 
 GRID = tuple(place / 10 for place in range(11))
-TEXTS, DECODED = 200, 40
+TEXTS, POSTS, DECODED = 200, 60, 40
+"""Messages, posts, and messages of the decoder."""
 LONGEST = 120
 """Tokens of a text that is explained: Shapley values take a pass for every token, ten times over."""
 STREAMS, PROMPTS = 8, 128
@@ -144,14 +145,14 @@ def ours(subject: Subject, names: Sequence[str]) -> dict[str, Attribution]:
     return {name: lambda name=name: at_once(METHODS[name](subject)).units for name in names}  # type: ignore[misc]
 
 
-def of_classifier(checkpoint: Path, held: Path, quick: bool) -> Found:
+def of_classifier(checkpoint: Path, held: Path, count: int) -> Found:
     """Held-out texts of a classifier."""
     classifier = open_classifier(checkpoint)
     rows = [row.text or "" for row in chat.read(held, FormatConfig())]
     random.Random(0).shuffle(rows)
     texts = [text for text in rows if 5 <= len(classifier.text.all_tokens(text)) <= LONGEST]
     classes = of_texts(classifier, texts)[0].argmax(-1).tolist()
-    chosen = balanced(classes, 6 if quick else TEXTS)
+    chosen = balanced(classes, count)
     each = []
     for number, (text, target) in enumerate((texts[row], classes[row]) for row in chosen):
         tokens = classifier.text.all_tokens(text)
@@ -328,8 +329,10 @@ def _trained(run: Callable[[Path, int, bool], Any], folder: Path, quick: bool) -
 
 
 PARTS: dict[str, Callable[[Path, bool], Found]] = {
-    "sms": lambda folder, quick: of_classifier(*_trained(tasks.sms_run, folder, quick), quick),
-    "newsgroups": lambda folder, quick: of_classifier(*_trained(tasks.newsgroups_run, folder, quick), quick),
+    "sms": lambda folder, quick: of_classifier(*_trained(tasks.sms_run, folder, quick), 6 if quick else TEXTS),
+    "newsgroups": lambda folder, quick: of_classifier(
+        *_trained(tasks.newsgroups_run, folder, quick), 6 if quick else POSTS
+    ),
     "sms-decoder": of_decoder,
     "cost": cost,
 }

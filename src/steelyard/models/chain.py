@@ -136,28 +136,25 @@ def best(scores: Scores, emissions: torch.Tensor, lengths: torch.Tensor, k: int 
     kept = torch.full((rows, classes, k), -torch.inf, dtype=emissions.dtype)
     kept[:, :, 0] = scores.start + emissions[:, 0]
     came_from: list[torch.Tensor] = []
+    into = scores.step.T.contiguous()  # [to, from]: what is compared lies side by side
     for place in range(1, longest):
-        candidates = (kept[:, :, :, None] + scores.step[:, None, :]).flatten(1, 2)  # [B, C * k, C]
-        values, sources = candidates.topk(k, 1) if k > 1 else candidates.max(1, keepdim=True)
+        candidates = (kept[:, None] + into[:, :, None]).flatten(2)  # [B, C, C * k]
+        values, sources = candidates.topk(k, -1) if k > 1 else candidates.max(-1, keepdim=True)
         going = (place < lengths)[:, None, None]
-        following = values.transpose(1, 2) + emissions[:, place, :, None]
-        came_from.append(sources.transpose(1, 2))
-        kept = torch.where(going, following, kept)
+        came_from.append(sources)
+        kept = torch.where(going, values + emissions[:, place, :, None], kept)
     ends = (kept + scores.end[:, None]).flatten(1)
-    values, places = ends.topk(min(k, ends.shape[1]))
-    found: list[list[Path]] = []
-    for row, length in enumerate(lengths.tolist()):
-        paths = []
-        for value, end in zip(values[row].tolist(), places[row].tolist(), strict=True):
-            if value == -torch.inf:
-                break
-            labels, at = [end // k], end
-            for sources in reversed(came_from[: length - 1]):
-                at = int(sources[row].flatten()[at])
-                labels.append(at // k)
-            paths.append(Path(labels[::-1], value))
-        found.append(paths)
-    return found
+    values, at = ends.topk(min(k, ends.shape[1]))
+    labels = torch.zeros(*at.shape, longest, dtype=torch.int64)  # [B, k, L]
+    for place in reversed(range(longest)):
+        labels[:, :, place] = at // k
+        if place:
+            before = came_from[place - 1].flatten(1).gather(1, at)
+            at = torch.where((place < lengths)[:, None], before, at)
+    return [
+        [Path(path[:length], value) for path, value in zip(paths, each, strict=True) if value > -torch.inf]
+        for paths, each, length in zip(labels.tolist(), values.tolist(), lengths.tolist(), strict=True)
+    ]
 
 
 def constrained(scores: Scores, labels: Sequence[str]) -> Scores:
