@@ -16,6 +16,7 @@ from steelyard.cli import console
 from steelyard.cli.data import given as settings_of
 from steelyard.infer.request import Method
 from steelyard.stages import explain as stage
+from steelyard.stages.explain_page import page as page_of
 from steelyard.stages.formats import trained_format
 
 HELP = console.examples(
@@ -59,7 +60,7 @@ def command(
                 checkpoint, input, format_, wanted, lambda done, of: report(done, of or done)
             )
         if file is not None:
-            file.write(stage.page(checkpoint, found, drawing).html().encode())
+            file.write(page_of(checkpoint, found, drawing).html().encode())
     if as_json:
         console.result(msgspec.to_builtins(found), as_json)
         return
