@@ -86,7 +86,8 @@ def test_money(capsys: pytest.CaptureFixture[str], own_home: Path, tmp_path: Pat
     project = run(capsys, "projects", "create", "search")
     run(capsys, "prices", "set", "*", "--input", "1")
     prices = run(capsys, "prices", "set", "tiny", "--input", "0.15", "--cached-input", "0.075", "--output", "0.6")
-    assert prices["prices"]["tiny"] == {"input": 150, "cached_input": 75, "output": 600, "training": 0, "storage": 0}
+    nothing = {"training": 0, "storage": 0, "explanation": 0}
+    assert prices["prices"]["tiny"] == {"input": 150, "cached_input": 75, "output": 600, **nothing}
     assert prices["prices"]["*"]["cached_input"] == 1000
     assert run(capsys, "prices", "show") == prices
     run(capsys, "prices", "set", "tiny", "--input", "0.0005", code=2)
