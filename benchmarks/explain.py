@@ -53,7 +53,7 @@ from steelyard.demo import lifecycle
 from steelyard.demo import sms as messages
 from steelyard.evaluate import classification
 from steelyard.explain import faithfulness
-from steelyard.explain.decoders import AnswerSubject
+from steelyard.explain.decoders import LabelSubject
 from steelyard.explain.explainer import open_classifier, open_decoder
 from steelyard.explain.methods import METHODS
 from steelyard.explain.subject import Subject, at_once, log_odds
@@ -199,9 +199,8 @@ def of_decoder(folder: Path, quick: bool) -> Found:
         ]
         source = source_of_chat(tokenizer, *rendered)
         assert source.ids == question.prompt, "both are rendered alike"
-        subject = AnswerSubject(
-            decoder, adapter, source.ids, question.answers[int(found.argmax())], source.places or []
-        )
+        target = int(found.argmax())
+        subject = LabelSubject(decoder, adapter, source.ids, question.answers, target, source.places or [])
         each.append(measured(subject, ours(subject, ("lrp", "gradient_x_input"))))
         if number % 5 == 4:
             print(f"  {number + 1} of {len(chosen)}", flush=True)

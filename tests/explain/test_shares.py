@@ -13,7 +13,7 @@ from torch import nn
 
 import deciding as explained
 from steelyard.explain import faithfulness
-from steelyard.explain.decoders import AnswerSubject
+from steelyard.explain.decoders import AnswerSubject, LabelSubject
 from steelyard.explain.explainer import likeliest, open_decoder
 from steelyard.explain.methods import METHODS, likelihoods
 from steelyard.explain.subject import Steps, Taken, at_once, log_odds
@@ -236,3 +236,20 @@ def test_no_more_is_computed_than_was_reserved(
             at_once(faithfulness.measure(subject, shares.units))
         asked = Explain(method=method, faithfulness=believed, target=1)
         assert subject.computed <= effort.most(asked, effort.in_windows(len(tokens), window, outside))
+
+
+def test_a_label_is_explained_against_the_others(tiny_model: Path) -> None:
+    """At the token where it parts from most of them; its probability is that among those that part there."""
+    decoder, tokenizer = open_decoder(tiny_model), Tokenizer.load(tiny_model)
+    prompt = tokenizer.encode("The steelyard weighs")
+    labels = [[5, 9, 2], [5, 11, 2], [7, 2], [5, 11, 13]]
+    for target, begin, own, others in ((0, [5], 9, [11]), (2, [], 7, [5]), (1, [], 5, [7])):
+        subject = LabelSubject(decoder, None, prompt, labels, target, range(len(prompt)))
+        expected = AnswerSubject(decoder, None, [*prompt, *begin], [own], range(len(prompt)))
+        with torch.no_grad():
+            logits = at_once(expected.following([*prompt, *begin]))
+        taken = at_once(subject.taken())
+        assert taken.value == pytest.approx(float(logits[own] - logits[others].mean()), abs=1e-4)
+        every = torch.ones(1, len(prompt), dtype=torch.bool)
+        among = logits[[own, *others]].double().log_softmax(0)[0]
+        assert float(at_once(subject.likelihood(every))[0]) == pytest.approx(float(among), abs=1e-5)

@@ -40,6 +40,8 @@ class AnswerSubject:
     ) -> None:
         self._decoder, self._adapter = decoder, adapter
         self._prompt, self._answer, self._places = list(prompt), list(answer), list(places)
+        self._others: torch.Tensor | None = None
+        """Tokens that the answer's are compared with, instead of the whole vocabulary."""
         self.units = len(self._places)
         self.computed = 0
         self.states: list[torch.Tensor] = []
@@ -85,7 +87,8 @@ class AnswerSubject:
         else:
             normed = self._decoder.model.norm(last)
         weight = self._decoder.lm_head.weight
-        rows = weight[torch.tensor(self._answer)] - weight.mean(0)
+        others = weight if self._others is None else weight[self._others]
+        rows = weight[torch.tensor(self._answer)] - others.mean(0)
         value = (normed * rows).sum()
         (gradient,) = torch.autograd.grad(value, leaf)
         return float(value.detach()), gradient
@@ -130,7 +133,9 @@ class AnswerSubject:
             places = ends[:, None] - count + torch.arange(count)
             logits = self._decoder.logits(self._decoder.model.norm(x[places.flatten()])).double()
             targets = torch.tensor(self._answer).repeat(len(rows))
-            chosen = logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+            own = logits[torch.arange(len(targets)), targets]
+            among = logits if self._others is None else torch.cat([own[:, None], logits[:, self._others]], 1)
+            chosen = own - among.logsumexp(-1)
         return chosen.view(len(rows), count).mean(-1)
 
     def _states(self, rows: Sequence[Sequence[int]]) -> Steps[torch.Tensor]:
@@ -156,3 +161,39 @@ class AnswerSubject:
             found.append(list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
             yield
         return found
+
+
+class LabelSubject(AnswerSubject):
+    """See `Subject`. A label among others: the value is its log-odds at the token where it parts from most of them.
+
+    What all of them have in common, such as that there is a label at all, says nothing of why it is this one.
+
+    Args:
+        decoder: in float32 and dense.
+        adapter: that it wears, or None.
+        prompt: its tokens.
+        labels: tokens of each, two at least, none the beginning of another.
+        target: the label that is explained.
+        places: see `AnswerSubject`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        adapter: Adapters | None,
+        prompt: Sequence[int],
+        labels: Sequence[Sequence[int]],
+        target: int,
+        places: Sequence[int],
+    ) -> None:
+        own = list(labels[target])
+        place = max(range(len(own)), key=lambda place: len(_others(labels, own, place)))  # the first of these
+        others = sorted(set(_others(labels, own, place)))
+        super().__init__(decoder, adapter, [*prompt, *own[:place]], [own[place]], places)
+        self._others = torch.tensor(others)
+
+
+def _others(labels: Sequence[Sequence[int]], own: list[int], place: int) -> list[int]:
+    """What labels say at a place that begin alike and part there."""
+    alike = (label for label in labels if list(label[:place]) == own[:place] and len(label) > place)
+    return [label[place] for label in alike if label[place] != own[place]]

@@ -19,7 +19,7 @@ from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.explain import faithfulness
 from steelyard.explain import nearest as alike
-from steelyard.explain.decoders import AnswerSubject
+from steelyard.explain.decoders import AnswerSubject, LabelSubject
 from steelyard.explain.examples import ExampleSubject, ImagePart, SoundPart
 from steelyard.explain.explainer import open_classifier, open_decoder
 from steelyard.explain.methods import METHODS
@@ -304,7 +304,8 @@ def _answer(checkpoint: Path, given: str, format_: FormatConfig, wanted: Wanted)
             raise ConfigError(f"--target '{wanted.target}' is none of {', '.join(format_.labels)}")
         scores = classification.score(decoder, adapter, [question])[0]
         named = wanted.target or format_.labels[int(scores.argmax())]
-        answer = question.answers[format_.labels.index(named)]
+        number = format_.labels.index(named)
+        answer = question.answers[number]
     elif wanted.target is not None:
         named, answer = wanted.target, tokenizer.encode_plain(wanted.target)
     else:
@@ -313,7 +314,10 @@ def _answer(checkpoint: Path, given: str, format_: FormatConfig, wanted: Wanted)
     places = source.places
     if places is None:
         places = [place for place, token in enumerate(source.ids) if token not in tokenizer.special_tokens]
-    subject = AnswerSubject(decoder, adapter, source.ids, answer, places)
+    if labelled:
+        subject: AnswerSubject = LabelSubject(decoder, adapter, source.ids, question.answers, number, places)
+    else:
+        subject = AnswerSubject(decoder, adapter, source.ids, answer, places)
 
     def near(rows: Path, count: int, report: Report_) -> list[Neighbour]:
         learnt = chat.read(rows, format_)
