@@ -105,6 +105,15 @@ def test_a_chat_and_its_answer(tiny_model: Path, tmp_path: Path) -> None:
     assert named.nearest is not None
     assert named.nearest[0].line == 1, "the very row"
     assert named.nearest[0].cosine > 0.5
+    cut = {"messages": [{"role": "user", "content": "so " * 600}, {"role": "assistant", "content": "on"}]}
+    rows.write_text(json.dumps(cut) + "\n" + rows.read_text())
+    named, _ = explain(tiny_model, "Who weighs?", FormatConfig(), Wanted(target="The steelyard.", nearest=3, rows=rows))
+    assert named.nearest is not None
+    assert {near.line for near in named.nearest} == {2, 3, 4}, "of the first, nothing that was learnt is left"
+    assert named.nearest[0].line == 2, "and the others keep their names"
+    rows.write_text('{"text": "Nobody is asked."}\n')
+    with pytest.raises(ConfigError, match="plain text"):
+        explain(tiny_model, "Who?", FormatConfig(), Wanted(target="x", nearest=1, rows=rows))
 
 
 def test_an_image_by_its_patches(tmp_path: Path) -> None:

@@ -54,6 +54,15 @@ class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
         """How many tokens the loss counts."""
         return sum(self.trained)
 
+    @property
+    def last_answer(self) -> tuple[list[int], list[int]]:
+        """What stands before the last tokens that the loss counts, and these; there are some."""
+        end = len(self.trained) - self.trained[::-1].index(True)
+        begin = end
+        while begin > 1 and self.trained[begin - 1]:
+            begin -= 1
+        return self.tokens[:begin], self.tokens[begin:end]
+
 
 def token_counts(rows: Sequence[TokenRow]) -> dict[str, int]:
     """Rows, tokens, trained tokens, and the longest row."""

@@ -52,10 +52,22 @@ def tokenize(
     texts = [conversation for conversation in conversations if conversation.messages[0].role == "text"]
     rows = [row for document in texts for row in _cut(document, tokenizer, max_length)]
     chats = [conversation for conversation in conversations if conversation.messages[0].role != "text"]
+    return rows + [row for row in of_chats(chats, tokenizer, template, max_length, too_long) if row is not None]
+
+
+def of_chats(
+    chats: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    max_length: int,
+    too_long: str = "error",
+) -> list[TokenRow | None]:
+    """The row of each chat; None: dropped, or nothing that is left of it is trained. Raises as `tokenize` does."""
     if not chats:
-        return rows
+        return []
     if template is None:
         raise CheckpointError("this model has no chat template, which chat rows need; train an instruct model")
+    rows: list[TokenRow | None] = []
     rendered = located(chats, lambda turns: segment_tokens(tokenizer, template, turns))
     for chat, segments in zip(chats, rendered, strict=True):
         answered = [message.trained for message in chat.messages if message.role == "assistant"]
@@ -73,10 +85,10 @@ def tokenize(
             reason = f"{len(tokens)} tokens, at most {max_length} fit: shorten it{ADVICE}"
             raise DataError(reason, file=chat.file, line=chat.line)
         if len(tokens) > max_length and too_long == "drop":
+            rows.append(None)
             continue
         row = TokenRow(tokens=tokens[:max_length], trained=[False, *trained[1:max_length]])
-        if row.targets:
-            rows.append(row)
+        rows.append(row if row.targets else None)
     return rows
 
 

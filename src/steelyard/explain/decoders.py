@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -67,10 +68,7 @@ class AnswerSubject:
         yield
         for block, state in zip(reversed(decoder.model.layers), reversed(states[:-1]), strict=True):
             leaf = state.detach().requires_grad_()
-            if rules:
-                with Rules():
-                    after = block(leaf, rotary, attend, self._adapter)
-            else:
+            with Rules() if rules else nullcontext():
                 after = block(leaf, rotary, attend, self._adapter)
             (gradient,) = torch.autograd.grad(after, leaf, gradient)
             yield
@@ -81,10 +79,7 @@ class AnswerSubject:
         """The value, and its gradient by the last block's states."""
         leaf = state.detach().requires_grad_()
         last = leaf[len(self._prompt) - 1 :]
-        if rules:
-            with Rules():
-                normed = self._decoder.model.norm(last)
-        else:
+        with Rules() if rules else nullcontext():
             normed = self._decoder.model.norm(last)
         weight = self._decoder.lm_head.weight
         others = weight if self._others is None else weight[self._others]

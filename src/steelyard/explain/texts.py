@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -61,12 +62,9 @@ class TextSubject:
         return Taken(tuple(inputs), tuple(gradients), tuple(bases), value)
 
     def _run(self, token_ids: torch.Tensor, lengths: torch.Tensor, rules: bool) -> torch.Tensor:
-        if not rules:
+        with Rules() if rules else nullcontext():
             logits: torch.Tensor = self._network(token_ids, lengths)
-            return logits
-        with Rules():
-            explained: torch.Tensor = self._network(token_ids, lengths)
-        return explained
+        return logits
 
     def spread(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """See `Subject`."""

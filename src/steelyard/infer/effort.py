@@ -37,7 +37,7 @@ def check(explain: Explain, tokens: int, units: int | None = None, param: str = 
         raise RequestError(reason, param=param, code="context_length_exceeded")
     count = most(explain, tokens, units)
     if count > MOST:
-        advice = "take the method 'lrp'" if explain.method != "lrp" else "leave 'faithfulness' out"
+        advice = "take the method 'lrp'" if explain.method != "lrp" else "say 'faithfulness': false"
         reason = f"the explanation would compute {count} tokens, {MOST} are the limit: shorten the input, or {advice}"
         raise RequestError(reason, param=param, code="context_length_exceeded")
     return count

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import msgspec
 from sqlalchemy import Connection, select
 
-from steelyard.data import chat
+from steelyard.data import chat, tokenize
 from steelyard.data.rows import Conversation
-from steelyard.data.tokenize import tokenize
 from steelyard.errors import DataError, NotFoundError, RequestError, TemplateError
 from steelyard.serve import files
 from steelyard.serve.files import Files
@@ -60,14 +59,14 @@ def learnt_rows(store: Files, served: ServedModel, project: str) -> Learnt:
         raise RequestError(f"the rows of '{served.id}' cannot be compared: {error.reason}", param="nearest") from None
     chosen = _some(conversations)
     try:
-        tokens = tokenize([row for _, row in chosen], served.tokenizer, served.template, LONGEST, "truncate")
+        tokens = tokenize.of_chats([row for _, row in chosen], served.tokenizer, served.template, LONGEST, "truncate")
     except (DataError, TemplateError) as error:
         raise RequestError(f"the rows of '{served.id}' cannot be compared: {error}", param="nearest") from None
     made = []
     for (number, row), read in zip(chosen, tokens, strict=True):
-        if (parts := _last(read.tokens, read.trained)) is not None:
+        if read is not None:
             said = " / ".join(f"{message.role}: {message.content}" for message in row.messages)
-            made.append(LearntRow(row.line or number, " ".join(said.split())[:TOLD], *parts))
+            made.append(LearntRow(row.line or number, " ".join(said.split())[:TOLD], *read.last_answer))
     return Learnt(file_id, made)
 
 
@@ -91,14 +90,3 @@ def _some(rows: Sequence[tuple[int, Conversation]]) -> list[tuple[int, Conversat
     if len(rows) <= MOST_ROWS:
         return list(rows)
     return [rows[number * len(rows) // MOST_ROWS] for number in range(MOST_ROWS)]
-
-
-def _last(tokens: list[int], trained: list[bool]) -> tuple[list[int], list[int]] | None:
-    """A row's prompt and its last answer; None: what is left of it has none."""
-    if True not in trained:
-        return None
-    end = len(trained) - trained[::-1].index(True)
-    begin = end
-    while begin > 1 and trained[begin - 1]:
-        begin -= 1
-    return tokens[:begin], tokens[begin:end]

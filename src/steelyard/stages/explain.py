@@ -14,7 +14,7 @@ from steelyard.checkpoint import manifest
 from steelyard.data import chat, fused, images
 from steelyard.data.chat import FormatConfig
 from steelyard.data.rows import Conversation, Message
-from steelyard.data.tokenize import located, tokenize
+from steelyard.data.tokenize import located, of_chats
 from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.evaluate import classification
 from steelyard.explain import faithfulness
@@ -321,11 +321,14 @@ def _answer(checkpoint: Path, given: str, format_: FormatConfig, wanted: Wanted)
 
     def near(rows: Path, count: int, report: Report_) -> list[Neighbour]:
         learnt = chat.read(rows, format_)
-        tokens = tokenize(learnt, tokenizer, template, decoder.config.context, "truncate")
-        pairs = [_last(row.tokens, row.trained) for row in tokens]
+        if any(row.messages[0].role == "text" for row in learnt):
+            raise ConfigError(f"--rows {rows} has plain text, which answers nothing: give it chats, or labelled rows")
+        tokens = of_chats(learnt, tokenizer, template, decoder.config.context, "truncate")
+        kept = [(row, read.last_answer) for row, read in zip(learnt, tokens, strict=True) if read is not None]
+        pairs = [answered for _, answered in kept]
         (own,) = alike.of_answers(decoder, adapter, [(source.ids, answer)])
         others = alike.of_answers(decoder, adapter, pairs, lambda done: report(done, len(pairs)))
-        return _neighbours(alike.nearest(own, others, count), learnt)
+        return _neighbours(alike.nearest(own, others, count), [row for row, _ in kept])
 
     names = [_part(source, place) for place in places]
     return _Prepared(subject, named, _drawn(source, places), ["text"] * len(places), names, near)
@@ -354,15 +357,6 @@ def _own(checkpoint: Path, prompt: list[int]) -> list[int]:
     tokens = [token for output in engine.run([request]) for token in output.tokens]
     ends = engine.tokenizer.eos_ids
     return tokens[:-1] if len(tokens) > 1 and tokens[-1] in ends else tokens
-
-
-def _last(tokens: list[int], trained: list[bool]) -> tuple[list[int], list[int]]:
-    """A row's prompt and its last answer."""
-    end = len(trained) - trained[::-1].index(True)
-    begin = end
-    while begin > 1 and trained[begin - 1]:
-        begin -= 1
-    return tokens[:begin], tokens[begin:end]
 
 
 def _neighbours(found: list[tuple[int, float]], learnt: Sequence[Conversation]) -> list[Neighbour]:
