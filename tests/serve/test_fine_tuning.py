@@ -353,7 +353,7 @@ def test_files(client: openai.OpenAI) -> None:
 
 def test_what_a_model_learnt_from_is_found_for_its_project_alone(service: Service, client: openai.OpenAI) -> None:
     """The rows that are most like a question, by line; of no model of nobody, nor of one whose file is gone."""
-    long = {"messages": [{"role": "user", "content": "so " * 300}, {"role": "assistant", "content": "on"}]}
+    long = {"messages": [{"role": "user", "content": "so " * 600}, {"role": "assistant", "content": "on"}]}
     training = upload(client, rows(12) + json.dumps(long).encode() + b"\n")
     job = client.fine_tuning.jobs.create(
         model="tiny",
