@@ -68,7 +68,7 @@ from steelyard.text.source import marked, source_of_chat
 from steelyard.text.tokenizer import Tokenizer
 
 GRID = tuple(place / 10 for place in range(11))
-TEXTS, POSTS, DECODED = 200, 60, 40
+TEXTS, POSTS, DECODED = 200, 60, 160
 """Messages, posts, and messages of the decoder."""
 LONGEST = 120
 """Tokens of a text that is explained: Shapley values take a pass for every token, ten times over."""
@@ -185,7 +185,7 @@ def of_decoder(folder: Path, quick: bool) -> Found:
     format_ = FormatConfig(system=messages.SYSTEM, template="{text}", labels=messages.LABELS)
     rows = [row.text or "" for row in chat.read(data.held_out, FormatConfig())]
     random.Random(0).shuffle(rows)
-    asked = [chat.asked(text, format_, None, None) for text in rows if len(text) >= 20][: 12 if quick else 400]
+    asked = [chat.asked(text, format_, None, None) for text in rows if len(text) >= 20][: 12 if quick else 800]
     questions = classification.questions(asked, format_.labels, tokenizer, template)
     scores = classification.score(decoder, adapter, questions)
     chosen = balanced(scores.argmax(-1).tolist(), 4 if quick else DECODED)

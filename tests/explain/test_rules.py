@@ -108,8 +108,8 @@ def test_attention_shares_between_values_and_weights(draw: torch.Generator, caus
         assert torch.allclose(own[0, 0], expected, atol=1e-9)
 
 
-def test_gates_of_an_lstm_take_nothing(draw: torch.Generator) -> None:
-    """Relevance through time by loops (Arras et al. 2017), and outputs that are torch's."""
+def test_gates_of_an_lstm_take_nothing_but_the_last(draw: torch.Generator) -> None:
+    """Relevance through time by loops (Arras et al. 2017, and half to the output gate), and outputs that are torch's."""
     size, length = 4, 3
     lstm = torch.nn.LSTM(D, size, batch_first=True).double().requires_grad_(False)
     x = numbers(1, length, D, generator=draw)
@@ -130,13 +130,14 @@ def test_gates_of_an_lstm_take_nothing(draw: torch.Generator) -> None:
     expected = torch.zeros(length, D).double()
     above_h, above_c = hidden[-1].clone(), torch.zeros(size).double()
     for place in reversed(range(length)):
-        i, f, g, _ = gates[place]
-        whole = above_h + above_c
+        i, f, g, o = gates[place]
+        whole, out = above_h / 2 + above_c, above_h / 2 * (1 - o)  # z sigma'(z) / sigma(z) = z (1 - sigma(z))
         candidate = whole * i * g.tanh() / cells[place + 1]
         above_c = whole * f * cells[place] / cells[place + 1]
         rows = slice(2 * size, 3 * size)
-        expected[place] = (w_x[rows] * x[0, place] / g[:, None] * candidate[:, None]).sum(0)
-        above_h = (w_h[rows] * hidden[place] / g[:, None] * candidate[:, None]).sum(0)
+        last = slice(3 * size, 4 * size)
+        expected[place] = x[0, place] * (candidate / g @ w_x[rows] + out @ w_x[last])
+        above_h = hidden[place] * (candidate / g @ w_h[rows] + out @ w_h[last])
     assert torch.allclose((x * gradient)[0], expected, atol=1e-9)
 
 
