@@ -109,7 +109,7 @@ def test_attention_shares_between_values_and_weights(draw: torch.Generator, caus
 
 
 def test_gates_of_an_lstm_take_nothing_but_the_last(draw: torch.Generator) -> None:
-    """Relevance through time by loops (Arras et al. 2017, and half to the output gate), and outputs that are torch's."""
+    """Relevance through time by loops (Arras et al. 2017, half to the output gate), and outputs that are torch's."""
     size, length = 4, 3
     lstm = torch.nn.LSTM(D, size, batch_first=True).double().requires_grad_(False)
     x = numbers(1, length, D, generator=draw)
