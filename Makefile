@@ -25,9 +25,9 @@ setup: .venv/.dev
 demo: .venv/.demo
 	$(BIN)/steelyard demo --json demo/result.json
 
-# A process a core, with a thread each: threads of several would wait for each other.
+# A process a core, with a thread each (`tests/conftest.py`).
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow

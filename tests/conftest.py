@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes would wait for each other
+
 import pytest
 import tokenizers
 from hypothesis import settings

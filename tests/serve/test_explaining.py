@@ -237,3 +237,52 @@ def test_too_much_is_refused_before_it_is_computed(decoder: Service, classifier:
     long = refused(decoder, "/v1/explain", "target", input="x", target="a b " * 100)
     assert "256 are explained" in long
     assert "1024 are explained" in refused(classifier, "/v1/explain", "input", input="a b " * 1000)
+
+
+def test_a_label_is_explained_against_the_others(decoder: Service) -> None:
+    """As the method does it in this process: the likeliest, or the one that is named; beside a chat's answer, too."""
+    from steelyard.explain.decoders import LabelSubject
+    from steelyard.explain.explainer import open_decoder
+    from steelyard.explain.methods import relevance
+    from steelyard.explain.subject import at_once
+    from steelyard.text.chat_template import ChatTemplate
+    from steelyard.text.prompt import answer_tokens, prompt_tokens
+    from steelyard.text.tokenizer import Tokenizer
+
+    opened, tokenizer = open_decoder(decoder.checkpoint), Tokenizer.load(decoder.checkpoint)
+    template = ChatTemplate.load(decoder.checkpoint)
+    assert template is not None
+    labels = ["cold", "colder", "warm"]
+    (prompt,) = prompt_tokens(tokenizer, template, [CHAT])
+    tokens = answer_tokens(tokenizer, template, CHAT, labels)
+    likeliest = post(decoder, "/v1/explain", messages=CHAT, against=labels).json()["target"]["text"]
+    assert likeliest in labels
+    for number, label in enumerate(labels):
+        told = post(decoder, "/v1/explain", messages=CHAT, target=label, against=labels, faithfulness=False).json()
+        assert told["target"]["text"] == label
+        shared = [(place, one["share"]) for place, one in enumerate(told["tokens"]) if one["share"] is not None]
+        subject = LabelSubject(opened, None, prompt, tokens, number, [place for place, _ in shared])
+        expected = at_once(relevance(subject))
+        assert [share for _, share in shared] == pytest.approx(expected.units.tolist(), abs=1e-5)
+        assert told["value"] == pytest.approx(expected.value, abs=1e-5)
+    asked: dict[str, Any] = {"messages": CHAT, "structured_outputs": {"choice": labels}, "max_tokens": 20, "seed": 1}
+    said = post(decoder, "/v1/chat/completions", **asked, explain={"against": labels}).json()
+    content = said["choices"][0]["message"]["content"]
+    assert said["explanation"]["target"]["text"] == content
+    alone = post(decoder, "/v1/explain", messages=CHAT, target=content, against=labels).json()
+    assert said["explanation"]["value"] == pytest.approx(alone["value"], abs=1e-5)
+    text = post(decoder, "/v1/explain", input="It is", target=" cold", against=[" colder"], faithfulness=False).json()
+    assert text["target"]["text"] == "cold"
+    plain = post(decoder, "/v1/explain", input="It is", target=" cold", faithfulness=False).json()
+    assert text["value"] != pytest.approx(plain["value"])
+
+
+def test_what_an_answer_is_compared_with_is_checked(decoder: Service, classifier: Service) -> None:
+    refused(decoder, "/v1/explain", "against", messages=CHAT, target="a", against=["a"])
+    refused(decoder, "/v1/explain", "against", messages=CHAT, against=["a", "a"])
+    refused(decoder, "/v1/explain", "against", messages=CHAT, target="a", against=["b " * 140])
+    assert "classes" in refused(classifier, "/v1/explain", "against", input="x", against=["cold"])
+    refused(classifier, "/v1/classify", "explain.against", input="x", explain={"against": ["cold"]})
+    same: dict[str, Any] = {"messages": CHAT, "structured_outputs": {"choice": ["cold"]}, "max_tokens": 20}
+    answer = post(decoder, "/v1/chat/completions", **same, explain={"against": ["cold"]}).json()
+    assert "none of 'against'" in answer["explanation_error"]

@@ -167,7 +167,7 @@ class LabelSubject(AnswerSubject):
         decoder: in float32 and dense.
         adapter: that it wears, or None.
         prompt: its tokens.
-        labels: tokens of each, two at least, none the beginning of another.
+        labels: tokens of each, two at least; from the target's one of them `parts`.
         target: the label that is explained.
         places: see `AnswerSubject`.
     """
@@ -184,8 +184,14 @@ class LabelSubject(AnswerSubject):
         own = list(labels[target])
         place = max(range(len(own)), key=lambda place: len(_others(labels, own, place)))  # the first of these
         others = sorted(set(_others(labels, own, place)))
+        assert others, "see `parts`"
         super().__init__(decoder, adapter, [*prompt, *own[:place]], [own[place]], places)
         self._others = torch.tensor(others)
+
+
+def parts(answer: list[int], labels: Sequence[Sequence[int]]) -> bool:
+    """Whether any of some labels says something else where an answer says something."""
+    return any(_others(labels, answer, place) for place in range(len(answer)))
 
 
 def _others(labels: Sequence[Sequence[int]], own: list[int], place: int) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from steelyard import memory
 from steelyard.errors import CheckpointError, RequestError
 from steelyard.explain import faithfulness
-from steelyard.explain.decoders import AnswerSubject
+from steelyard.explain.decoders import AnswerSubject, LabelSubject, parts
 from steelyard.explain.examples import ExampleSubject
 from steelyard.explain.kept import Kept
 from steelyard.explain.methods import METHODS
@@ -127,10 +127,17 @@ class DecoderExplainer:
             raise RequestError("'places' must rise, and be those of tokens of the prompt", param="places")
         if request.adapter is not None:
             self._find(request.adapter)
+        if not all(answer and all(0 <= token < self._vocabulary for token in answer) for answer in asked.against):
+            raise RequestError("answers have tokens, and these are known", param="against")
+        for answer in [asked.answer] if asked.answer else asked.against:
+            if asked.against and not parts(answer, asked.against):
+                raise RequestError(
+                    "none of 'against' parts from the answer: name what else it could be", param="against"
+                )
         for prompt, answer in asked.rows:
             if not prompt or not answer or not all(0 <= token < self._vocabulary for token in (*prompt, *answer)):
                 raise RequestError("rows have a prompt and an answer of known tokens", param="nearest")
-        effort.check(asked, len(request.prompt) + len(asked.answer))
+        effort.check(asked, len(request.prompt) + max(map(len, (asked.answer, *asked.against))))
 
     def explain(self, request: Request, tally: Tally) -> Steps[Explanation]:
         """See `Explainer`."""
@@ -141,14 +148,22 @@ class DecoderExplainer:
         adapter = None if worn is None else self._read(worn, decoder)
         yield
         answer = asked.answer
-        if not answer:
+        if not answer and asked.against:
+            tally.before = sum(len(request.prompt) + len(one) - 1 for one in asked.against)
+            answer = yield from likeliest_of(decoder, adapter, request.prompt, asked.against)
+        elif not answer:
             tally.before = len(request.prompt)
             answer = [(yield from likeliest(decoder, adapter, request.prompt))]
         places = asked.places
         if places is None:
             special = self._tokenizer.special_tokens
             places = [place for place, token in enumerate(request.prompt) if token not in special]
-        subject = tally.subject = AnswerSubject(decoder, adapter, request.prompt, answer, places)
+        others = [one for one in asked.against if one != answer]
+        if others:
+            subject: AnswerSubject = LabelSubject(decoder, adapter, request.prompt, [answer, *others], 0, places)
+        else:
+            subject = AnswerSubject(decoder, adapter, request.prompt, answer, places)
+        tally.subject = subject
         found = yield from explained(subject, request, places)
         if asked.lens:
             if not subject.states:
@@ -214,6 +229,18 @@ def likeliest(decoder: Decoder, adapter: Adapter | None, prompt: list[int]) -> S
     subject = AnswerSubject(decoder, adapter, prompt, [0], [])
     logits = yield from subject.following(prompt)
     return int(logits.argmax())
+
+
+def likeliest_of(
+    decoder: Decoder, adapter: Adapter | None, prompt: list[int], answers: list[list[int]]
+) -> Steps[list[int]]:
+    """The answer that most likely follows, all its tokens together."""
+    scores = []
+    for answer in answers:
+        subject = AnswerSubject(decoder, adapter, prompt, answer, [])
+        mean = yield from subject.likelihood(torch.ones(1, 0, dtype=torch.bool))
+        scores.append(float(mean) * len(answer))
+    return answers[scores.index(max(scores))]
 
 
 def open_classifier(folder: Path) -> Classifier:

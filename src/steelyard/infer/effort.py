@@ -24,14 +24,15 @@ MOST_ANSWER = 256
 
 
 def check(explain: Explain, tokens: int, units: int | None = None, param: str = "input") -> int:
-    """`most`, of an input that is not too large.
+    """`most`, of an input that is not too large: `tokens` with the longest answer.
 
     Raises:
         RequestError: it is; the field is named.
     """
-    if len(explain.answer) > MOST_ANSWER:
-        reason = f"the answer has {len(explain.answer)} tokens; {MOST_ANSWER} are explained at the most"
-        raise RequestError(reason, param="target", code="context_length_exceeded")
+    for param_, answer in (("target", explain.answer), *(("against", one) for one in explain.against)):
+        if len(answer) > MOST_ANSWER:
+            reason = f"the answer has {len(answer)} tokens; {MOST_ANSWER} are explained at the most"
+            raise RequestError(reason, param=param_, code="context_length_exceeded")
     if tokens > LONGEST:
         reason = f"{tokens} tokens, {LONGEST} are explained at the most: shorten it"
         raise RequestError(reason, param=param, code="context_length_exceeded")
@@ -62,7 +63,7 @@ def most(explain: Explain, tokens: int, units: int | None = None) -> int:
     }[explain.method]
     if explain.faithfulness:
         passes += 2 * (1 + DRAWN) * len(GRID)
-    wanted = explain.target is None and not explain.answer
+    wanted = 0 if explain.answer or explain.target is not None else max(1, len(explain.against))
     back = explain.method in ("lrp", "gradient_x_input", "integrated_gradients")
     seen = 3 if explain.lens and not back else 0
     compared = sum(len(prompt) + len(answer) for prompt, answer in explain.rows)

@@ -82,7 +82,9 @@ class Explain(msgspec.Struct, frozen=True, kw_only=True):
     target: int | None = None
     """Of a classifier: the class that is explained; None: the likeliest."""
     answer: list[int] = []
-    """Of a decoder: the tokens after the prompt that are explained; none: the likeliest next one."""
+    """Of a decoder: the tokens after the prompt that are explained; none: the likeliest of `against`, or next one."""
+    against: list[list[int]] = []
+    """Of a decoder: the tokens of other answers, their ends included; what is explained is why it is none of these."""
     places: list[int] | None = None
     """Of a decoder: which tokens of the prompt have a share; None: all that are no control tokens."""
     faithfulness: bool = True

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from steelyard.errors import RequestError, TemplateError
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.tools import Offer
+from steelyard.text.prompt import answer_tokens
 from steelyard.text.reasoning import ReasoningReader, begun, thinks
 from steelyard.text.source import Source, marked, source_of_chat
 
@@ -50,6 +53,23 @@ def chat_source(served: ServedModel, messages: list[dict[str, str]], offer: Offe
     text = rendered(served, messages, offer)
     marks = [{**message, "content": marked(message.get("content", ""))} for message in messages]
     return source_of_chat(served.tokenizer, text, rendered(served, marks, offer))
+
+
+def answers_to(served: ServedModel, messages: list[dict[str, str]], said: Sequence[str], param: str) -> list[list[int]]:
+    """The tokens of possible answers to a conversation, as the model learnt to write them, their ends included.
+
+    Raises:
+        RequestError: the model was not made to chat, or its template refuses the messages or shows nothing of answers.
+    """
+    rendered(served, messages)
+    assert served.template is not None, "see `rendered`"
+    try:
+        found = answer_tokens(served.tokenizer, served.template, messages, said)
+    except TemplateError as error:
+        raise RequestError(str(error), param=param, code="template_failed") from None
+    if not all(found):
+        raise RequestError(f"the template of '{served.id}' shows nothing of an answer", param=param)
+    return found
 
 
 def reasoning_reader(served: ServedModel, prompt: str, *, formed: bool = False) -> ReasoningReader | None:

@@ -23,6 +23,19 @@ def prompt_tokens(tokenizer: Tokenizer, template: ChatTemplate, conversations: S
     return [tokenizer.encode_rendered(text) for text in rendered]
 
 
+def answer_tokens(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Messages, answers: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of each of some answers to a conversation, the end of the turn included; none: the template hides it.
+
+    Raises:
+        TemplateError: the template failed, or writes earlier messages differently when later ones follow.
+    """
+    answered = [[*messages, {"role": "assistant", "content": answer}] for answer in answers]
+    segments = segment_tokens(tokenizer, template, answered)
+    return [next((tokens for tokens, spoken in reversed(parts) if spoken), []) for parts in segments]
+
+
 def segment_tokens(
     tokenizer: Tokenizer, template: ChatTemplate, conversations: Sequence[Messages]
 ) -> list[list[tuple[list[int], bool]]]:

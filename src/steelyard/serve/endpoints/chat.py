@@ -17,7 +17,7 @@ from steelyard.infer.effort import MOST_ANSWER
 from steelyard.infer.request import Output
 from steelyard.serve.billing.bill import Payer
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
-from steelyard.serve.explaining import asking, with_answer
+from steelyard.serve.explaining import asking, longest_answer, with_answer
 from steelyard.serve.generation import Choice, Generation, finish, plan
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.chat import (
@@ -37,7 +37,7 @@ from steelyard.serve.protocol.prompt_logprobs import prompt_logprobs
 from steelyard.serve.protocol.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta, call_id
 from steelyard.serve.protocol.usage import CompletionTokensDetails, Finish, Usage
 from steelyard.serve.reading import demand
-from steelyard.serve.rendering import chat_source, reasoning_reader, rendered
+from steelyard.serve.rendering import answers_to, chat_source, reasoning_reader, rendered
 from steelyard.serve.service import Service
 from steelyard.serve.stored import Kept
 from steelyard.text.reasoning import Answered, ReasoningReader, Thought, parted
@@ -101,14 +101,20 @@ async def _explaining(
     if wanted is None:
         yield None
         return
-    served, asked = generation.served, wanted.asked(answer=[0])
-    longest = len(source.ids) + min(MOST_ANSWER, generation.requests[0].sampling.max_tokens)
+    served, against = generation.served, list(dict.fromkeys(wanted.against or []))
+    labels = await asyncio.to_thread(answers_to, served, body.messages, against, "explain.against") if against else []
+    asked = wanted.asked(answer=[0], against=labels)
+    said = min(MOST_ANSWER, generation.requests[0].sampling.max_tokens)
+    longest = len(source.ids) + max(said, longest_answer(asked))
     async with asking(served, payer, [source], [asked], lengths=[longest], param="messages") as reserved:
 
         async def explain(tokens: list[int]) -> Explained | str:
             if not tokens:
                 return "the answer has no token"
-            reserved.explains = [with_answer(asked, source, tokens[:MOST_ANSWER])]
+            if labels and _thought(served, source, tokens):
+                return "the model thought before it answered: leave 'against' out"
+            answer = _label(served, labels, tokens) or tokens[:MOST_ANSWER]
+            reserved.explains = [with_answer(asked, source, answer)]
             try:
                 (found,) = await reserved.answers()
             except SteelyardError as error:  # the answer is there, and paid for
@@ -116,6 +122,17 @@ async def _explaining(
             return found
 
         yield explain
+
+
+def _label(served: ServedModel, labels: list[list[int]], tokens: list[int]) -> list[int] | None:
+    """Which of some answers was given, as the model learnt to write it."""
+    said = served.tokenizer.decode(tokens).strip()
+    return next((label for label in labels if served.tokenizer.decode(label).strip() == said), None)
+
+
+def _thought(served: ServedModel, source: Source, tokens: list[int]) -> bool:
+    reader = reasoning_reader(served, source.text)
+    return reader is not None and bool(parted(served.tokenizer.decode(tokens), inside=reader.inside)[0])
 
 
 def _answer(body: ChatRequest, generation: Generation, source: Source, choices: list[Choice]) -> ChatCompletion:

@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard.errors import RequestError
-from steelyard.infer.request import Ready
+from steelyard.infer.request import Explain, Ready
 from steelyard.serve.connection import while_connected
 from steelyard.serve.examples import Shown
-from steelyard.serve.explaining import asking, with_answer
+from steelyard.serve.explaining import asking, longest_answer, with_answer
 from steelyard.serve.learnt import learnt_rows
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.errors import json_response
@@ -21,7 +21,7 @@ from steelyard.serve.protocol.examples import Example
 from steelyard.serve.protocol.explain import ExplainRequest, Explanation
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.reading import demand
-from steelyard.serve.rendering import chat_source
+from steelyard.serve.rendering import answers_to, chat_source
 from steelyard.serve.service import Service
 from steelyard.text.source import Source, source_of
 
@@ -40,28 +40,51 @@ async def create(service: Service, request: Request) -> Response:
             )
         if body.lens:
             raise RequestError(f"'{served.id}' writes nothing: it has no lens", param="lens")
+        if body.against:
+            raise RequestError(f"'{served.id}' compares all its classes: leave 'against' out", param="against")
         if body.target is not None and body.target not in ready.labels:
             raise RequestError(f"'target' must be one of {', '.join(ready.labels)}", param="target")
     source, shown = await while_connected(request.receive, _read(service, served, ready, payer.project, body))
     if ready.task == "classify":
         explain = body.asked(target=None if body.target is None else ready.labels.index(body.target))
     else:
-        answer = [] if body.target is None else served.tokenizer.encode_plain(body.target)
-        explain = with_answer(body.asked(), source, answer)
+        explain = await asyncio.to_thread(_asked, served, body, source)
     learnt = None
     if body.nearest:
         reading = asyncio.to_thread(learnt_rows, service.files, served, payer.project)
         learnt = await while_connected(request.receive, reading)
         rows = [(row.prompt, row.answer) for row in learnt.rows]
         explain = msgspec.structs.replace(explain, rows=rows, nearest=body.nearest)
-    if len(source.ids) + max(0, len(explain.answer) - 1) > ready.context:
-        reason = f"input and target have {len(source.ids) + len(explain.answer)} tokens, but the context of"
+    longest = longest_answer(explain)
+    if len(source.ids) + max(0, longest - 1) > ready.context:
+        reason = f"input and target have {len(source.ids) + longest} tokens, but the context of"
         reason += f" '{served.id}' is {ready.context}"
         raise RequestError(f"{reason}: shorten it", param=_param(body), code="context_length_exceeded")
     async with asking(served, payer, [source], [explain], shown=shown, param=_param(body)) as asked:
         (found,) = await while_connected(request.receive, asked.answers(learnt))
     told = msgspec.structs.asdict(found)
     return json_response(Explanation(id=asked.id, created=int(time.time()), model=served.id, **told))
+
+
+def _asked(served: ServedModel, body: ExplainRequest, source: Source) -> Explain:
+    """What the engine explains of a model that writes."""
+    against = [one for one in dict.fromkeys(body.against or []) if one != body.target]
+    if not against:
+        if body.against:
+            raise RequestError("'against' is what else it could be: name more than the target", param="against")
+        answer = [] if body.target is None else served.tokenizer.encode_plain(body.target)
+        return with_answer(body.asked(), source, answer)
+    said = against if body.target is None else [body.target, *against]
+    if len(said) < 2:
+        raise RequestError("'against' names one answer: name another, or the 'target'", param="against")
+    if body.messages is not None:
+        tokens = answers_to(served, body.messages, said, "against")
+    else:
+        end = sorted(served.tokenizer.eos_ids)[:1]
+        tokens = [[*served.tokenizer.encode_plain(one), *end] for one in said]
+    if body.target is None:
+        return with_answer(body.asked(against=tokens), source, [])
+    return with_answer(body.asked(against=tokens[1:]), source, tokens[0])
 
 
 def _param(body: ExplainRequest) -> str:

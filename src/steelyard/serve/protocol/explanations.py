@@ -12,7 +12,7 @@ from steelyard.errors import RequestError
 from steelyard.infer.request import Explain, Faithfulness, Method
 from steelyard.serve.protocol.fields import Fields
 
-MOST_LENS = 10
+MOST_LENS, MOST_AGAINST = 10, 64
 
 
 class ExplainOptions(Fields):
@@ -24,6 +24,10 @@ class ExplainOptions(Fields):
     """`high`: by occlusion, a pass for every token."""
     faithfulness: bool | None = None
     """Whether it is measured how far the shares can be believed; default: it is."""
+    against: (
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=1 << 12)]], Field(max_length=MOST_AGAINST)] | None
+    ) = None
+    """Of a model that writes: what else it could have answered, such as the other labels; why it is none of these."""
     lens: Annotated[int, Field(ge=0, le=MOST_LENS)] | None = None
     """Of a model that writes: how many of the likeliest next tokens each layer tells."""
 

@@ -68,8 +68,9 @@ class ClassifyRequest(ReadingFields):
         if self.explain and len(self.given) > MOST_EXPLAINED:
             raise RequestError(f"'explain' is for {MOST_EXPLAINED} inputs at most", param="explain")
         wanted = options(self.explain)
-        if wanted is not None and wanted.lens:
-            raise RequestError("'explain.lens' is for models that write", param="explain.lens")
+        for field in ("lens", "against"):
+            if wanted is not None and getattr(wanted, field):
+                raise RequestError(f"'explain.{field}' is for models that write", param=f"explain.{field}")
         return self
 
 
