@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from running_service import Service, serving
+from hypothesis import given
+from hypothesis import strategies as st
+from running_service import Service, eventually, serving
 from sqlalchemy import select, update
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
@@ -19,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from steelyard.errors import EngineUnavailableError
 from steelyard.serve.auth import Caller
 from steelyard.serve.connection import DONE, EventStream
+from steelyard.serve.fingerprint import FormDigest
 from steelyard.serve.idempotency import Idempotency
 from steelyard.store import tables
 
@@ -122,11 +126,53 @@ def test_a_new_keys_value_is_not_said_twice(service: Service) -> None:
 
 
 def test_uploads(service: Service) -> None:
-    first, again = (
-        post(service, "upload", "/v1/files", data={"purpose": "user_data"}, files={"file": ("x", io.BytesIO(b"abc"))})
-        for _ in range(2)
-    )
+    """A form is the same whatever its boundary, and another if a byte of its file is."""
+    content = bytes(range(256)) * 20_000
+
+    def upload(content: bytes) -> httpx.Response:
+        file = {"file": ("x", io.BytesIO(content))}
+        return post(service, "upload", "/v1/files", data={"purpose": "user_data"}, files=file)
+
+    first, again, other = upload(content), upload(content), upload(content[:-1] + b"x")
     assert first.json() == again.json()
+    assert again.headers["idempotent-replayed"] == "true"
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_mismatch")
+    assert post(service, "upload", json=CHAT).status_code == 409
+    post(service, "no form", json=CHAT).raise_for_status()
+    file = {"file": ("x", io.BytesIO(b"abc"))}
+    assert post(service, "no form", "/v1/files", data={"purpose": "user_data"}, files=file).status_code == 409
+
+
+def test_an_upload_that_broke_off_can_be_sent_again(service: Service) -> None:
+    """Its key is free: nothing is kept of what was not read whole."""
+
+    def leaving() -> Iterator[bytes]:
+        yield b"--abc"
+        raise InterruptedError
+
+    headers = {"idempotency-key": "broken", "content-type": "multipart/form-data; boundary=abc"}
+    with service.http() as http, pytest.raises(InterruptedError):
+        http.post("/v1/files", headers=headers, content=leaving())
+    form = {"data": {"purpose": "user_data"}, "files": {"file": ("x", io.BytesIO(b"abc"))}}
+    eventually(lambda: post(service, "broken", "/v1/files", **form).status_code == 200)
+
+
+@given(st.lists(st.binary(max_size=20), max_size=8), st.integers(1, 9))
+def test_a_forms_digest_is_that_of_what_its_boundary_parts(pieces: list[bytes], size: int) -> None:
+    """However it arrives."""
+    digests = []
+    for mark in (b"a\xffb", b"--another--"):
+        body = mark.join(piece.replace(b"a\xffb", b"").replace(b"--another--", b"") for piece in pieces)
+        parts = [body[begin : begin + size] for begin in range(0, len(body), size)] or [b""]
+        messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        messages[-1]["more_body"] = False
+
+        async def receive(messages: list[Message] = messages) -> Message:
+            return messages.pop(0)
+
+        digests.append(asyncio.run(FormDigest(b"here", mark, receive).rest()))
+    plain = b"".join(piece.replace(b"a\xffb", b"").replace(b"--another--", b"") for piece in pieces)
+    assert digests == [hashlib.sha256(b"here" + plain).hexdigest()] * 2
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256])

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steelyard.errors import ConflictError, RequestError, StorageError
 from steelyard.serve.auth import Caller
 from steelyard.serve.connection import DONE
+from steelyard.serve.fingerprint import FormDigest, boundary
 from steelyard.serve.protocol.parameters import TEXT, Parameter
 from steelyard.store import encryption, tables
 from steelyard.store.database import Database
@@ -52,6 +53,15 @@ class Answer(msgspec.Struct, frozen=True):
     body: bytes
 
 
+class Kept(msgspec.Struct, frozen=True):
+    """An answer under a key."""
+
+    sealed: bytes
+    """Empty: there is none."""
+    fingerprint: str
+    """Of the request that it answers."""
+
+
 @dataclass
 class Idempotency:
     """ASGI middleware, behind authentication and the limits of bodies.
@@ -67,8 +77,8 @@ class Idempotency:
     database: Database
     root: bytes
     now: Callable[[], int]
-    unkept: dict[tuple[str, str], bytes] = field(default_factory=dict)
-    """Answers that could not be written, sealed; empty: there is none."""
+    unkept: dict[tuple[str, str], Kept] = field(default_factory=dict)
+    """Answers that could not be written."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, once.
@@ -84,15 +94,22 @@ class Idempotency:
             await self.app(scope, receive, send)
             return
         key = self._check(given)
-        body, receive = await _read(scope, receive)
+        beginning, parted = b"\0".join((scope["raw_path"], scope["query_string"], b"")), boundary(scope)
+        form, fingerprint = None, ""
+        if parted is not None:  # what it is comes out while it is read
+            receive = form = FormDigest(beginning, parted, receive)
+        else:
+            body, receive = await _read(receive)
+            fingerprint = hashlib.sha256(beginning + body).hexdigest()
         owner = caller.project_id or "administration"
-        fingerprint = hashlib.sha256(b"\0".join((scope["raw_path"], scope["query_string"], body))).hexdigest()
         pending = self.unkept.get((owner, key))
         if pending is not None:  # it was answered while the database was away
             await self._settle(owner, key, pending)
         kept = await self.database.write(lambda connection: self._begin(connection, owner, key, fingerprint))
         if kept is not None:
-            await _send(self._open(kept, owner, key), send)
+            if form is not None and await form.rest() != kept.fingerprint:
+                raise _mismatch()
+            await _send(self._open(kept.sealed, owner, key), send)
             return
         recorder = Recorder(send)
         try:
@@ -101,17 +118,20 @@ class Idempotency:
             self.database.write_soon(lambda connection: self._forget(connection, owner, key))
             raise
         answer = recorder.answer(scope["state"].get("replay"))
-        await self._settle(owner, key, b"" if answer is None else self._seal(answer, owner, key))
+        if form is not None:
+            answer, fingerprint = answer if form.whole else None, form.hexdigest
+        sealed = b"" if answer is None else self._seal(answer, owner, key)
+        await self._settle(owner, key, Kept(sealed, fingerprint))
         await recorder.finish()
 
-    async def _settle(self, owner: str, key: str, sealed: bytes) -> None:
-        """Keep an answer, or forget a key whose request has none (empty); what cannot be written now is not lost."""
-        settle = partial(self._keep, sealed=sealed) if sealed else self._forget
+    async def _settle(self, owner: str, key: str, kept: Kept) -> None:
+        """Keep an answer, or forget a key whose request has none; what cannot be written now is not lost."""
+        settle = partial(self._keep, kept=kept) if kept.sealed else self._forget
         try:
             await self.database.write(lambda connection: settle(connection, owner=owner, key=key))
         except StorageError:
             if len(self.unkept) < MOST_UNKEPT:
-                self.unkept[owner, key] = sealed
+                self.unkept[owner, key] = kept
             raise
         self.unkept.pop((owner, key), None)
 
@@ -123,20 +143,15 @@ class Idempotency:
             )
         return key
 
-    def _begin(self, connection: Connection, owner: str, key: str, fingerprint: str) -> bytes | None:
-        """Take the key; or the answer that is kept under it."""
+    def _begin(self, connection: Connection, owner: str, key: str, fingerprint: str) -> Kept | None:
+        """Take the key; or the answer that is kept under it. Of a form nobody knows yet what it is (empty)."""
         now, mine = self.now(), (columns.owner == owner, columns.key == key)
         row = connection.execute(select(tables.idempotency).where(*mine)).first()
         if row is not None and row.created_at > now - KEPT_SECONDS:
-            if row.fingerprint != fingerprint:
-                raise ConflictError(
-                    "this Idempotency-Key was used for another request: use a new one",
-                    param="Idempotency-Key",
-                    code="idempotency_mismatch",
-                )
+            if fingerprint and row.fingerprint != fingerprint:
+                raise _mismatch()
             if row.answer is not None:
-                answer: bytes = row.answer
-                return answer
+                return Kept(row.answer, row.fingerprint)
             if self.database.is_held(connection, row.holder):
                 raise ConflictError(
                     "the first request with this Idempotency-Key still runs: try again shortly",
@@ -148,10 +163,9 @@ class Idempotency:
         connection.execute(insert(tables.idempotency), {"owner": owner, "key": key, **values})
         return None
 
-    def _keep(self, connection: Connection, owner: str, key: str, sealed: bytes) -> None:
-        connection.execute(
-            update(tables.idempotency).where(columns.owner == owner, columns.key == key).values(answer=sealed)
-        )
+    def _keep(self, connection: Connection, owner: str, key: str, kept: Kept) -> None:
+        values = {"answer": kept.sealed, "fingerprint": kept.fingerprint}
+        connection.execute(update(tables.idempotency).where(columns.owner == owner, columns.key == key).values(values))
 
     def _forget(self, connection: Connection, owner: str, key: str) -> None:
         connection.execute(delete(tables.idempotency).where(columns.owner == owner, columns.key == key))
@@ -214,17 +228,18 @@ def expire(connection: Connection, now: int) -> None:
     connection.execute(delete(tables.idempotency).where(columns.created_at <= now - KEPT_SECONDS))
 
 
-async def _read(scope: Scope, receive: Receive) -> tuple[bytes, Receive]:
-    """The whole body, and a `receive` that gives it again. Of a form only that it is one: its boundary is another each
-    time.
+def _mismatch() -> ConflictError:
+    reason = "this Idempotency-Key was used for another request: use a new one"
+    return ConflictError(reason, param="Idempotency-Key", code="idempotency_mismatch")
+
+
+async def _read(receive: Receive) -> tuple[bytes, Receive]:
+    """The whole body, and a `receive` that gives it again.
 
     Raises:
         ClientDisconnect: the client left before it was sent. Nothing is begun under its key: part of a body would be
             another request than the one that is sent again.
     """
-    kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
-    if kind.startswith(b"multipart/"):
-        return b"multipart", receive
     body = bytearray()
     while True:
         message = await receive()
