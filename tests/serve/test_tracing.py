@@ -303,3 +303,16 @@ def test_a_missing_extra_is_named_before_anything_starts(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)
     with pytest.raises(ConfigError, match=r"opentelemetry\.sdk.* is not installed: pip install 'steelyard\[otel\]'"):
         run([Path("missing")], environment={"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"})
+
+
+def test_every_model_that_is_asked_has_a_word() -> None:
+    """By the route table: what is no conversation is not called one."""
+    from steelyard.app import ENDPOINTS
+    from steelyard.serve.spans import OPERATIONS
+
+    asking = {
+        one.path for one in ENDPOINTS if one.method == "POST" and one.permission == "inference" and "{" not in one.path
+    }
+    chats = {"/v1/chat/completions", "/v1/responses"}
+    others = {path for path in asking if path.startswith((*chats, "/v1/batches"))}
+    assert asking - others == OPERATIONS.keys()

@@ -151,7 +151,7 @@ def test_a_dead_or_stopped_worker_is_replaced(chatml: ChatTemplate, monkeypatch:
 
     worker = chatml._process.start()
     os.kill(worker.pid, signal.SIGSTOP)
-    monkeypatch.setattr("steelyard.text.template_process.WALL_SECONDS", 0.2)
+    monkeypatch.setattr("steelyard.text.worker_process.WALL_SECONDS", 0.2)
     with pytest.raises(TemplateError, match="did not answer in time"):
         chatml.render([USER])
     assert worker.poll() is not None
@@ -161,7 +161,7 @@ def test_a_dead_or_stopped_worker_is_replaced(chatml: ChatTemplate, monkeypatch:
 
 def test_a_fork_has_a_worker_of_its_own(chatml: ChatTemplate) -> None:
     expected, pid = chatml.render([USER]), chatml._process.start().pid
-    with chatml._lock:  # as if another thread were rendering
+    with chatml._process._lock:  # as if another thread were rendering
         child = os.fork()
         if child == 0:
             try:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from steelyard.errors import RequestError
 from steelyard.kernels.draw import NEVER
-from steelyard.text.grammar import LIMITS
+from steelyard.text.grammar_worker import LIMITS
 from steelyard.text.tokenizer import Tokenizer
 
 KEPT = 64

@@ -29,6 +29,17 @@ from steelyard.infer.request import Output, Timeline
 from steelyard.serve.access_log import CLIENT_LEFT
 
 NAME = "steelyard"
+OPERATIONS = {
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+    "/v1/score": "embeddings",
+    "/v1/rerank": "embeddings",
+    "/v1/classify": "classification",
+    "/v1/tag": "tagging",
+    "/v1/explain": "explanation",
+    "/v1/audio/transcriptions": "transcription",
+}
+"""What is asked of a model, by route, in the conventions' words where they have one; else it is a chat."""
 FLUSH_SECONDS = 5.0
 """How long the end of the server waits for the last spans to be sent."""
 
@@ -84,7 +95,7 @@ class RequestSpans:
         )
         state = scope.setdefault("state", {})
         if span.is_recording():
-            operation = "text_completion" if route == "/v1/completions" else "chat"
+            operation = OPERATIONS.get(route or "", "chat")
             state["trace"] = RequestTrace(self.tracer, set_span_in_context(span, Context()), operation)
 
         async def watched(message: Message) -> None:

@@ -6,23 +6,23 @@ under limits of time, memory and output (see template_worker.py).
 
 from __future__ import annotations
 
-import os
 import re
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from steelyard.errors import CheckpointError, TemplateError
 from steelyard.text.bounded import read_bytes, read_optional_object, token_content
 from steelyard.text.segments import Segment, cut, prefixes
-from steelyard.text.template_process import MAX_OUTPUT, TemplateProcess, frame
 from steelyard.text.tool_calls import OPEN
+from steelyard.text.worker_process import WorkerProcess, frame
 
 MAX_SOURCE = 256 << 10  # bytes
 FRAME_TEXT = 250_000  # characters of the messages in one frame; a single conversation may have more
 FRAME_COUNT = 256  # conversations in one frame
+CPU_SECONDS = 0.15
+MEMORY = 64 << 20
+MAX_OUTPUT = 1_000_000  # characters of one rendering
 
 Messages = list[dict[str, str]]
 
@@ -45,9 +45,13 @@ class ChatTemplate:
                 f"the chat template is over {MAX_SOURCE >> 10} KB: use a template that was not generated"
             )
         self.source = source
-        self._process = TemplateProcess(source, {"bos_token": bos_token, "eos_token": eos_token})
-        self._lock = Lock()
-        _TEMPLATES.add(self)
+        hello = {
+            "source": source,
+            "variables": {"bos_token": bos_token, "eos_token": eos_token},
+            "output": MAX_OUTPUT,
+        }
+        worker = "steelyard.text.template_worker"
+        self._process = WorkerProcess(worker, hello, cpu_seconds=CPU_SECONDS, memory=MEMORY)
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
@@ -134,8 +138,7 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the worker. A later rendering starts a new one."""
-        with self._lock:
-            self._process.stop()
+        self._process.stop()
 
     def _render(
         self, conversations: Sequence[tuple[Messages, bool]], numbers: Sequence[int] | None = None
@@ -172,18 +175,7 @@ class ChatTemplate:
             )
         except UnicodeEncodeError:
             return [], "a message has a lone surrogate (\\ud800 to \\udfff): send well-formed Unicode"
-        with self._lock:
-            return self._process.render(content, len(conversations))
-
-
-# After a fork the child has a copy of the lock, maybe held, and of the pipes to its parent's worker.
-_TEMPLATES: weakref.WeakSet[ChatTemplate] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for template in _TEMPLATES:
-        template._lock = Lock()
-        template.close()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+        replies, failed = self._process.exchange(content, len(conversations))
+        if replies and "error" in replies[-1]:
+            failed = replies.pop()["error"]
+        return [reply["text"] for reply in replies], failed and f"the chat template {failed}"

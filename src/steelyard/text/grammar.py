@@ -1,39 +1,28 @@
 """What an answer may be: a JSON schema, a pattern, a choice or a grammar, as one text that an engine compiles.
 
-llguidance reads them all, with limits on what each may cost. Knows neither models nor HTTP; no torch.
+llguidance reads them all, in a process of its own (`grammar_worker`) that may be ended by what it reads. Knows neither
+models nor HTTP; no torch.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
-
-from llguidance import LLMatcher, LLParserLimits
 
 from steelyard.errors import RequestError
 from steelyard.text import recursion, tool_calls
+from steelyard.text.grammar_worker import LAYOUT
+from steelyard.text.worker_process import WorkerProcess, frame
 
 MOST_CHARACTERS = 1 << 16
 MOST_WRITTEN_OUT = 1 << 18
 """Of a recursive schema on all its levels."""
-MOST_RULES = 256
-"""Of a grammar that is written by hand: the library follows them by recursion."""
-LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=100_000,
-    step_max_items=20_000,
-    max_lexer_states=20_000,
-    max_grammar_size=100_000,
-    verbose_errors=False,
-)
-"""Some 20 ms each, and tens of megabytes."""
-LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON on one line, as models have mostly seen it: free space is where small ones get lost."""
-
-
-_RULE = re.compile(r"(?:^|\n)[^\n:]*:")
+CPU_SECONDS = 0.1
+MEMORY = 256 << 20
+KEPT, KEPT_CHARACTERS = 256, 1 << 14
+"""Grammars that are known to be good, and how long these may be."""
 
 
 def of_schema(schema: dict[str, Any], param: str, depth: int = recursion.DEPTH) -> str:
@@ -50,20 +39,14 @@ def of_schema(schema: dict[str, Any], param: str, depth: int = recursion.DEPTH) 
     _short(_written(schema, param), param)
     plain = recursion.plain_names(schema, param)
     flat = _written_out(plain, param, depth)
-    return _checked(_of_json(flat, param), param, MOST_CHARACTERS if flat is plain else MOST_WRITTEN_OUT)
+    most = MOST_CHARACTERS if flat is plain else MOST_WRITTEN_OUT
+    return _checked("schema", _written(flat, param), param, most)
 
 
 def _written(schema: dict[str, Any], param: str) -> str:
     try:
         return json.dumps(schema)
     except RecursionError:
-        raise _too_deep(param) from None
-
-
-def _of_json(schema: dict[str, Any], param: str) -> str:
-    try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)  # type: ignore[arg-type]
-    except (ValueError, RecursionError):
         raise _too_deep(param) from None
 
 
@@ -80,13 +63,13 @@ def _too_deep(param: str) -> RequestError:
 
 def of_pattern(pattern: str, param: str) -> str:
     """What a regular expression matches as a whole. Raises as `of_schema` does."""
-    return _checked(LLMatcher.grammar_from_regex(pattern), param)
+    return _checked("pattern", pattern, param)
 
 
 def of_choice(texts: Sequence[str], param: str) -> str:
     """One of these texts. Raises as `of_schema` does."""
     either = "|".join("".join(map(_literal, text)) for text in texts)
-    return _checked(LLMatcher.grammar_from_regex(f"(?:{either})"), param)
+    return _checked("pattern", f"(?:{either})", param)
 
 
 def _literal(sign: str) -> str:
@@ -96,9 +79,7 @@ def _literal(sign: str) -> str:
 
 def of_rules(rules: str, param: str) -> str:
     """What Lark's rules say, from `start` on. Raises as `of_schema` does."""
-    if len(_RULE.findall(rules)) > MOST_RULES:
-        raise RequestError(f"'{param}' has more than {MOST_RULES} rules", param=param)
-    return _checked(LLMatcher.grammar_from_lark(rules), param)
+    return _checked("rules", rules, param)
 
 
 def of_calls(tools: Sequence[tuple[str, dict[str, Any], str]], *, text: bool, several: bool, param: str) -> str:
@@ -131,17 +112,45 @@ def of_calls(tools: Sequence[tuple[str, dict[str, Any], str]], *, text: bool, se
         lines = [f"start: TEXT | (head {either}){more}", f"head[lazy]: TEXT {mark}", r"TEXT: /(.|\n)*/"]
     else:
         lines = [f"start: ({mark} {either}){more}"]
-    return _checked("%llguidance {}\n" + "\n".join([*lines, *rules]), param, most)
+    return _checked("grammar", "%llguidance {}\n" + "\n".join([*lines, *rules]), param, most)
 
 
-def _checked(grammar: str, param: str, most: int = MOST_CHARACTERS) -> str:
-    _short(grammar, param, most)
-    if reason := LLMatcher.validate_grammar(grammar, limits=LIMITS):
-        told = " ".join(reason.split())[:300]
-        raise RequestError(f"'{param}' is nothing that an answer can be held to: {told}", param=param)
+_WORKER = WorkerProcess("steelyard.text.grammar_worker", {}, cpu_seconds=CPU_SECONDS, memory=MEMORY)
+
+
+def _checked(kind: str, text: str, param: str, most: int = MOST_CHARACTERS) -> str:
+    _short(text, param, most)
+    return _asked(kind, text, param, most) if len(text) > KEPT_CHARACTERS else _known(kind, text, param, most)
+
+
+@lru_cache(KEPT)
+def _known(kind: str, text: str, param: str, most: int) -> str:
+    """Most ask with the same schema again and again."""
+    return _asked(kind, text, param, most)
+
+
+def _asked(kind: str, text: str, param: str, most: int) -> str:
+    try:
+        content = frame({"kind": kind, "text": text, "most": most})
+    except UnicodeEncodeError:
+        reason = f"'{param}' has a lone surrogate (\\ud800 to \\udfff): send well-formed Unicode"
+        raise RequestError(reason, param=param) from None
+    replies, failed = _WORKER.exchange(content)
+    if failed is not None:
+        raise RequestError(f"'{param}' is too much: what checks it {failed}; make it simpler", param=param)
+    (reply,) = replies
+    if "long" in reply:
+        raise _too_long(param, most)
+    if "error" in reply:
+        raise RequestError(f"'{param}' is nothing that an answer can be held to: {reply['error']}", param=param)
+    grammar: str = reply["grammar"]
     return grammar
 
 
-def _short(grammar: str, param: str, most: int = MOST_CHARACTERS) -> None:
-    if len(grammar) > most:
-        raise RequestError(f"'{param}' is longer than {most} characters", param=param)
+def _short(text: str, param: str, most: int = MOST_CHARACTERS) -> None:
+    if len(text) > most:
+        raise _too_long(param, most)
+
+
+def _too_long(param: str, most: int) -> RequestError:
+    return RequestError(f"'{param}' is longer than {most} characters", param=param)

@@ -1,22 +1,16 @@
-"""The worker that renders one chat template: `python -m steelyard.text.template_worker`, fed by template_process.
+"""The worker that renders one chat template: `python -m steelyard.text.template_worker`, see worker_process.
 
 A template comes with a model and is not trusted. Here it can read the messages and nothing else, and whatever it
-does is bounded: its CPU time by a timer whose signal kills this process even inside C code, its memory by an
-address-space limit, its output by a count, its files and processes by limits of zero. Imports nothing of steelyard.
+does is bounded: see `confined`; its output by a count.
 
-Frames are a 4-byte big-endian length and JSON. In: first `{source, variables, cpu_seconds, memory, output}`, then
-`[{messages, add_generation_prompt}, ...]`. Out: `{ready: true}`, then per rendering `{text}` or
-`{error, ended}`; an error ends the answer to a frame, `ended` says that the process ends too.
+In: first `{source, variables, output}`, then `[{messages, add_generation_prompt}, ...]`. Out, per rendering: `{text}`
+or `{error, ended}`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
-import struct
-import sys
 import textwrap
 import time
 from datetime import datetime
@@ -30,10 +24,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from steelyard.text.confined import confine, line, receive, send, timed
+
 # The parts of jinja2 and of the codecs that are imported on first use: no file can be opened later.
 PRELOADED = (jinja2.debug.rewrite_traceback_stack, textwrap.wrap, b"\\x41".decode("unicode-escape"))
-
-_LENGTH = struct.Struct(">I")
 
 
 class OutputTooLong(Exception):
@@ -98,16 +92,6 @@ def environment() -> ImmutableSandboxedEnvironment:
     return jinja
 
 
-def limit(memory: int) -> None:
-    """Confine this process from here on: `memory` more bytes than it has now, no further file or process."""
-    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123
-        size = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + memory, size + memory))
-    for kind, value in ((resource.RLIMIT_NOFILE, 3), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(kind, (value, value))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
-
 def render(template: jinja2.Template, variables: dict[str, Any], output: int) -> str:
     """The template's text, of at most `output` characters.
 
@@ -132,36 +116,8 @@ def reason(error: Exception, memory: int) -> str:
     if isinstance(error, RecursionError):
         return "nests too deeply"
     if isinstance(error, TemplateSyntaxError):
-        return f"line {error.lineno}: {_line(error.message or 'syntax error')}"
-    return f"raised: {_line(str(error)) or type(error).__name__}"
-
-
-def _line(message: str) -> str:
-    return " ".join(message[:2000].encode(errors="replace").decode().split())[:300]
-
-
-def _read(size: int) -> bytes:
-    content = bytearray()
-    while len(content) < size:
-        piece = os.read(0, min(size - len(content), 1 << 20))
-        if not piece:
-            # The parent has closed the pipe or is gone.
-            os._exit(0)
-        content += piece
-    return bytes(content)
-
-
-def receive() -> Any:
-    """The next frame from the parent; ends the process at the end of the input."""
-    return json.loads(_read(_LENGTH.unpack(_read(_LENGTH.size))[0]))
-
-
-def send(reply: dict[str, Any]) -> None:
-    """Write one frame."""
-    text = json.dumps(reply, ensure_ascii=False).encode()
-    content = memoryview(_LENGTH.pack(len(text)) + text)
-    while content:
-        content = content[os.write(1, content) :]
+        return f"line {error.lineno}: {line(error.message or 'syntax error')}"
+    return f"raised: {line(str(error)) or type(error).__name__}"
 
 
 def main() -> None:
@@ -170,20 +126,16 @@ def main() -> None:
     jinja, template = environment(), None
     render(jinja.from_string("{% for x in [1] %}{{ {'x': x} | tojson }}{% endfor %}"), {}, 10)
     time.tzset()
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    limit(hello["memory"])
-    send({"ready": True})
+    confine(hello["memory"])
     while True:
         for conversation in receive():
-            signal.setitimer(signal.ITIMER_PROF, hello["cpu_seconds"])
             try:
-                # The first rendering pays for compiling the template, out of the same time.
-                template = template or jinja.from_string(hello["source"])
-                send({"text": render(template, hello["variables"] | conversation, hello["output"])})
-                signal.setitimer(signal.ITIMER_PROF, 0)
+                with timed(hello["cpu_seconds"]):
+                    # The first rendering pays for compiling the template, out of the same time.
+                    template = template or jinja.from_string(hello["source"])
+                    text = render(template, hello["variables"] | conversation, hello["output"])
+                send({"text": text})
             except Exception as error:
-                signal.setitimer(signal.ITIMER_PROF, 0)
                 # What these two leave behind is nothing to build on.
                 ended = isinstance(error, MemoryError | RecursionError)
                 send({"error": reason(error, hello["memory"]), "ended": ended})
@@ -193,7 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:
-        sys.exit(0)
+    main()

@@ -1,7 +1,6 @@
-"""The worker process of one chat template: started when first needed, killed when it is late, started again.
+"""A process that works on what is not trusted: started when first needed, killed when it is late, started again.
 
-Knows frames, pipes, deadlines and the death of processes; nothing of conversations. Not thread-safe: its owner
-holds a lock.
+Knows frames, pipes, deadlines and the death of processes; nothing of what is worked on. `confined` is the other end.
 """
 
 from __future__ import annotations
@@ -16,64 +15,67 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from steelyard.errors import TemplateError
-
-CPU_SECONDS = 0.15
-MEMORY = 64 << 20
-MAX_OUTPUT = 1_000_000  # characters of one rendering
-MAX_REPLY = 8 << 20  # bytes of one frame from the worker: MAX_OUTPUT characters, escaped
+MAX_REPLY = 8 << 20  # bytes of one frame from the worker
 START_SECONDS = 20.0
 WALL_SECONDS = 2.0
 _LENGTH = struct.Struct(">I")
 _PACKAGES = str(Path(__file__).parents[2])
 
+Reply = dict[str, Any]
 
-class TemplateProcess:
-    """Renders through a worker. Every failure is a TemplateError, after which the next call has a new worker."""
 
-    def __init__(self, source: str, variables: dict[str, str]) -> None:
-        self._hello = {
-            "source": source,
-            "variables": variables,
-            "cpu_seconds": CPU_SECONDS,
-            "memory": MEMORY,
-            "output": MAX_OUTPUT,
-        }
+class WorkerProcess:
+    """Asks a worker. After every failure the next one who asks has a new one. For any thread, and after a fork.
+
+    Args:
+        module: what runs in it.
+        hello: what it is told first.
+        cpu_seconds: of processor time for an answer.
+        memory: bytes that it may have beside what it has when it is ready.
+    """
+
+    def __init__(self, module: str, hello: Reply, *, cpu_seconds: float, memory: int) -> None:
+        self._module, self._cpu_seconds = module, cpu_seconds
+        self._hello = {**hello, "cpu_seconds": cpu_seconds, "memory": memory}
         self._worker: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[Any, Any] | None = None
+        self._lock = Lock()
+        _PROCESSES.add(self)
 
-    def render(self, content: bytes, count: int) -> tuple[list[str], str | None]:
-        """The texts of one frame of `count` conversations, up to the first that fails, and why that one fails.
+    def exchange(self, content: bytes, count: int = 1) -> tuple[list[Reply], str | None]:
+        """Send a frame.
 
-        Raises:
-            TemplateError: the worker does not start.
+        Returns:
+            Its answers, `count` or as many as come before one with `error`; and what the worker did, if it failed.
         """
-        texts: list[str] = []
-        self.start()
-        try:
-            self._write(content)
-            while len(texts) < count:
-                texts.append(self._reply_text())
-        except TemplateError as error:
-            return texts, str(error)
-        except BaseException:  # what follows in the pipes would be taken for the next answer
-            self.stop()
-            raise
-        return texts, None
+        replies: list[Reply] = []
+        with self._lock:
+            try:
+                self.start()
+                self._write(content, WALL_SECONDS)
+                while len(replies) < count:
+                    replies.append(self._read(WALL_SECONDS))
+                    if replies[-1].get("ended"):
+                        self._stop()
+                    if "error" in replies[-1]:
+                        break
+            except _Failed as error:
+                return replies, str(error)
+            except BaseException:  # what follows in the pipes would be taken for the next answer
+                self._stop()
+                raise
+        return replies, None
 
     def start(self) -> subprocess.Popen[bytes]:
-        """The running worker.
-
-        Raises:
-            TemplateError: it does not start.
-        """
+        """The running worker; for who holds the lock."""
         if self._worker is not None and self._worker.poll() is None:
             return self._worker
-        self.stop()
+        self._stop()
         self._worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "steelyard.text.template_worker"],
+            [sys.executable, "-P", "-m", self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -86,12 +88,21 @@ class TemplateProcess:
         os.set_blocking(self._stdin(), False)
         self._write(frame(self._hello), START_SECONDS)
         if self._read(START_SECONDS).get("ready") is not True:
-            self.stop()
-            raise TemplateError("the template worker does not start: is jinja2 installed for this Python?")
+            self._stop()
+            raise _Failed("has a worker that does not start: is Steelyard installed whole?")
         return self._worker
 
     def stop(self) -> None:
-        """Kill the worker, if there is one, and wait for its end. In a forked child: let go of the parent's worker."""
+        """End the worker, if there is one. The next one who asks has a new one."""
+        with self._lock:
+            self._stop()
+
+    def after_fork(self) -> None:
+        """In a forked child: let go of the parent's worker, and of a lock that may be held."""
+        self._lock = Lock()
+        self._stop()
+
+    def _stop(self) -> None:
         if self._end is not None:
             self._end()
         self._worker = self._end = None
@@ -101,7 +112,7 @@ class TemplateProcess:
         assert self._worker.stdin is not None
         return self._worker.stdin.fileno()
 
-    def _write(self, content: bytes, seconds: float = WALL_SECONDS) -> None:
+    def _write(self, content: bytes, seconds: float) -> None:
         deadline, rest, descriptor = time.monotonic() + seconds, memoryview(content), self._stdin()
         while rest:
             self._await(descriptor, select.POLLOUT, deadline)
@@ -112,16 +123,7 @@ class TemplateProcess:
             except BrokenPipeError:
                 raise self._died() from None
 
-    def _reply_text(self) -> str:
-        reply = self._read(WALL_SECONDS)
-        text = reply.get("text")
-        if isinstance(text, str):
-            return text
-        if reply.get("ended"):
-            self.stop()
-        raise TemplateError(f"the chat template {reply.get('error')}")
-
-    def _read(self, seconds: float) -> dict[str, Any]:
+    def _read(self, seconds: float) -> Reply:
         deadline = time.monotonic() + seconds
         (length,) = _LENGTH.unpack(self._read_bytes(_LENGTH.size, deadline))
         if length <= MAX_REPLY:
@@ -132,8 +134,8 @@ class TemplateProcess:
                 reply = None
             if isinstance(reply, dict):
                 return reply
-        self.stop()
-        raise TemplateError("the chat template broke its worker's answer; do not use this model's template")
+        self._stop()
+        raise _Failed("broke its worker's answer: do not use it")
 
     def _read_bytes(self, size: int, deadline: float) -> bytes:
         assert self._worker is not None
@@ -151,20 +153,24 @@ class TemplateProcess:
         poll = select.poll()
         poll.register(descriptor, event)
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            self.stop()
-            raise TemplateError("the chat template's worker did not answer in time")
+            self._stop()
+            raise _Failed("did not answer in time")
 
-    def _died(self) -> TemplateError:
+    def _died(self) -> _Failed:
         """Why the worker's end of the pipe is closed."""
         assert self._worker is not None
         try:
             status = self._worker.wait(WALL_SECONDS)
         except subprocess.TimeoutExpired:
             status = 0
-        self.stop()
+        self._stop()
         if status == -signal.SIGPROF:
-            return TemplateError(f"the chat template took over {CPU_SECONDS * 1000:.0f} ms")
-        return TemplateError(f"the chat template ended its worker (status {status}): memory or stack ran out")
+            return _Failed(f"took over {self._cpu_seconds * 1000:.0f} ms")
+        return _Failed(f"ended its worker (status {status}): memory or stack ran out")
+
+
+class _Failed(Exception):
+    """What the worker did, after the name of what it works on."""
 
 
 def frame(value: object) -> bytes:
@@ -182,3 +188,15 @@ def _end(worker: subprocess.Popen[bytes], owner: int) -> None:
         worker.wait()
     else:
         worker.returncode = 0  # not a child of this process: never to be waited for
+
+
+# After a fork the child has a copy of the lock, maybe held, and of the pipes to its parent's worker.
+_PROCESSES: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for process in _PROCESSES:
+        process.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
