@@ -18,6 +18,7 @@ from steelyard.serve.protocol.response_object import (
     InputTokensDetails,
     OutputMessage,
     OutputTokensDetails,
+    ReasoningItem,
     ResponseObject,
     ResponseUsage,
 )
@@ -118,15 +119,75 @@ def test_responses_say_the_answer_alone(thinker: Service) -> None:
     assert answer.usage.output_tokens_details.reasoning_tokens == 0
 
 
-def test_responses_count_thoughts_and_do_not_tell_them() -> None:
+@pytest.fixture(scope="module")
+def absorbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A model whose template opens the thoughts, and which never ends them."""
+    place = tmp_path_factory.mktemp("thoughts") / "absorbed"
+    shutil.copytree(tiny_model, place)
+    opened = TEMPLATE.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    assert opened != TEMPLATE
+    (place / "chat_template.jinja").write_text(opened)
+    with serving(place, command=worker_command, seconds=60) as service:
+        yield service
+
+
+def test_responses_tell_thoughts_as_items(absorbed: Service) -> None:
+    """As the SDK's events, kept, gone on from, and sent back by hand: they are not read again."""
+    client = absorbed.sdk()
+    with client.responses.stream(model="absorbed", input="Where?", max_output_tokens=6) as stream:
+        events = list(stream)
+    whole = events[-1].response  # type: ignore[union-attr]
+    (item,) = whole.output
+    assert (item.type, item.status, whole.status) == ("reasoning", "incomplete", "incomplete")
+    assert (whole.output_text, item.summary) == ("", [])
+    (part,) = item.content or []
+    deltas = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
+    assert part.text == "".join(deltas) != ""
+    assert [event.type for event in events[:4]] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert [event.type for event in events[-4:]] == [
+        "response.reasoning_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert whole.usage is not None
+    assert whole.usage.output_tokens_details.reasoning_tokens > 0
+    assert client.responses.retrieve(whole.id).output == whole.output
+    asked: Any = [{"role": "user", "content": "Where?"}, {"role": "user", "content": "Go on."}]
+    counted = client.responses.input_tokens.count(model="absorbed", input=asked).input_tokens
+    by_hand: Any = [asked[0], item.model_dump(), asked[1]]
+    assert client.responses.input_tokens.count(model="absorbed", input=by_hand).input_tokens == counted
+    on = client.responses.create(
+        model="absorbed", input="Go on.", previous_response_id=whole.id, max_output_tokens=2, temperature=0
+    )
+    assert on.usage is not None
+    assert on.usage.input_tokens == counted
+
+
+def test_an_answer_with_a_form_is_no_thought(absorbed: Service) -> None:
+    """JSON has no room for thoughts, whatever the template has opened."""
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    assert absorbed.sdk().responses.create(model="absorbed", input="x", text=text).output_text == "{}"
+
+
+def test_responses_part_thoughts_from_the_answer() -> None:
     """However the text is cut."""
     growing = Growing(_begun(), calls=False, thoughts=ReasoningReader())
     said: list[Any] = []
     for piece in ("<thi", "nk>In the", " house</think>", "\n\nThere", "."):
         said += growing.push(piece, [], "stop" if piece == "." else None)
     usage = ResponseUsage(1, InputTokensDetails(0), 9, OutputTokensDetails(3), 10, 0.0)
-    (item,) = growing.end(usage, 0).output
+    thought, item = growing.end(usage, 0).output
     assert growing.thought == "In the house"
+    assert isinstance(thought, ReasoningItem)
+    assert ([part.text for part in thought.content], thought.status) == (["In the house"], "completed")
     assert isinstance(item, OutputMessage)
     assert item.content[0].text == "There."
     assert "".join(event.delta for event in said if isinstance(event, OutputTextDelta)) == "There."

@@ -22,6 +22,8 @@ from steelyard.serve.protocol.response_events import (
     OutputItemDone,
     OutputTextDelta,
     OutputTextDone,
+    ReasoningTextDelta,
+    ReasoningTextDone,
     ResponseCompleted,
     ResponseCreated,
     ResponseEvent,
@@ -35,6 +37,8 @@ from steelyard.serve.protocol.response_object import (
     OutputItem,
     OutputMessage,
     OutputText,
+    ReasoningItem,
+    ReasoningText,
     ResponseError,
     ResponseObject,
     ResponseUsage,
@@ -52,7 +56,7 @@ class Growing:
     Args:
         response: as it begins.
         calls: whether there may be calls of tools in the text.
-        thoughts: what parts thoughts from the answer, which are counted and not told; None: there are none.
+        thoughts: what parts thoughts from the answer; None: there are none.
     """
 
     def __init__(self, response: ResponseObject, calls: bool, thoughts: ReasoningReader | None = None) -> None:
@@ -79,7 +83,9 @@ class Growing:
         """More text, with its tokens if they are asked for, and why it ends if it does."""
         if self._thoughts is not None:
             pieces = [*self._thoughts.push(text), *(self._thoughts.flush() if reason is not None else [])]
-            self.thought += "".join(piece.text for piece in pieces if isinstance(piece, Thought))
+            for thought in pieces:
+                if isinstance(thought, Thought):
+                    yield from self._think(thought.text)
             text = "".join(piece.text for piece in pieces if isinstance(piece, Answered))
             scored = scored if text else []
         if self._reader is None:
@@ -159,6 +165,14 @@ class Growing:
             self._scored += scored
             yield OutputTextDelta(**self._of(), delta=text, logprobs=scored)
 
+    def _think(self, text: str) -> Iterator[ItemEvent]:
+        self.thought += text
+        if not self._open:
+            yield self._add(ReasoningItem(fresh("rs_"), "in_progress", []))
+            yield ContentPartAdded(**self._of(), part=ReasoningText(""))
+        self._texts.append(text)
+        yield ReasoningTextDelta(**self._of(), delta=text)
+
     def _argue(self, given: str) -> Iterator[ItemEvent]:
         self._texts.append(given)
         yield ArgumentsDelta(**self._of(), delta=given)
@@ -173,6 +187,10 @@ class Growing:
             (part,) = item.content
             yield OutputTextDone(**self._of(), text=part.text, logprobs=part.logprobs)
             yield ContentPartDone(**self._of(), part=part)
+        elif isinstance(item, ReasoningItem):
+            (thought,) = item.content
+            yield ReasoningTextDone(**self._of(), text=thought.text)
+            yield ContentPartDone(**self._of(), part=thought)
         else:
             yield ArgumentsDone(**self._of(), name=item.name, arguments=item.arguments)
         yield OutputItemDone(sequence_number=self._next(), output_index=self._place, item=item)
@@ -182,6 +200,8 @@ class Growing:
         item, text = self._items[-1], "".join(self._texts)
         if isinstance(item, OutputMessage):
             return msgspec.structs.replace(item, status=status, content=[OutputText(text, logprobs=self._scored)])
+        if isinstance(item, ReasoningItem):
+            return msgspec.structs.replace(item, status=status, content=[ReasoningText(text)])
         return msgspec.structs.replace(item, status=status, arguments=text)
 
     def _of(self) -> dict[str, Any]:

@@ -111,7 +111,7 @@ async def _explaining(
         async def explain(tokens: list[int]) -> Explained | str:
             if not tokens:
                 return "the answer has no token"
-            if labels and _thought(served, source, tokens):
+            if labels and _thought(served, body, source, tokens):
                 return "the model thought before it answered: leave 'against' out"
             answer = _label(served, labels, tokens) or tokens[:MOST_ANSWER]
             reserved.explains = [with_answer(asked, source, answer)]
@@ -130,8 +130,8 @@ def _label(served: ServedModel, labels: list[list[int]], tokens: list[int]) -> l
     return next((label for label in labels if served.tokenizer.decode(label).strip() == said), None)
 
 
-def _thought(served: ServedModel, source: Source, tokens: list[int]) -> bool:
-    reader = reasoning_reader(served, source.text)
+def _thought(served: ServedModel, body: ChatRequest, source: Source, tokens: list[int]) -> bool:
+    reader = reasoning_reader(served, source.text, formed=_formed(body))
     return reader is not None and bool(parted(served.tokenizer.decode(tokens), inside=reader.inside)[0])
 
 

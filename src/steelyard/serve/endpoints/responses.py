@@ -61,7 +61,9 @@ async def create(service: Service, request: Request) -> Response:
         grammar=grammar,
     )
     begun = ResponseObject.of(body, generation.id, generation.created, served.id)
-    growing = Growing(begun, calls=bool(body.offer.offered), thoughts=reasoning_reader(served, text))
+    growing = Growing(
+        begun, calls=bool(body.offer.offered), thoughts=reasoning_reader(served, text, formed=_formed(body))
+    )
     if body.stream:
         request_id: str = request.state.request_id
         return EventStream(_events(service, body, generation, growing, request_id), request_id)
@@ -70,6 +72,11 @@ async def create(service: Service, request: Request) -> Response:
     for _ in growing.push(choice.text, scored, choice.finish_reason):
         pass
     return json_response(await _ended(service, body, generation, growing))
+
+
+def _formed(body: ResponseRequest) -> bool:
+    """Whether an answer is JSON, or a call, from its first token on."""
+    return body.structured or (bool(body.offer.offered) and body.offer.must_call)
 
 
 async def retrieve(service: Service, request: Request) -> Response:

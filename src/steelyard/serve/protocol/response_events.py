@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from steelyard.serve.protocol.chat import ChosenToken
-from steelyard.serve.protocol.response_object import OutputItem, OutputText, ResponseObject
+from steelyard.serve.protocol.response_object import OutputItem, OutputText, ReasoningText, ResponseObject
 
 
 class _Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -41,9 +41,9 @@ class OutputItemAdded(_OfItem, frozen=True, kw_only=True, tag="response.output_i
 
 
 class ContentPartAdded(_OfContent, frozen=True, kw_only=True, tag="response.content_part.added"):
-    """The part of a message begins."""
+    """The part of a message, or of thoughts, begins."""
 
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class OutputTextDelta(_OfContent, frozen=True, kw_only=True, tag="response.output_text.delta"):
@@ -63,7 +63,19 @@ class OutputTextDone(_OfContent, frozen=True, kw_only=True, tag="response.output
 class ContentPartDone(_OfContent, frozen=True, kw_only=True, tag="response.content_part.done"):
     """The part is whole."""
 
-    part: OutputText
+    part: OutputText | ReasoningText
+
+
+class ReasoningTextDelta(_OfContent, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):
+    """More of the thoughts."""
+
+    delta: str
+
+
+class ReasoningTextDone(_OfContent, frozen=True, kw_only=True, tag="response.reasoning_text.done"):
+    """They are whole."""
+
+    text: str
 
 
 class ArgumentsDelta(_OfItem, frozen=True, kw_only=True, tag="response.function_call_arguments.delta"):
@@ -110,6 +122,8 @@ ItemEvent = (
     | ContentPartAdded
     | OutputTextDelta
     | OutputTextDone
+    | ReasoningTextDelta
+    | ReasoningTextDone
     | ContentPartDone
     | ArgumentsDelta
     | ArgumentsDone

@@ -22,8 +22,10 @@ NEUTRAL_OF_CALLS: dict[str, tuple[Any, ...]] = {"async": (False,), "caller": (),
 NEUTRAL_OF_RESULTS: dict[str, tuple[Any, ...]] = {"caller": (), "name": (), "namespace": ()}
 NEUTRAL_OF_PARTS: dict[str, tuple[Any, ...]] = {"annotations": ([],), "prompt_cache_breakpoint": ()}
 """Fields of items and parts that are accepted at these values, such as an answer of ours that is sent back has them."""
+NEUTRAL_OF_THOUGHTS: dict[str, tuple[Any, ...]] = {"encrypted_content": (), "summary": ([],)}
 SPOKEN = ("output_text", "input_text")
 """Types of parts that an assistant's message has; others have the latter alone."""
+THOUGHT = ("reasoning_text",)
 
 
 def _part(*types: str) -> Item:
@@ -59,6 +61,15 @@ INPUT = {
                 "anyOf": [
                     _message([role for role in ROLES if role != "assistant"], "input_text"),
                     _message(["assistant"], *SPOKEN),
+                    _object(
+                        {
+                            **neutral_properties(NEUTRAL_OF_THOUGHTS),
+                            **_OWN,
+                            "type": {"const": "reasoning"},
+                            "content": {"anyOf": [{"type": "null"}, _content(*THOUGHT)]},
+                        },
+                        "type",
+                    ),
                     _object(
                         {
                             **neutral_properties(NEUTRAL_OF_CALLS),
@@ -158,8 +169,18 @@ def _read_result(item: Item, path: str) -> Item:
     return {**_own(kept, path, "fco_"), "type": "function_call_output", **call}
 
 
+def _read_thoughts(item: Item, path: str) -> Item:
+    """Taken back with the others, and not read again."""
+    kept = accept_neutral(item, NEUTRAL_OF_THOUGHTS, ("type", "id", "status", "content"), f"{path}.")
+    content = kept.get("content")
+    texts = [] if content is None else _texts(content, f"{path}.content", THOUGHT)
+    thoughts = [{"type": THOUGHT[0], "text": text} for text in texts]
+    return {**_own(kept, path, "rs_"), "type": "reasoning", "summary": [], "content": thoughts}
+
+
 _READERS: dict[str, Callable[[Item, str], Item]] = {
     "message": _read_message,
+    "reasoning": _read_thoughts,
     "function_call": _read_call,
     "function_call_output": _read_result,
 }
@@ -198,7 +219,7 @@ def _texts(content: object, path: str, types: Sequence[str]) -> list[str]:
 
 
 def turns(history: Sequence[Item], items: Sequence[Item]) -> list[dict[str, str]]:
-    """Items as a chat template is given them; calls and their results are text, as in a chat's messages.
+    """Items as a chat template is given them, without thoughts; calls and their results are text, as in a chat's.
 
     Args:
         history: of responses before.
@@ -212,6 +233,8 @@ def turns(history: Sequence[Item], items: Sequence[Item]) -> list[dict[str, str]
     last = ""
     for number, item in enumerate((*history, *items), -len(history)):
         kind = item["type"]
+        if kind == "reasoning":
+            continue
         if kind == "function_call_output":
             if item["call_id"] not in called:
                 path = f"input[{number}].call_id"

@@ -31,6 +31,22 @@ class OutputMessage(msgspec.Struct, frozen=True, tag_field="type", tag="message"
     role: Literal["assistant"] = "assistant"
 
 
+class ReasoningText(msgspec.Struct, frozen=True, tag_field="type", tag="reasoning_text"):
+    """What is thought."""
+
+    text: str
+
+
+class ReasoningItem(msgspec.Struct, frozen=True, tag_field="type", tag="reasoning"):
+    """The model thinks before it answers."""
+
+    id: str
+    status: Status
+    content: list[ReasoningText]
+    summary: list[str] = []
+    """Always empty: thoughts are told as they are."""
+
+
 class FunctionCall(msgspec.Struct, frozen=True, tag_field="type", tag="function_call"):
     """The assistant asks for a call."""
 
@@ -42,7 +58,7 @@ class FunctionCall(msgspec.Struct, frozen=True, tag_field="type", tag="function_
     status: Status
 
 
-OutputItem = OutputMessage | FunctionCall
+OutputItem = OutputMessage | ReasoningItem | FunctionCall
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True):
