@@ -73,7 +73,7 @@ class Showing:
             if example.image is not None:
                 assert ready.sees is not None, "who reads images sees"
                 content = content_of(example.image, f"{where}.image")
-                image = await self.pictures.decode(content, ready.sees, f"{where}.image")
+                image = await self.pictures.decode(content, ready.sees, project, f"{where}.image")
             if example.audio is not None:
                 sound = await self._sound(project, content_of(example.audio, f"{where}.audio"), f"{where}.audio")
             found.append(Shown(prompt, image, sound))
@@ -85,7 +85,7 @@ class Showing:
                 await asyncio.to_thread(recording.write, content)
                 recording.flush()
             try:
-                samples = await self.sounds.decode(recording)
+                samples = await self.sounds.decode(recording, project)
             except RequestError as error:
                 error.param = param
                 raise

@@ -10,6 +10,7 @@ from steelyard.data import image_process
 from steelyard.data.image_process import REFUSED, TOO_LARGE
 from steelyard.errors import PayloadTooLargeError, RequestError, SteelyardError
 from steelyard.infer.request import Sees
+from steelyard.serve.turns import Turns
 
 DECODERS = 2
 """Processes at once."""
@@ -22,16 +23,16 @@ class Pictures:
     """Has images decoded."""
 
     def __init__(self) -> None:
-        self._decoders = asyncio.Semaphore(DECODERS)
+        self._decoders = Turns(DECODERS)
 
-    async def decode(self, content: bytes, sees: Sees, param: str) -> bytes:
-        """The pixels of an image, as a model sees them.
+    async def decode(self, content: bytes, sees: Sees, project: str, param: str) -> bytes:
+        """The pixels of a project's image, as a model sees them.
 
         Raises:
             RequestError: it is no image; the field is named.
             PayloadTooLargeError: it has too many pixels.
         """
-        async with self._decoders:
+        async with self._decoders.place(project):
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "steelyard.data.image_process", str(sees.channels), str(sees.side)),
                 stdin=asyncio.subprocess.PIPE,

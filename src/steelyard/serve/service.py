@@ -44,11 +44,14 @@ from steelyard.serve.sounds import Sounds
 from steelyard.serve.stored import StoredCompletions
 from steelyard.serve.stored_responses import StoredResponses
 from steelyard.serve.tuned import TunedModels
+from steelyard.serve.turns import Turns
 from steelyard.store.artifacts import Artifacts
 from steelyard.store.database import Database
 from steelyard.store.secrets import Secrets
 
 Result = TypeVar("Result")
+CHECKS = 2
+"""Forms of answers that are checked at once."""
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Service:
     names: Names
     sounds: Sounds
     pictures: Pictures = field(default_factory=Pictures)
+    checks: Turns = field(default_factory=lambda: Turns(CHECKS))
     meters: RequestMeters = field(default_factory=RequestMeters)
     energy: Energy = field(default_factory=Energy)
     first_keys: dict[str, str] = field(default_factory=dict)
@@ -86,6 +90,15 @@ class Service:
     def ledger(self) -> Ledger:
         """Where money is."""
         return self.metering.ledger
+
+    async def checked(self, project: str, form: Callable[[], str | None]) -> str | None:
+        """The form that an answer is held to, made and checked by a thread; whose it is that comes next goes by turns.
+
+        Raises:
+            RequestError: it is none.
+        """
+        async with self.checks.place(project):
+            return await asyncio.to_thread(form)
 
     def now(self) -> int:
         """Unix seconds."""

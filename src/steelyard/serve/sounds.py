@@ -29,6 +29,7 @@ from steelyard.errors import (
     StorageFullError,
 )
 from steelyard.infer.sound import SAMPLE_BYTES
+from steelyard.serve.turns import Turns
 
 MOST_BYTES = 25 << 20
 """Of a recording as it is sent."""
@@ -64,7 +65,7 @@ class Sounds:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._decoders = folder, asyncio.Semaphore(DECODERS)
+        self._folder, self._decoders = folder, Turns(DECODERS)
         self._held: Counter[str] = Counter()
 
     @contextlib.contextmanager
@@ -96,15 +97,15 @@ class Sounds:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             return tempfile.TemporaryFile(dir=self._folder)
 
-    async def decode(self, recording: BinaryIO) -> Samples:
-        """The samples of a recording, which then is not needed any more.
+    async def decode(self, recording: BinaryIO, project: str) -> Samples:
+        """The samples of a project's recording, which then is not needed any more.
 
         Raises:
             RequestError: it is no recording, or too long a one.
             StorageError: there is no room for its samples.
         """
         made = await asyncio.to_thread(self.file)
-        async with self._decoders:
+        async with self._decoders.place(project):
             recording.seek(0)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "steelyard.data.sound_process", str(MOST_SECONDS)),

@@ -55,7 +55,10 @@ async def create(service: Service, request: Request) -> Response:
     body = parse(ChatRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     demand(served, "generate")
-    grammar = await asyncio.to_thread(lambda: body.form) if body.structured or body.offered else None
+    grammar = None
+    if body.structured or body.offered:
+        checking = service.checked(payer.project, lambda: body.form)
+        grammar = await while_connected(request.receive, checking)
     source = await while_connected(request.receive, asyncio.to_thread(_source, served, body))
     generation = plan(
         body,

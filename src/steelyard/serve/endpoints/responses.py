@@ -46,7 +46,10 @@ async def create(service: Service, request: Request) -> Response:
         raise RequestError(reason, param="store")
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     demand(served, "generate")
-    grammar = await asyncio.to_thread(lambda: body.form)
+    grammar = None
+    if body.structured or body.offer.offered:
+        checking = service.checked(payer.project, lambda: body.form)
+        grammar = await while_connected(request.receive, checking)
     text = await _read(service, request, body, served)
     prompt = await asyncio.to_thread(served.tokenizer.encode_rendered, text)
     generation = plan(

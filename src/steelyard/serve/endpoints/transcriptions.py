@@ -54,7 +54,7 @@ async def create(service: Service, request: Request) -> Response:
     assert ready.hears is not None, "who transcribes hears"
     hears, hearing = ready.hears, body.hearing(ready.hears.words)
     check(hears, hearing, f"'{served.id}'")
-    samples = await while_connected(request.receive, service.sounds.decode(recording))
+    samples = await while_connected(request.receive, service.sounds.decode(recording, payer.project))
     held.enter_context(samples.file)
     listening = listen(served, hears, payer, samples, hearing)
     if body.stream:
