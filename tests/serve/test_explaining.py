@@ -254,7 +254,7 @@ def test_a_label_is_explained_against_the_others(decoder: Service) -> None:
     assert template is not None
     labels = ["cold", "colder", "warm"]
     (prompt,) = prompt_tokens(tokenizer, template, [CHAT])
-    tokens = answer_tokens(tokenizer, template, CHAT, labels)
+    tokens = answer_tokens(tokenizer, template, CHAT, labels).whole
     likeliest = post(decoder, "/v1/explain", messages=CHAT, against=labels).json()["target"]["text"]
     assert likeliest in labels
     for number, label in enumerate(labels):
@@ -272,9 +272,10 @@ def test_a_label_is_explained_against_the_others(decoder: Service) -> None:
     alone = post(decoder, "/v1/explain", messages=CHAT, target=content, against=labels).json()
     assert said["explanation"]["value"] == pytest.approx(alone["value"], abs=1e-5)
     text = post(decoder, "/v1/explain", input="It is", target=" cold", against=[" colder"], faithfulness=False).json()
-    assert text["target"]["text"] == "cold"
-    plain = post(decoder, "/v1/explain", input="It is", target=" cold", faithfulness=False).json()
-    assert text["value"] != pytest.approx(plain["value"])
+    assert text["target"]["text"] == " cold"
+    plain = [*tokenizer.encode_plain(" cold"), 2], [*tokenizer.encode_plain(" colder"), 2]
+    subject = LabelSubject(opened, None, tokenizer.encode("It is"), plain, 0, range(len(tokenizer.encode("It is"))))
+    assert text["value"] == pytest.approx(at_once(relevance(subject)).value, abs=1e-5)
 
 
 def test_what_an_answer_is_compared_with_is_checked(decoder: Service, classifier: Service) -> None:
@@ -286,3 +287,62 @@ def test_what_an_answer_is_compared_with_is_checked(decoder: Service, classifier
     same: dict[str, Any] = {"messages": CHAT, "structured_outputs": {"choice": ["cold"]}, "max_tokens": 20}
     answer = post(decoder, "/v1/chat/completions", **same, explain={"against": ["cold"]}).json()
     assert "none of 'against'" in answer["explanation_error"]
+
+
+@pytest.fixture(scope="module")
+def thinker(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A model with Qwen 3's template: thoughts that are none before each answer, and none in earlier turns."""
+    folder = tmp_path_factory.mktemp("thinks") / "thinker"
+    shutil.copytree(tiny_model, folder)
+    shutil.copy(Path(__file__).parents[1] / "text" / "templates" / "qwen3.jinja", folder / "chat_template.jinja")
+    with serving(folder, command=worker_command, seconds=60) as service:
+        yield service
+
+
+def test_a_label_is_one_whether_or_not_the_template_thinks_before(thinker: Service) -> None:
+    """What was said is compared as it was said; what is named, as the model learnt to say it. In long talks, too."""
+    from steelyard.explain.decoders import LabelSubject
+    from steelyard.explain.explainer import open_decoder
+    from steelyard.explain.methods import relevance
+    from steelyard.explain.subject import at_once
+    from steelyard.text.tokenizer import Tokenizer
+
+    opened, tokenizer = open_decoder(thinker.checkpoint), Tokenizer.load(thinker.checkpoint)
+    talk = [{"role": "user", "content": "How is it?"}, {"role": "assistant", "content": "warm"}]
+    talk += [{"role": "user", "content": "And now?"}]
+    labels = ["cold", "warm", "think"]
+    asked: dict[str, Any] = {"messages": talk, "structured_outputs": {"choice": labels}, "max_tokens": 20, "seed": 2}
+    said = post(thinker, "/v1/chat/completions", **asked, explain={"against": labels, "faithfulness": False}).json()
+    named = said["choices"][0]["message"]["content"]
+    told = [said["explanation"], post(thinker, "/v1/explain", messages=talk, target=named, against=labels).json()]
+    for explanation, before in zip(told, ("", "<think>\n\n</think>\n\n"), strict=True):
+        assert explanation["target"]["text"] == named
+        prompt = tokenizer.encode_rendered(explanation["text"])
+        places = [place for place, one in enumerate(explanation["tokens"]) if one["share"] is not None]
+        written = [tokenizer.encode(f"{before}{label}<|im_end|>") for label in labels]
+        subject = LabelSubject(opened, None, prompt, written, labels.index(named), places)
+        assert explanation["value"] == pytest.approx(at_once(relevance(subject)).value, abs=1e-5)
+
+
+def test_what_is_reserved_covers_what_is_compared(decoder: Service) -> None:
+    """An engine never computes more than was reserved; many long labels are compared at once."""
+    from steelyard.infer import effort
+    from steelyard.infer.request import Explain
+
+    many = [f"{'the weight ' * 20}{number}" for number in range(64)]
+    for more in ({}, {"target": "other"}, {"lens": 2}, {"faithfulness": False, "method": "occlusion"}):
+        told = post(decoder, "/v1/explain", messages=CHAT[1:], against=many[:9], **more).json()
+        from steelyard.text.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(decoder.checkpoint)
+        answers = [[*tokenizer.encode_plain(one), 2] for one in many[:9]]
+        explain = Explain(
+            method=more.get("method", "lrp"),  # type: ignore[arg-type]
+            answer=answers[0] if "target" in more else [],
+            against=answers,
+            faithfulness=more.get("faithfulness") is not False,
+            lens=more.get("lens", 0),  # type: ignore[arg-type]
+        )
+        assert told["usage"]["computed_tokens"] <= effort.most(explain, len(told["tokens"]) + max(map(len, answers)))
+    answer = post(decoder, "/v1/explain", messages=CHAT[1:], target="x", against=many, faithfulness=False)
+    assert answer.status_code == 200

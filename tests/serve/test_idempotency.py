@@ -22,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from steelyard.errors import EngineUnavailableError
 from steelyard.serve.auth import Caller
 from steelyard.serve.connection import DONE, EventStream
-from steelyard.serve.fingerprint import FormDigest
+from steelyard.serve.fingerprint import BETWEEN, FormDigest, boundary
 from steelyard.serve.idempotency import Idempotency
 from steelyard.store import tables
 
@@ -171,7 +171,7 @@ def test_a_forms_digest_is_that_of_what_its_boundary_parts(pieces: list[bytes], 
             return messages.pop(0)
 
         digests.append(asyncio.run(FormDigest(b"here", mark, receive).rest()))
-    plain = b"".join(piece.replace(b"a\xffb", b"").replace(b"--another--", b"") for piece in pieces)
+    plain = BETWEEN.join(piece.replace(b"a\xffb", b"").replace(b"--another--", b"") for piece in pieces)
     assert digests == [hashlib.sha256(b"here" + plain).hexdigest()] * 2
 
 
@@ -266,3 +266,27 @@ def test_who_leaves_before_the_body_is_sent_can_send_it_again(service: Service) 
     assert not sent
     asyncio.run(stream_once(service, "early", [DONE], send))
     assert b"".join(message.get("body", b"") for message in sent) == DONE
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "multipart/form-data",
+        'multipart/form-data; a="' + ";" * 60_000,
+        "multipart/form-data; boundary*=a; boundary*0=b",
+        f"multipart/form-data; boundary*{'9' * 5000}=a",
+        "Multipart/Form-Data; Boundary=abc",
+    ],
+    ids=["none", "many parts", "extended", "a long number", "capitals"],
+)
+def test_a_header_that_is_hard_to_read_is_read(given: str) -> None:
+    """What parts a form is found by who reads the form: a type that is none is still a form, and soon read."""
+    found = boundary({"headers": [(b"content-type", given.encode())]})
+    assert found in (b"abc", b"multipart/form-data")
+
+
+def test_a_body_that_is_no_form_is_bounded(service: Service) -> None:
+    """As large as a file, it is not held."""
+    content = (b"x" * (1 << 20) for _ in range(40))
+    answer = post(service, "large", "/v1/files", content=content)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")

@@ -23,7 +23,7 @@ from steelyard.models.attention import PackedAttention
 from steelyard.models.decoder import Decoder
 from steelyard.models.lora import Adapter
 from steelyard.text.chat_template import ChatTemplate
-from steelyard.text.prompt import answer_tokens
+from steelyard.text.prompt import segment_tokens
 from steelyard.text.tokenizer import Tokenizer
 
 PACK_TOKENS = 2048
@@ -56,7 +56,8 @@ def questions(
     ]
     asked = prompts(before, tokenizer, template)
     turns = [{"role": turn.role, "content": turn.content} for turn in before[0].messages]
-    answers = answer_tokens(tokenizer, template, turns, labels)
+    answered = [[*turns, {"role": "assistant", "content": label}] for label in labels]
+    answers = [_last_spoken(parts) for parts in segment_tokens(tokenizer, template, answered)]
     if not all(answers) or not all(asked):
         raise CheckpointError("the chat template shows nothing of a prompt or an answer: it cannot classify")
     return [Question(prompt, answers) for prompt in asked]
@@ -175,3 +176,7 @@ def matthews(counts: torch.Tensor) -> float:
     above = correct * total - truth @ predicted
     below = ((total**2 - predicted @ predicted) * (total**2 - truth @ truth)).sqrt()
     return float(above / below) if below > 0 else 0.0
+
+
+def _last_spoken(parts: Sequence[tuple[list[int], bool]]) -> list[int]:
+    return next((tokens for tokens, spoken in reversed(parts) if spoken), [])

@@ -182,19 +182,24 @@ class LabelSubject(AnswerSubject):
         places: Sequence[int],
     ) -> None:
         own = list(labels[target])
-        place = max(range(len(own)), key=lambda place: len(_others(labels, own, place)))  # the first of these
-        others = sorted(set(_others(labels, own, place)))
-        assert others, "see `parts`"
+        partings = _partings(own, labels)
+        assert partings, "see `parts`"
+        place = min(partings, key=lambda place: (-len(partings[place]), place))
         super().__init__(decoder, adapter, [*prompt, *own[:place]], [own[place]], places)
-        self._others = torch.tensor(others)
+        self._others = torch.tensor(sorted(set(partings[place])))
 
 
-def parts(answer: list[int], labels: Sequence[Sequence[int]]) -> bool:
+def parts(answer: Sequence[int], labels: Sequence[Sequence[int]]) -> bool:
     """Whether any of some labels says something else where an answer says something."""
-    return any(_others(labels, answer, place) for place in range(len(answer)))
+    return any(answer[: len(label)] != label[: len(answer)] for label in labels)
 
 
-def _others(labels: Sequence[Sequence[int]], own: list[int], place: int) -> list[int]:
-    """What labels say at a place that begin alike and part there."""
-    alike = (label for label in labels if list(label[:place]) == own[:place] and len(label) > place)
-    return [label[place] for label in alike if label[place] != own[place]]
+def _partings(own: Sequence[int], labels: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """Where labels say something else first, and what."""
+    found: dict[int, list[int]] = {}
+    for label in labels:
+        pairs = enumerate(zip(own, label, strict=False))
+        parting = next(((place, other) for place, (mine, other) in pairs if mine != other), None)
+        if parting is not None:
+            found.setdefault(parting[0], []).append(parting[1])
+    return found

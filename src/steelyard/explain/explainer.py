@@ -149,8 +149,7 @@ class DecoderExplainer:
         yield
         answer = asked.answer
         if not answer and asked.against:
-            tally.before = sum(len(request.prompt) + len(one) - 1 for one in asked.against)
-            answer = yield from likeliest_of(decoder, adapter, request.prompt, asked.against)
+            answer = yield from likeliest_of(decoder, adapter, request.prompt, asked.against, tally)
         elif not answer:
             tally.before = len(request.prompt)
             answer = [(yield from likeliest(decoder, adapter, request.prompt))]
@@ -232,13 +231,14 @@ def likeliest(decoder: Decoder, adapter: Adapter | None, prompt: list[int]) -> S
 
 
 def likeliest_of(
-    decoder: Decoder, adapter: Adapter | None, prompt: list[int], answers: list[list[int]]
+    decoder: Decoder, adapter: Adapter | None, prompt: list[int], answers: list[list[int]], tally: Tally
 ) -> Steps[list[int]]:
     """The answer that most likely follows, all its tokens together."""
     scores = []
     for answer in answers:
         subject = AnswerSubject(decoder, adapter, prompt, answer, [])
         mean = yield from subject.likelihood(torch.ones(1, 0, dtype=torch.bool))
+        tally.before += subject.computed
         scores.append(float(mean) * len(answer))
     return answers[scores.index(max(scores))]
 

@@ -5,6 +5,8 @@ A pass back counts as two more; rows that are alike are computed once, so it may
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from steelyard.errors import RequestError
 from steelyard.infer.request import Explain
 
@@ -29,10 +31,8 @@ def check(explain: Explain, tokens: int, units: int | None = None, param: str = 
     Raises:
         RequestError: it is; the field is named.
     """
-    for param_, answer in (("target", explain.answer), *(("against", one) for one in explain.against)):
-        if len(answer) > MOST_ANSWER:
-            reason = f"the answer has {len(answer)} tokens; {MOST_ANSWER} are explained at the most"
-            raise RequestError(reason, param=param_, code="context_length_exceeded")
+    check_answers([explain.answer], "target")
+    check_answers(explain.against, "against")
     if tokens > LONGEST:
         reason = f"{tokens} tokens, {LONGEST} are explained at the most: shorten it"
         raise RequestError(reason, param=param, code="context_length_exceeded")
@@ -42,6 +42,14 @@ def check(explain: Explain, tokens: int, units: int | None = None, param: str = 
         reason = f"the explanation would compute {count} tokens, {MOST} are the limit: shorten the input, or {advice}"
         raise RequestError(reason, param=param, code="context_length_exceeded")
     return count
+
+
+def check_answers(answers: Sequence[Sequence[int]], param: str) -> None:
+    """Raises RequestError: one is too long to be explained, or compared with."""
+    longest = max(map(len, answers), default=0)
+    if longest > MOST_ANSWER:
+        reason = f"the answer has {longest} tokens; {MOST_ANSWER} are explained at the most"
+        raise RequestError(reason, param=param, code="context_length_exceeded")
 
 
 def in_windows(tokens: int, window: int | None, around: int) -> int:

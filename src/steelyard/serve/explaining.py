@@ -29,6 +29,7 @@ from steelyard.serve.protocol.explanations import (
     Likely,
     Neighbour,
 )
+from steelyard.text.reasoning import parted
 from steelyard.text.source import Source
 
 SECONDS = 900.0
@@ -165,7 +166,7 @@ def _told(
         target = ExplainedTarget(served.ready().labels[found.target])
     else:
         said = served.tokenizer.decode(found.answer)
-        target = ExplainedTarget(said.strip() if asked.against else said, [text(id) for id in found.answer])
+        target = ExplainedTarget(parted(said)[1] if asked.against else said, [text(id) for id in found.answer])
     lens: list[list[Likely]] | msgspec.UnsetType = msgspec.UNSET
     if found.lens is not None:
         lens = [[Likely(token, share) for _, token, share in layer] for layer in found.lens]

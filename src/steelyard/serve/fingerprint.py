@@ -1,27 +1,26 @@
 """A form's digest, taken while it is read: whether another is the same one, whatever boundary parts it.
 
 A form may be as large as a file, and a client draws its boundary anew when it sends one again: the digest is that of
-the body without the boundary, and nothing is held.
+the body with another boundary, always the same, and nothing is held.
 """
 
 from __future__ import annotations
 
 import hashlib
-from email.message import Message as Header
 
+from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope
 
 
 def boundary(scope: Scope) -> bytes | None:
     """What parts a request's form, or anything if it does not say: nobody will read it. None: its body is no form."""
-    kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
-    if not kind.startswith(b"multipart/"):
-        return None
-    header = Header()
-    header["content-type"] = kind.decode("latin-1")
-    found = header.get_param("boundary")
-    return (found.encode("latin-1", "replace") if isinstance(found, str) else b"") or kind
+    given = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    kind, options = parse_options_header(given)
+    return options.get(b"boundary") or kind if kind.startswith(b"multipart/") else None
+
+
+BETWEEN = hashlib.sha256(b"where a boundary was").digest()
 
 
 class FormDigest:
@@ -65,7 +64,7 @@ class FormDigest:
     def _take(self, part: bytes) -> None:
         *before, last = (self._carried + part).split(self._boundary)
         for piece in before:
-            self._digest.update(piece)
+            self._digest.update(piece + BETWEEN)
         kept = max(0, len(last) - len(self._boundary) + 1)
         self._digest.update(last[:kept])
         self._carried = last[kept:]

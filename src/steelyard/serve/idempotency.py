@@ -18,7 +18,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steelyard.errors import ConflictError, RequestError, StorageError
+from steelyard.errors import ConflictError, PayloadTooLargeError, RequestError, StorageError
 from steelyard.serve.auth import Caller
 from steelyard.serve.connection import DONE
 from steelyard.serve.fingerprint import FormDigest, boundary
@@ -29,9 +29,11 @@ from steelyard.store.database import Database
 KEPT_SECONDS = 86400
 MOST_KEY = 255
 MOST_ANSWER = 1 << 20
+"""Bytes of an answer that is kept; a larger one is given, and the key is free again."""
+MOST_BODY = 32 << 20
+"""Bytes of a body that is no form: more than any route takes."""
 MOST_UNKEPT = 1000
 """Answers that wait for a database that is away."""
-"""Bytes of an answer that is kept; a larger one is given, and the key is free again."""
 HEADER = b"idempotency-key"
 EVENTS = b"text/event-stream; charset=utf-8"
 DROPPED = (b"x-request-id", b"openai-processing-ms", b"x-client-request-id", b"date")
@@ -237,6 +239,7 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
     """The whole body, and a `receive` that gives it again.
 
     Raises:
+        PayloadTooLargeError: it is larger than any that is taken.
         ClientDisconnect: the client left before it was sent. Nothing is begun under its key: part of a body would be
             another request than the one that is sent again.
     """
@@ -246,6 +249,8 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         body += message.get("body", b"")
+        if len(body) > MOST_BODY:
+            raise PayloadTooLargeError(f"a body of over {MOST_BODY >> 20} MB that is no form")
         if not message.get("more_body", False):
             break
     given = False

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steelyard.errors import RequestError, TemplateError
+from steelyard.infer import effort
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.tools import Offer
-from steelyard.text.prompt import answer_tokens
+from steelyard.text.prompt import Answers, answer_tokens
 from steelyard.text.reasoning import ReasoningReader, begun, thinks
 from steelyard.text.source import Source, marked, source_of_chat
 
@@ -30,9 +31,7 @@ def rendered(
     """
     template = served.template
     if template is None:
-        raise RequestError(
-            f"'{served.id}' has no chat template, it was not made to chat: use /v1/completions", param="model"
-        )
+        raise _no_chat(served)
     tools = None
     if offer is not None and offer.offered:
         if template.knows_tools:
@@ -55,20 +54,20 @@ def chat_source(served: ServedModel, messages: list[dict[str, str]], offer: Offe
     return source_of_chat(served.tokenizer, text, rendered(served, marks, offer))
 
 
-def answers_to(served: ServedModel, messages: list[dict[str, str]], said: Sequence[str], param: str) -> list[list[int]]:
-    """The tokens of possible answers to a conversation, as the model learnt to write them, their ends included.
+def answers_to(served: ServedModel, messages: list[dict[str, str]], said: Sequence[str], param: str) -> Answers:
+    """The tokens of possible answers to a conversation.
 
     Raises:
-        RequestError: the model was not made to chat, or its template refuses the messages or shows nothing of answers.
+        RequestError: the model was not made to chat, its template refuses the messages or writes no answer after a
+            prompt, or one is too long.
     """
-    rendered(served, messages)
-    assert served.template is not None, "see `rendered`"
+    if served.template is None:
+        raise _no_chat(served)
     try:
         found = answer_tokens(served.tokenizer, served.template, messages, said)
     except TemplateError as error:
         raise RequestError(str(error), param=param, code="template_failed") from None
-    if not all(found):
-        raise RequestError(f"the template of '{served.id}' shows nothing of an answer", param=param)
+    effort.check_answers(found.whole, param)
     return found
 
 
@@ -79,3 +78,8 @@ def reasoning_reader(served: ServedModel, prompt: str, *, formed: bool = False) 
     if formed or served.template is None or not thinks(served.template.source):
         return None
     return ReasoningReader(inside=begun(prompt))
+
+
+def _no_chat(served: ServedModel) -> RequestError:
+    reason = f"'{served.id}' has no chat template, it was not made to chat: use /v1/completions"
+    return RequestError(reason, param="model")

@@ -175,7 +175,13 @@ class ChatTemplate:
             )
         except UnicodeEncodeError:
             return [], "a message has a lone surrogate (\\ud800 to \\udfff): send well-formed Unicode"
-        replies, failed = self._process.exchange(content, len(conversations))
-        if replies and "error" in replies[-1]:
-            failed = replies.pop()["error"]
-        return [reply["text"] for reply in replies], failed and f"the chat template {failed}"
+        replies, failure = self._process.exchange(content, len(conversations))
+        reason = None if failure is None else failure.reason
+        texts: list[str] = []
+        for reply in replies:
+            text = reply.get("text")
+            if not isinstance(text, str):
+                reason = str(reply.get("error"))
+                break
+            texts.append(text)
+        return texts, None if reason is None else f"the chat template {reason}"

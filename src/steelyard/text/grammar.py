@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from steelyard.errors import RequestError
+from steelyard.errors import EngineUnavailableError, RequestError
 from steelyard.text import recursion, tool_calls
 from steelyard.text.grammar_worker import LAYOUT
 from steelyard.text.worker_process import WorkerProcess, frame
@@ -35,6 +35,7 @@ def of_schema(schema: dict[str, Any], param: str, depth: int = recursion.DEPTH) 
 
     Raises:
         RequestError: a keyword that is not kept here, by name, a schema that is none, or that has no answer so shallow.
+        EngineUnavailableError: it could not be checked now.
     """
     _short(_written(schema, param), param)
     plain = recursion.plain_names(schema, param)
@@ -135,9 +136,11 @@ def _asked(kind: str, text: str, param: str, most: int) -> str:
     except UnicodeEncodeError:
         reason = f"'{param}' has a lone surrogate (\\ud800 to \\udfff): send well-formed Unicode"
         raise RequestError(reason, param=param) from None
-    replies, failed = _WORKER.exchange(content)
-    if failed is not None:
-        raise RequestError(f"'{param}' is too much: what checks it {failed}; make it simpler", param=param)
+    replies, failure = _WORKER.exchange(content)
+    if failure is not None and not failure.theirs:
+        raise EngineUnavailableError(f"what checks '{param}' {failure.reason}: try again shortly")
+    if failure is not None:
+        raise RequestError(f"'{param}' is too much: what checks it {failure.reason}; make it simpler", param=param)
     (reply,) = replies
     if "long" in reply:
         raise _too_long(param, most)

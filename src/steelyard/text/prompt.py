@@ -6,8 +6,11 @@ Control tokens that somebody spelled out in a message stay plain text; the templ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from steelyard.errors import TemplateError
 from steelyard.text.chat_template import ChatTemplate
+from steelyard.text.source import BEGIN
 from steelyard.text.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -23,17 +26,37 @@ def prompt_tokens(tokenizer: Tokenizer, template: ChatTemplate, conversations: S
     return [tokenizer.encode_rendered(text) for text in rendered]
 
 
-def answer_tokens(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Messages, answers: Sequence[str]
-) -> list[list[int]]:
-    """Token ids of each of some answers to a conversation, the end of the turn included; none: the template hides it.
+class Answers(NamedTuple):
+    """What could be said next."""
+
+    whole: list[list[int]]
+    """Of each answer the tokens after the prompt, as the template writes them, to the end of the turn."""
+    bare: list[list[int]]
+    """The same without what the template writes before, such as thoughts that are none."""
+    apart: bool
+    """Whether it writes more before than spaces."""
+
+
+def answer_tokens(tokenizer: Tokenizer, template: ChatTemplate, messages: Messages, answers: Sequence[str]) -> Answers:
+    """Token ids of some answers to a conversation.
 
     Raises:
-        TemplateError: the template failed, or writes earlier messages differently when later ones follow.
+        TemplateError: the template failed, or writes a prompt otherwise once it is answered.
     """
-    answered = [[*messages, {"role": "assistant", "content": answer}] for answer in answers]
-    segments = segment_tokens(tokenizer, template, answered)
-    return [next((tokens for tokens, spoken in reversed(parts) if spoken), []) for parts in segments]
+    guarded, mark = tokenizer.guard_messages(messages), {"role": "assistant", "content": BEGIN}
+    prompt, answered = template.render_many([(guarded, True), ([*guarded, mark], False)])
+    lead, found, end = answered.removeprefix(prompt).partition(BEGIN)
+    if not answered.startswith(prompt) or not found:
+        raise TemplateError("the chat template writes a prompt otherwise once it is answered")
+
+    def tokens(text: str) -> list[int]:
+        ids = tokenizer.encode_rendered(text)
+        last = next((place for place, id in enumerate(ids) if id in tokenizer.eos_ids), len(ids))
+        return ids[: last + 1]
+
+    said = [tokenizer.guard(answer) for answer in answers]
+    whole = [tokens(lead + one + end) for one in said]
+    return Answers(whole, [tokens(one + end) for one in said], bool(lead.strip()))
 
 
 def segment_tokens(

@@ -16,7 +16,7 @@ import time
 import weakref
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_REPLY = 8 << 20  # bytes of one frame from the worker
 START_SECONDS = 20.0
@@ -25,6 +25,15 @@ _LENGTH = struct.Struct(">I")
 _PACKAGES = str(Path(__file__).parents[2])
 
 Reply = dict[str, Any]
+
+
+class Failure(NamedTuple):
+    """What a worker did."""
+
+    reason: str
+    """To be read after the name of what it works on."""
+    theirs: bool
+    """Whether what it works on did it; else this machine, and the next time may be better."""
 
 
 class WorkerProcess:
@@ -42,10 +51,12 @@ class WorkerProcess:
         self._hello = {**hello, "cpu_seconds": cpu_seconds, "memory": memory}
         self._worker: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[Any, Any] | None = None
+        self._ready = False
+        """Whether the worker has said so."""
         self._lock = Lock()
         _PROCESSES.add(self)
 
-    def exchange(self, content: bytes, count: int = 1) -> tuple[list[Reply], str | None]:
+    def exchange(self, content: bytes, count: int = 1) -> tuple[list[Reply], Failure | None]:
         """Send a frame.
 
         Returns:
@@ -63,7 +74,7 @@ class WorkerProcess:
                     if "error" in replies[-1]:
                         break
             except _Failed as error:
-                return replies, str(error)
+                return replies, error.failure
             except BaseException:  # what follows in the pipes would be taken for the next answer
                 self._stop()
                 raise
@@ -86,10 +97,12 @@ class WorkerProcess:
         # Also at the exit of the interpreter.
         self._end = weakref.finalize(self, _end, self._worker, os.getpid())
         os.set_blocking(self._stdin(), False)
+        self._ready = False
         self._write(frame(self._hello), START_SECONDS)
         if self._read(START_SECONDS).get("ready") is not True:
             self._stop()
-            raise _Failed("has a worker that does not start: is Steelyard installed whole?")
+            raise _Failed("has a worker that does not start: is Steelyard installed whole?", theirs=False)
+        self._ready = True
         return self._worker
 
     def stop(self) -> None:
@@ -154,7 +167,7 @@ class WorkerProcess:
         poll.register(descriptor, event)
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             self._stop()
-            raise _Failed("did not answer in time")
+            raise _Failed("did not answer in time", theirs=False)
 
     def _died(self) -> _Failed:
         """Why the worker's end of the pipe is closed."""
@@ -166,11 +179,16 @@ class WorkerProcess:
         self._stop()
         if status == -signal.SIGPROF:
             return _Failed(f"took over {self._cpu_seconds * 1000:.0f} ms")
+        if not self._ready:
+            return _Failed(f"has a worker that does not start (status {status})", theirs=False)
+        if status == -signal.SIGKILL:
+            return _Failed("has a worker that somebody killed", theirs=False)
         return _Failed(f"ended its worker (status {status}): memory or stack ran out")
 
 
 class _Failed(Exception):
-    """What the worker did, after the name of what it works on."""
+    def __init__(self, reason: str, *, theirs: bool = True) -> None:
+        self.failure = Failure(reason, theirs)
 
 
 def frame(value: object) -> bytes:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard.errors import SteelyardError
-from steelyard.infer.effort import MOST_ANSWER
+from steelyard.infer.effort import MOST_ANSWER, check
 from steelyard.infer.request import Output
 from steelyard.serve.billing.bill import Payer
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
@@ -40,6 +40,7 @@ from steelyard.serve.reading import demand
 from steelyard.serve.rendering import answers_to, chat_source, reasoning_reader, rendered
 from steelyard.serve.service import Service
 from steelyard.serve.stored import Kept
+from steelyard.text.prompt import Answers
 from steelyard.text.reasoning import Answered, ReasoningReader, Thought, parted
 from steelyard.text.source import Source
 from steelyard.text.tool_calls import Arguments, Begun, CallReader, Piece, Said
@@ -105,19 +106,25 @@ async def _explaining(
         yield None
         return
     served, against = generation.served, list(dict.fromkeys(wanted.against or []))
-    labels = await asyncio.to_thread(answers_to, served, body.messages, against, "explain.against") if against else []
-    asked = wanted.asked(answer=[0], against=labels)
     said = min(MOST_ANSWER, generation.requests[0].sampling.max_tokens)
+    asked, labels = wanted.asked(answer=[0]), None
+    check(asked, len(source.ids) + said, param="messages")  # before answers are written after it
+    if against:
+        labels = await asyncio.to_thread(answers_to, served, body.messages, against, "explain.against")
+        asked = wanted.asked(answer=[0], against=labels.whole)
     longest = len(source.ids) + max(said, longest_answer(asked))
     async with asking(served, payer, [source], [asked], lengths=[longest], param="messages") as reserved:
 
         async def explain(tokens: list[int]) -> Explained | str:
             if not tokens:
                 return "the answer has no token"
-            if labels and _thought(served, body, source, tokens):
-                return "the model thought before it answered: leave 'against' out"
-            answer = _label(served, labels, tokens) or tokens[:MOST_ANSWER]
-            reserved.explains = [with_answer(asked, source, answer)]
+            explained = asked
+            if labels is not None:
+                if _thought(served, body, source, tokens):
+                    return "the model thought before it answered: leave 'against' out"
+                tokens, others = _among(served, labels, tokens)
+                explained = msgspec.structs.replace(asked, against=others)
+            reserved.explains = [with_answer(explained, source, tokens[:MOST_ANSWER])]
             try:
                 (found,) = await reserved.answers()
             except SteelyardError as error:  # the answer is there, and paid for
@@ -127,10 +134,13 @@ async def _explaining(
         yield explain
 
 
-def _label(served: ServedModel, labels: list[list[int]], tokens: list[int]) -> list[int] | None:
-    """Which of some answers was given, as the model learnt to write it."""
-    said = served.tokenizer.decode(tokens).strip()
-    return next((label for label in labels if served.tokenizer.decode(label).strip() == said), None)
+def _among(served: ServedModel, labels: Answers, tokens: list[int]) -> tuple[list[int], list[list[int]]]:
+    """An answer, as the model learnt to write it if it is one of some labels; and all of these, written as it is."""
+    begins = {label[0] for label in labels.whole}
+    written = labels.bare if labels.apart and tokens[0] not in begins else labels.whole
+    said = parted(served.tokenizer.decode(tokens))[1].strip()
+    found = (label for label in written if parted(served.tokenizer.decode(label))[1].strip() == said)
+    return next(found, tokens), written
 
 
 def _thought(served: ServedModel, body: ChatRequest, source: Source, tokens: list[int]) -> bool:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard.errors import RequestError
+from steelyard.infer.effort import check
 from steelyard.infer.request import Explain, Ready
 from steelyard.serve.connection import while_connected
 from steelyard.serve.examples import Shown
@@ -48,6 +49,7 @@ async def create(service: Service, request: Request) -> Response:
     if ready.task == "classify":
         explain = body.asked(target=None if body.target is None else ready.labels.index(body.target))
     else:
+        check(body.asked(answer=[0]), len(source.ids) + 1, param=_param(body))  # before answers are written after it
         explain = await asyncio.to_thread(_asked, served, body, source)
     learnt = None
     if body.nearest:
@@ -78,7 +80,7 @@ def _asked(served: ServedModel, body: ExplainRequest, source: Source) -> Explain
     if len(said) < 2:
         raise RequestError("'against' names one answer: name another, or the 'target'", param="against")
     if body.messages is not None:
-        tokens = answers_to(served, body.messages, said, "against")
+        tokens = answers_to(served, body.messages, said, "against").whole
     else:
         end = sorted(served.tokenizer.eos_ids)[:1]
         tokens = [[*served.tokenizer.encode_plain(one), *end] for one in said]
