@@ -298,3 +298,18 @@ def test_a_grammar_that_is_too_long_to_follow(int8: Path, monkeypatch: pytest.Mo
     assert isinstance(failure, Failure)
     assert failure.param == "response_format"
     assert not engine.busy
+
+
+def test_beams_say_different_texts(tiny_model: Path) -> None:
+    """Each text once, however many ways there are to spell it; the likeliest first."""
+    engine = Engine.load(tiny_model, dtype=torch.float32)
+    words = ["yes", "no", "maybe", "not now"]
+    for groups in (1, 2):
+        beam = Beam(width=8, groups=groups, early_stopping="never")
+        request = asked(0, grammar.of_choice(words, "choice"), temperature=0, beam=beam, n=4)
+        outputs = list(engine.run([request]))
+        assert sorted(output.text for output in outputs) == sorted(words)
+        scores = [output.score for output in outputs]
+        assert scores == sorted(scores, key=lambda score: -(score or 0.0))
+    narrow = asked(0, grammar.of_choice(words, "choice"), temperature=0, beam=Beam(width=3), n=3)
+    assert len({output.text for output in engine.run([narrow])}) == 3

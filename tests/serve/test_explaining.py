@@ -346,3 +346,25 @@ def test_what_is_reserved_covers_what_is_compared(decoder: Service) -> None:
         assert told["usage"]["computed_tokens"] <= effort.most(explain, len(told["tokens"]) + max(map(len, answers)))
     answer = post(decoder, "/v1/explain", messages=CHAT[1:], target="x", against=many, faithfulness=False)
     assert answer.status_code == 200
+
+
+def test_what_no_context_holds_is_refused_before_it_becomes_tokens(
+    decoder: Service, classifier: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megabytes of text cost nobody anything."""
+    from steelyard.text.tokenizer import Tokenizer
+
+    long = "a" * 3_000_000
+    asked: tuple[tuple[Service, str, dict[str, Any], str], ...] = (
+        (decoder, "/v1/completions", {"prompt": long}, "prompt"),
+        (decoder, "/v1/completions", {"prompt": ["a", long]}, "prompt"),
+        (decoder, "/v1/explain", {"input": long}, "input"),
+        (classifier, "/v1/explain", {"input": long}, "input"),
+        (classifier, "/v1/classify", {"input": ["a", long]}, "input"),
+    )
+    with monkeypatch.context() as patch:
+        for name in ("encode", "encode_plain", "spans"):
+            patch.setattr(Tokenizer, name, lambda *_, **__: pytest.fail("it was read"))
+        for service, path, body, param in asked:
+            assert "3,000,000 characters" in refused(service, path, param, **body)
+    assert post(classifier, "/v1/classify", input="a").status_code == 200

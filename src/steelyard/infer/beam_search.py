@@ -101,7 +101,12 @@ class BeamSearch:
         ends = frozenset(given.stop_token_ids) | (frozenset() if given.ignore_eos else self._tokenizer.eos_ids)
         most = min(given.max_tokens, self._context - len(request.prompt))
         sequence.places = request.beam.width
-        self._searches[request.id] = Search(Beams(request.beam, ends, most), [sequence])
+        says = None if sequence.grammar is None else self._bytes
+        self._searches[request.id] = Search(Beams(request.beam, ends, most, says), [sequence])
+
+    def _bytes(self, tokens: tuple[int, ...]) -> bytes:
+        """A grammar allows every way to spell a text, most of which no model would choose."""
+        return b"".join(map(self._tokenizer.token_bytes, tokens))
 
     def forget(self, request_id: str) -> None:
         """A request was aborted."""

@@ -57,6 +57,9 @@ class Showing:
             RateLimitError: too many sounds of the project at once.
         """
         kinds = ready.kinds or ["text"]
+        for number, one in enumerate(given):
+            text = one if isinstance(one, str) else one.text or ""
+            served.demand_short(len(text), param if len(given) == 1 else f"{param}[{number}]")
         found = []
         for number, one in enumerate(given):
             where = param if len(given) == 1 else f"{param}[{number}]"

@@ -21,6 +21,9 @@ from steelyard.text.tokenizer import Tokenizer
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
+MOST_OF_A_TOKEN = 128
+"""Characters of a token, on average: what has more than a context of these is refused unread."""
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -71,6 +74,18 @@ class ServedModel:
         if self.engine.ready is None:
             raise EngineUnavailableError(f"the engine of '{self.id}' is {self.engine.status}: try again shortly")
         return self.engine.ready
+
+    def demand_short(self, characters: int, param: str) -> None:
+        """Before a text becomes tokens.
+
+        Raises:
+            RequestError: no context holds so many characters.
+            EngineUnavailableError: the engine is not ready.
+        """
+        context = self.ready().context
+        if characters > context * MOST_OF_A_TOKEN:
+            reason = f"'{param}' has {characters:,} characters, which no context of {context} tokens holds: shorten it"
+            raise RequestError(reason, param=param.partition("[")[0], code="context_length_exceeded")
 
 
 Models = Mapping[str, ServedModel]

@@ -36,6 +36,12 @@ class Text(msgspec.Struct, frozen=True):
     words: list[str] | None = None
     """Of a tagger: instead of the content."""
 
+    @property
+    def characters(self) -> int:
+        """How long it is; 0 of tokens."""
+        given = [self.content] if self.words is None else self.words
+        return sum(len(one) for one in given if isinstance(one, str))
+
     def tokens(self, tokenizer: Tokenizer) -> list[int]:
         """What it is to the model, and is paid for."""
         if self.words is not None:
@@ -105,6 +111,9 @@ async def read(
         StorageError: nothing could be reserved, or the settlement not be written yet.
     """
     ready = demand(served, task)
+    for number, text in enumerate(texts):
+        if isinstance(text, Text):
+            served.demand_short(text.characters, param if len(texts) == 1 else f"{param}[{number}]")
     shown = await asyncio.to_thread(lambda: [_shown(text, served) for text in texts])
     prompts = [one.prompt for one in shown]
     for number, prompt in enumerate(prompts):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -25,6 +25,8 @@ from steelyard.text.token_bytes import Spelling
 
 MAX_TOKENIZER_BYTES = 64 << 20
 GUARD = "\ufdd0"
+LONG = 4096
+"""Characters from which on a text goes the library's way for several: other threads run meanwhile, and it is faster."""
 Span = tuple[int, int]
 """Characters from one place up to another."""
 
@@ -260,16 +262,20 @@ def strip_leading(text: str, spaces: int) -> str:
 
 
 def _ids(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    return _encoded(inner, text, add_special_tokens).ids
+    return _encoded(inner, text, add_special_tokens, inner.encode_batch_fast).ids
 
 
 def _spans(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
-    encoding = _encoded(inner, text, add_special_tokens)
+    encoding = _encoded(inner, text, add_special_tokens, inner.encode_batch)
     return encoding.ids, encoding.offsets
 
 
-def _encoded(inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+def _encoded(
+    inner: tokenizers.Tokenizer, text: str, add_special_tokens: bool, batch: Callable[..., list[tokenizers.Encoding]]
+) -> tokenizers.Encoding:
     try:
+        if len(text) > LONG:
+            return batch([text], add_special_tokens=add_special_tokens)[0]
         return inner.encode(text, add_special_tokens=add_special_tokens)
     except (TypeError, UnicodeEncodeError):
         raise RequestError("the text has a lone surrogate (\\ud800 to \\udfff): send well-formed Unicode") from None

@@ -11,11 +11,14 @@ chosen (Vijayakumar et al. 2018). Knows neither cache nor text. Stops as transfo
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 
 from steelyard.infer.request import Beam
+
+Says = Callable[[tuple[int, ...]], Hashable]
 
 
 class Ended(NamedTuple):
@@ -49,11 +52,13 @@ class Beams:
         beam: width, penalties, groups.
         ends: tokens that end a continuation.
         most: tokens of one, at most; what has reached them ends.
+        says: what tokens say; where several say the same, the likeliest are kept. None: all are different.
     """
 
-    def __init__(self, beam: Beam, ends: frozenset[int], most: int) -> None:
-        self._beam, width = beam, beam.width // beam.groups
-        self._groups = [_Group(beam, width, ends, most) for _ in range(beam.groups)]
+    def __init__(self, beam: Beam, ends: frozenset[int], most: int, says: Says | None = None) -> None:
+        self._beam, self._ends, self._says = beam, ends, says
+        width = beam.width // beam.groups
+        self._groups = [_Group(beam, width, ends, most, says) for _ in range(beam.groups)]
         self._rows: list[list[int]] = [[0] for _ in self._groups]  # all begin from the prompt, which is one row
 
     @property
@@ -84,13 +89,16 @@ class Beams:
 
     def best(self) -> list[Ended]:
         """What has ended, the best first; where less than `width` has, what was on its way is among it."""
-        found = [ended for group in self._groups for ended in group.all()]
-        return sorted(found, key=lambda ended: -ended.score)[: self._beam.width]
+        found = sorted((ended for group in self._groups for ended in group.all()), key=lambda ended: -ended.score)
+        if self._says is not None:
+            found = _different(found, self._ends, self._says)
+        return found[: self._beam.width]
 
 
 class _Group:
-    def __init__(self, beam: Beam, width: int, ends: frozenset[int], most: int) -> None:
+    def __init__(self, beam: Beam, width: int, ends: frozenset[int], most: int, says: Says | None) -> None:
         self._beam, self._width, self._ends, self._most = beam, width, ends, most
+        self._says = says
         self._kept = [Beginning((), 0.0)]
         self._ended: list[Ended] = []
         self.length = 0
@@ -103,6 +111,7 @@ class _Group:
         # Of so many candidates enough go on, even if every end token of each beginning is among them.
         wanted = max(2, 1 + len(self._ends)) * self._width
         values, places = sums.flatten().topk(min(wanted, sums.numel()))
+        begun = set[Hashable]()
         self.length += 1
         following: list[tuple[int, int]] = []
         kept: list[Beginning] = []
@@ -113,7 +122,9 @@ class _Group:
             row, token = divmod(place, vocabulary)
             longer = Beginning((*self._kept[row].tokens, token), value)
             if token not in self._ends and self.length < self._most:
-                if len(kept) < self._width:
+                said = longer.tokens if self._says is None else self._says(longer.tokens)
+                if len(kept) < self._width and said not in begun:
+                    begun.add(said)
                     kept.append(longer)
                     following.append((row, token))
             elif rank < self._width and not full:
@@ -134,6 +145,8 @@ class _Group:
     def _end(self, one: Beginning) -> None:
         self._ended.append(Ended(one.tokens, self._score(one)))
         self._ended.sort(key=lambda ended: -ended.score)
+        if self._says is not None:
+            self._ended = _different(self._ended, self._ends, self._says)
         del self._ended[self._width :]
 
     def _score(self, one: Beginning) -> float:
@@ -148,3 +161,11 @@ class _Group:
         never = self._beam.early_stopping == "never" and self._beam.length_penalty > 0
         length = self._most if never else self.length
         return self._kept[0].log_probability / float(length**self._beam.length_penalty) > self._ended[-1].score
+
+
+def _different(ended: list[Ended], ends: frozenset[int], says: Says) -> list[Ended]:
+    """Of those that say the same the first; what ends a continuation says nothing."""
+    first: dict[Hashable, Ended] = {}
+    for one in ended:
+        first.setdefault(says(one.tokens[:-1] if one.tokens[-1] in ends else one.tokens), one)
+    return list(first.values())

@@ -39,7 +39,12 @@ async def create(service: Service, request: Request) -> Response:
     body = parse(CompletionRequest, await request.body())
     served, payer = await service.ask(request, body.model, body.safety_identifier or body.user)
     demand(served, "generate")
-    grammar = await asyncio.to_thread(lambda: body.grammar) if body.structured else None
+    grammar = None
+    if body.structured:
+        checking = service.checked(payer.project, lambda: body.grammar)
+        grammar = await while_connected(request.receive, checking)
+    for prompt in body.prompt:
+        served.demand_short(len(prompt) if isinstance(prompt, str) else 0, "prompt")
     prompts = await while_connected(request.receive, asyncio.to_thread(_prompts, served, body.prompt))
     generation = plan(
         body,

@@ -101,6 +101,7 @@ async def _read(
         return await asyncio.to_thread(chat_source, served, body.messages), None
     given = body.input if isinstance(body.input, Example) else Example(text=body.input)
     if given.image is None and given.audio is None and not ready.kinds:
+        served.demand_short(len(given.text or ""), "input")
         writes = ready.task == "generate"
         return await asyncio.to_thread(source_of, served.tokenizer, given.text or "", control=writes), None
     shown = await service.showing.prepare(served, ready, project, [given], "input")
