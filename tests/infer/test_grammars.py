@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -293,10 +294,11 @@ def test_ceilings_are_found_while_the_model_computes(int8: Path, monkeypatch: py
 def test_a_grammar_that_is_too_long_to_follow(int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.load(int8)
     monkeypatch.setattr(State, "broken", True)
-    engine.add(asked(0, grammar.of_schema(SCHEMA, "response_format")))
+    request = asked(0, grammar.of_schema(SCHEMA, "tools"))
+    engine.add(msgspec.structs.replace(request, grammar_field="tools"))
     (failure,) = engine.step()
     assert isinstance(failure, Failure)
-    assert failure.param == "response_format"
+    assert failure.param == "tools"
     assert not engine.busy
 
 

@@ -140,6 +140,7 @@ def test_classes_are_those_of_evaluation(classifier: Service) -> None:
     with classifier.http() as client:
         told = client.post("/v1/classify", json={"model": "tiny-classification", "input": texts}).json()
     assert [row["label"] for row in told["data"]] == ["cold", "warm", "cold", "warm"]
+    assert told["labels"] == ["cold", "warm"]
     for row, scores in zip(told["data"], expected.exp().tolist(), strict=True):
         assert row["probs"] == pytest.approx(scores, abs=1e-5)
         assert row["num_classes"] == 2

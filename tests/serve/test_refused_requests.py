@@ -20,6 +20,7 @@ from steelyard.serve.protocol.chat import ChatRequest
 from steelyard.serve.protocol.completions import CompletionRequest
 from steelyard.serve.protocol.errors import error_body
 from steelyard.serve.protocol.fields import NEUTRAL, parse
+from steelyard.serve.protocol.reading import ClassifyRequest
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 LONG = [{"role": "user", "content": "word " * 400}]
@@ -290,3 +291,27 @@ def test_a_prompt_may_fill_all_but_one_of_the_context(service: Service) -> None:
     with service.http() as http:
         usage = http.post("/v1/completions", json={**COMPLETION, "prompt": [5] * 255, "max_tokens": 9}).json()["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (255, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["a", ""], "'input[1]' must be at least 1 long"),
+        ([], "'input' must hold at least 1, not 0"),
+        (["a"] * 3000, "'input' must hold at most 2048, not 3000"),
+        ([1, 2], "'input[0]' must be a valid string, not 1"),
+        (["a", {"text": "b"}], '\'input[1]\' must be a valid string, not {"text":"b"}'),
+        ("", "'input' must be at least 1 long"),
+        ([{"text": "b"}, {"txt": "c"}], "unknown field 'input[1].txt': remove it"),
+    ],
+)
+def test_of_a_field_of_several_kinds_the_most_telling_is_said(given: Any, told: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(ClassifyRequest, json.dumps({"model": "m", "input": given}).encode())
+    assert str(caught.value) == told
+
+
+def test_what_is_nested_too_deeply_is_called_so() -> None:
+    content = b'{"model": "m", "input": ' + b"[" * 500 + b"]" * 500 + b"}"
+    with pytest.raises(RequestError, match="the body is nested too deeply"):
+        parse(ClassifyRequest, content)

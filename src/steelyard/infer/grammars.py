@@ -97,28 +97,29 @@ class Grammars:
         """The vocabulary as a tree, which takes a third of a second to grow."""
         return LLTokenizer(self._plain.serialized, n_vocab=self._vocabulary, eos_token=sorted(self._plain.eos_ids))
 
-    def begin(self, grammar: str) -> State:
+    def begin(self, grammar: str, field: str = "response_format") -> State:
         """The state before the first token. Any thread may ask.
 
         Args:
             grammar: as `steelyard.text.grammar` makes it.
+            field: where it came from, for errors.
 
         Raises:
             RequestError: it does not compile within its limits, or the model has no end token to say that it is over.
         """
         if not self._plain.eos_ids:
             reason = "this model has no token that ends an answer, which grammars need"
-            raise RequestError(reason, param="response_format")
+            raise RequestError(reason, param=field)
         with self._lock:
             if grammar not in self._known:
                 try:
                     matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
                 except ValueError as error:  # of the tokenizer
                     reason = f"this model's tokenizer is none that grammars know: {error}"
-                    raise RequestError(reason, param="response_format") from None
+                    raise RequestError(reason, param=field) from None
                 if matcher.is_error():
                     told = " ".join(matcher.get_error().split())[:300]
-                    raise RequestError(f"the grammar does not compile: {told}", param="response_format")
+                    raise RequestError(f"the grammar does not compile: {told}", param=field)
                 self._known[grammar] = matcher
                 while len(self._known) > KEPT:
                     self._known.popitem(last=False)

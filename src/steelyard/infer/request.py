@@ -182,7 +182,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     paths: int = 1
     """Of a tagger: how many sequences of tags are wanted."""
     grammar: str | None = None
-    """What the answer has to be, as `steelyard.text.grammar` makes it."""
+    """What the answer has to be, as `steelyard.text.grammar` makes it,"""
+    grammar_field: str = "response_format"
+    """and the field that it came from, which errors name."""
     sound: bytes | None = None
     """Of a model that hears, instead of a prompt: float32 samples of 16 kHz, at most a piece of them."""
     hearing: Hearing = Hearing()

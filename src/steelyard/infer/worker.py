@@ -143,10 +143,11 @@ class Compiling:
 
     def begin(self, arrived: Arrived) -> None:
         """Compile a request's grammar, which then comes to the inbox."""
-        assert arrived.request.grammar is not None, "see the caller"
+        grammar, field = arrived.request.grammar, arrived.request.grammar_field
+        assert grammar is not None, "see the caller"
         assert self._engine.grammars is not None, "see the caller"
         self._asked.add(arrived.request.id)
-        state = self._thread.submit(self._engine.grammars.begin, arrived.request.grammar)
+        state = self._thread.submit(self._engine.grammars.begin, grammar, field)
         state.add_done_callback(lambda state: self._inbox.put(Compiled(arrived, state)))
 
     def end(self, request_id: str) -> bool:

@@ -165,6 +165,7 @@ def plan(
     prompt_logprobs: int | None = None,
     echo: bool = False,
     grammar: str | None = None,
+    grammar_field: str = "response_format",
 ) -> Generation:
     """What to ask of the engine.
 
@@ -180,6 +181,7 @@ def plan(
         prompt_logprobs: as in `Sampling`.
         echo: every choice of the answer repeats its prompt.
         grammar: what an answer has to be.
+        grammar_field: where that came from.
 
     Raises:
         RequestError: a prompt is empty or leaves no room in the context, a token is beyond the vocabulary, or the
@@ -215,6 +217,7 @@ def plan(
             priority="interactive" if payer.line is None else "batch",
             beam=fields.beam,
             grammar=grammar,
+            grammar_field=grammar_field,
             speculate=fields.draft is not False,
         )
         for number, prompt in enumerate(prompts)

@@ -1,7 +1,7 @@
 """Which models are served: a name to its engine, its adapter, its tokenizer and its chat template.
 
-Knows checkpoint folders and names; nothing of HTTP. A model is called as its checkpoint's folder, an adapter as
-`--adapter NAME=PATH` says.
+Knows checkpoint folders and names; nothing of HTTP. A model is called as `NAME=PATH` says, or as its checkpoint's
+folder, an adapter as `--adapter NAME=PATH` says.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from steelyard.serve.engine_client import Command, EngineClient, worker_command
 from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 
+MODEL_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})=([^=].*)", re.DOTALL)
+PLACES = ("best", "last", "model")
+"""Folders that are called by what they are within another, which says whose they are."""
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 MOST_OF_A_TOKEN = 128
@@ -96,6 +99,18 @@ def engines(models: Models) -> list[EngineClient]:
     return list({id(model.engine): model.engine for model in models.values()}.values())
 
 
+def named(text: str) -> tuple[str | None, str]:
+    """`NAME=PATH`, or a path or source alone, as name and path."""
+    match = None if os.path.lexists(text) else MODEL_NAME.fullmatch(text)
+    return (None, text) if match is None else (match[1], match[2])
+
+
+def called(folder: Path) -> str:
+    """What a checkpoint is called by its place: `runs/sms/best` is `sms`."""
+    whole = Path(os.path.abspath(folder))  # noqa: PTH100  (a link keeps its own name)
+    return whole.parent.name if whole.name in PLACES and whole.parent.name else whole.name
+
+
 def parse_adapters(texts: Sequence[str], models: Sequence[str]) -> dict[str, dict[str, Path]]:
     """`NAME=PATH`, or `NAME=PATH@MODEL` where there are several models, to adapter folders by model and name.
 
@@ -144,10 +159,19 @@ def load_models(
     adapters: Sequence[str] = (),
     drafts: Sequence[str] = (),
     *,
+    names: Mapping[Path, str] | None = None,
     kv_cache: CacheKind = "bfloat16",
     command: Command = worker_command,
 ) -> dict[str, ServedModel]:
     """The models of checkpoint folders and their adapters, in this order. No engine is started.
+
+    Args:
+        checkpoints: the folders.
+        adapters: see `parse_adapters`.
+        drafts: see `parse_drafts`.
+        names: of some of the folders; the others are `called` by their places.
+        kv_cache: how engines keep keys and values.
+        command: makes the command line of an engine process.
 
     Raises:
         CheckpointError: a folder is missing or no checkpoint, or its tokenizer does not load.
@@ -160,9 +184,10 @@ def load_models(
             raise ConfigError(
                 f"'{checkpoint}' is an adapter: give its base model as CHECKPOINT and --adapter NAME={checkpoint}"
             )
-        if folder.name in folders:
-            raise ConfigError(f"two checkpoints are called '{folder.name}': rename one of the folders")
-        folders[folder.name] = folder
+        name = (names or {}).get(checkpoint) or called(folder)
+        if name in folders:
+            raise ConfigError(f"two checkpoints are called '{name}': give one another name, as NAME={checkpoint}")
+        folders[name] = folder
     if not folders:
         raise ConfigError("no checkpoint to serve: name at least one folder")
     models: dict[str, ServedModel] = {}

@@ -30,6 +30,7 @@ from steelyard.store.secrets import home, open_secrets
 def run(
     checkpoints: Sequence[Path],
     *,
+    names: Mapping[Path, str] | None = None,
     database: str | None = None,
     artifacts: str | None = None,
     slots: int = 1,
@@ -41,6 +42,7 @@ def run(
 
     Args:
         checkpoints: models whose jobs are worked on, as the server has them.
+        names: of some of them, as the server has them.
         database: its URL; None: `steelyard.db` in the state folder.
         artifacts: where files and models are kept; None: in the state folder.
         slots: runs at once.
@@ -52,7 +54,7 @@ def run(
         CheckpointError: a folder is missing, no checkpoint, or broken.
         ConfigError: the database or the state folder cannot be used.
     """
-    models, state, secrets = load_models(checkpoints), home(environment), open_secrets(environment)
+    models, state, secrets = load_models(checkpoints, names=names), home(environment), open_secrets(environment)
     with opened(database or sqlite_url(state / "steelyard.db"), role="worker") as store:
         kept = Artifacts(artifacts or str(state / "artifacts"), secrets.serving_root, store)
         files = Files(store, kept, state / "clear")

@@ -144,6 +144,8 @@ def _asked(kind: str, text: str, param: str, most: int) -> str:
     (reply,) = replies
     if "long" in reply:
         raise _too_long(param, most)
+    if "recursion limit" in reply.get("error", ""):
+        raise _too_deep(param)
     if "error" in reply:
         raise RequestError(f"'{param}' is nothing that an answer can be held to: {reply['error']}", param=param)
     grammar: str = reply["grammar"]

@@ -72,6 +72,7 @@ async def create(service: Service, request: Request) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
+        grammar_field="tools" if body.offered else body.grammar_field,
     )
     keep = partial(_keep, service, body, generation, source) if body.store else None
     explaining = partial(_explaining, body, generation, source, payer)

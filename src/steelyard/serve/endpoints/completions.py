@@ -58,6 +58,7 @@ async def create(service: Service, request: Request) -> Response:
         prompt_logprobs=body.scored,
         echo=bool(body.echo),
         grammar=grammar,
+        grammar_field=body.grammar_field,
     )
     if body.stream:
         return EventStream(_events(generation, body, prompts), request.state.request_id)

@@ -25,6 +25,7 @@ from steelyard.serve.protocol.explanations import Explained, options
 from steelyard.serve.protocol.fields import parse
 from steelyard.serve.protocol.reading import (
     Class,
+    Classes,
     ClassifyRequest,
     Readings,
     TaggedText,
@@ -67,7 +68,7 @@ async def classify(service: Service, request: Request) -> Response:
             else:
                 pairs = zip(data, found, strict=True)
                 data = [msgspec.structs.replace(one, explanation=explanation) for one, explanation in pairs]
-    return json_response(Readings(answer.id, answer.created, served.id, data, answer.usage))
+    return json_response(Classes(answer.id, answer.created, served.id, labels, data, answer.usage))
 
 
 @contextlib.asynccontextmanager

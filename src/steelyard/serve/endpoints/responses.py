@@ -62,6 +62,7 @@ async def create(service: Service, request: Request) -> Response:
         max_tokens=body.max_output_tokens,
         logprobs=body.logprobs,
         grammar=grammar,
+        grammar_field="tools" if body.offer.offered else "text.format",
     )
     begun = ResponseObject.of(body, generation.id, generation.created, served.id)
     growing = Growing(

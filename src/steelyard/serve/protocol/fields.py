@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import pydantic
 import pydantic_core
 from pydantic import Field
+from pydantic_core import ErrorDetails
 
 from steelyard.errors import RequestError
 
@@ -56,6 +57,16 @@ Metadata = Annotated[
 """Pairs that something is found by."""
 
 
+BOUNDS = {
+    "too_short": "hold at least {min_length}, not {actual_length}",
+    "too_long": "hold at most {max_length}, not {actual_length}",
+    "string_too_short": "be at least {min_length} long",
+    "string_too_long": "be at most {max_length} long",
+    "string_pattern_mismatch": "match {pattern}",
+}
+"""What is said of kinds of errors whose own words are those of a library."""
+
+
 class Fields(pydantic.BaseModel):
     """A JSON object whose fields are all known; bools are no numbers and numbers are finite."""
 
@@ -86,7 +97,8 @@ def parse(kind: type[Body], content: bytes) -> Body:
     try:
         body = pydantic_core.from_json(content, allow_inf_nan=False)
     except ValueError as error:
-        raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from None
+        wrong = "is nested too deeply" if "recursion limit" in str(error) else f"is not JSON: {error}"
+        raise RequestError(f"the body {wrong}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
     if kind.stored and b"\\u0000" in content and (path := _nul_in(body)) is not None:
@@ -128,14 +140,29 @@ def accept_neutral(
 
 
 def _explained(error: pydantic.ValidationError, body: object) -> RequestError:
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = _telling(error.errors(include_url=False), body)
     path = _path(first["loc"], body, missing=first["type"] == "missing")
     if first["type"] == "extra_forbidden":
         return RequestError(f"unknown field '{path}': remove it", param=path, code="unknown_parameter")
     if first["type"] == "missing":
         return RequestError(f"'{path}' is missing", param=path, code="missing_required_parameter")
+    if (bound := BOUNDS.get(first["type"])) is not None:
+        told = bound.format(**first["ctx"])
+        return RequestError(f"'{path}' must {told}", param=path, code="invalid_value")
     reason = first["msg"].removeprefix("Input should be ")
     return RequestError(f"'{path}' must be {reason}, not {show(first['input'])}", param=path, code="invalid_value")
+
+
+def _telling(errors: list[ErrorDetails], body: object) -> ErrorDetails:
+    """Of what is wrong with the first field that has something the most telling: a field of several kinds is wrong in
+    the eyes of each; most say only that it is another.
+    """
+    field = errors[0]["loc"][:1]
+
+    def kindred(error: ErrorDetails) -> tuple[bool, int]:
+        return error["type"].endswith("_type"), -_path(error["loc"], body, missing=False).count("[")
+
+    return min((error for error in errors if error["loc"][:1] == field), key=kindred)
 
 
 def _path(location: tuple[int | str, ...], body: object, *, missing: bool) -> str:

@@ -150,12 +150,25 @@ class Class(msgspec.Struct, frozen=True):
     label: str
     """The likeliest."""
     probs: list[float]
-    """Of every class, in the order of the model's labels."""
+    """Of every class, in the order of `labels`."""
     num_classes: int
     explanation: Explained | msgspec.UnsetType = msgspec.UNSET
     """There if it was asked for."""
     explanation_error: str | msgspec.UnsetType = msgspec.UNSET
     """Why there is none, though it was asked for: the answer is there, and paid for."""
+
+
+class Classes(msgspec.Struct, frozen=True):
+    """Of all texts, in their order."""
+
+    id: str
+    created: int
+    model: str
+    labels: list[str]
+    """The model's classes."""
+    data: list[Class]
+    usage: ReadingUsage
+    object: Literal["list"] = "list"
 
 
 class Score(msgspec.Struct, frozen=True):

@@ -140,6 +140,11 @@ class SamplingFields(Fields):
         )
 
     @property
+    def grammar_field(self) -> str:
+        """Where what an answer has to be is said."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+    @property
     def grammar(self) -> str | None:
         """What an answer has to be, as an engine compiles it; None: any text. Making it may take some milliseconds.
 
