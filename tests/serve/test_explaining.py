@@ -137,6 +137,36 @@ def test_an_answer_is_explained_by_what_was_said(decoder: Service) -> None:
     assert plain["target"]["text"] == plain["lens"][-1][0]["token"] == completion["choices"][0]["text"]
 
 
+def test_of_a_conversation_its_likeliest_answer_is_explained(decoder: Service) -> None:
+    """What it would have said to it, token by token, and not only the first; then as if that had been named."""
+    import torch
+
+    from steelyard.explain.explainer import open_decoder
+    from steelyard.models.attention import PackedAttention
+    from steelyard.text.chat_template import ChatTemplate
+    from steelyard.text.prompt import prompt_tokens
+    from steelyard.text.tokenizer import Tokenizer
+
+    opened, tokenizer = open_decoder(decoder.checkpoint), Tokenizer.load(decoder.checkpoint)
+    template = ChatTemplate.load(decoder.checkpoint)
+    assert template is not None
+    for text in ("Where is München?", "so on", "The user asks"):
+        messages = [{"role": "user", "content": text}]
+        (ids,) = prompt_tokens(tokenizer, template, [messages])
+        answer: list[int] = []
+        while len(answer) < 32:
+            row = [*ids, *answer]
+            with torch.no_grad():
+                states = opened(torch.tensor(row), torch.arange(len(row)), PackedAttention([len(row)]))
+                following = int(opened.logits(states[-1:]).argmax())
+            if answer and following in tokenizer.eos_ids:
+                break
+            answer.append(following)
+        told = post(decoder, "/v1/explain", messages=messages, faithfulness=False).json()
+        assert told["target"]["tokens"] == [tokenizer.token_text(token) for token in answer]
+        assert told["usage"]["computed_tokens"] > len(ids) * len(answer)
+
+
 def test_a_chat_brings_its_explanation(decoder: Service) -> None:
     """Whole and as a stream; what is said is the same, and the explanation is that of exactly this answer."""
     asked: dict[str, Any] = {"messages": CHAT, "max_tokens": 6, "temperature": 0}

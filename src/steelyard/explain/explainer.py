@@ -137,7 +137,9 @@ class DecoderExplainer:
         for prompt, answer in asked.rows:
             if not prompt or not answer or not all(0 <= token < self._vocabulary for token in (*prompt, *answer)):
                 raise RequestError("rows have a prompt and an answer of known tokens", param="nearest")
-        effort.check(asked, len(request.prompt) + max(map(len, (asked.answer, *asked.against))))
+        if not 1 <= asked.own <= effort.MOST_OWN:
+            raise RequestError(f"own answers have 1 to {effort.MOST_OWN} tokens", param="target")
+        effort.check(asked, len(request.prompt) + effort.longest_answer(asked))
 
     def explain(self, request: Request, tally: Tally) -> Steps[Explanation]:
         """See `Explainer`."""
@@ -151,8 +153,7 @@ class DecoderExplainer:
         if not answer and asked.against:
             answer = yield from likeliest_of(decoder, adapter, request.prompt, asked.against, tally)
         elif not answer:
-            tally.before = len(request.prompt)
-            answer = [(yield from likeliest(decoder, adapter, request.prompt))]
+            answer = yield from self._own(decoder, adapter, request.prompt, asked.own, tally)
         places = asked.places
         if places is None:
             special = self._tokenizer.special_tokens
@@ -175,6 +176,19 @@ class DecoderExplainer:
             near = yield from self._nearest(decoder, adapter, request, answer, tally)
             found = msgspec.structs.replace(found, nearest=near)
         return msgspec.structs.replace(found, answer=answer, computed_tokens=tally.computed)
+
+    def _own(
+        self, decoder: Decoder, adapter: Adapter | None, prompt: list[int], most: int, tally: Tally
+    ) -> Steps[list[int]]:
+        """What most likely follows, token by token, without what ends it."""
+        answer: list[int] = []
+        while len(answer) < most:
+            following = yield from likeliest(decoder, adapter, [*prompt, *answer])
+            tally.before += len(prompt) + len(answer)
+            if answer and following in self._tokenizer.eos_ids:
+                break
+            answer.append(following)
+        return answer
 
     def _nearest(
         self, decoder: Decoder, adapter: Adapter | None, request: Request, answer: list[int], tally: Tally

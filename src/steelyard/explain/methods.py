@@ -79,10 +79,10 @@ def occlusion(subject: Subject) -> Steps[Shares]:
 
 
 def chance(subject: Subject) -> Steps[Shares]:
-    """Figures drawn at random: what any method has to be better than."""
+    """Figures drawn at random, of nothing: what any method has to be better than."""
     yield
     drawn = torch.rand(subject.units, dtype=torch.float64, generator=torch.Generator().manual_seed(SEED))
-    return Shares(drawn, 0.0, 0.0, 0.0)
+    return Shares(drawn - drawn.mean(), 0.0, 0.0, 0.0)
 
 
 def likelihoods(subject: Subject, kept: torch.Tensor) -> Steps[torch.Tensor]:

@@ -18,6 +18,8 @@ DRAWN = 3
 """Random orders beside that of an explanation."""
 MOST = 1 << 18
 """Tokens that one explanation computes: minutes of a small model."""
+MOST_OWN = 32
+"""Tokens of an answer of the model's own."""
 LONGEST = 1024
 """Of an input, its answer included: a pass over a block or a window is a piece, which nobody interrupts, and scores of
 attention are held whole."""
@@ -42,6 +44,12 @@ def check(explain: Explain, tokens: int, units: int | None = None, param: str = 
         reason = f"the explanation would compute {count} tokens, {MOST} are the limit: shorten the input, or {advice}"
         raise RequestError(reason, param=param, code="context_length_exceeded")
     return count
+
+
+def longest_answer(explain: Explain) -> int:
+    """Tokens of the longest answer that is explained or compared with."""
+    own = 0 if explain.answer or explain.against or explain.target is not None else explain.own
+    return max(own, *map(len, (explain.answer, *explain.against)))
 
 
 def check_answers(answers: Sequence[Sequence[int]], param: str) -> None:
@@ -71,7 +79,7 @@ def most(explain: Explain, tokens: int, units: int | None = None) -> int:
     }[explain.method]
     if explain.faithfulness:
         passes += 2 * (1 + DRAWN) * len(GRID)
-    wanted = 0 if explain.answer or explain.target is not None else max(1, len(explain.against))
+    wanted = 0 if explain.answer or explain.target is not None else len(explain.against) or explain.own
     back = explain.method in ("lrp", "gradient_x_input", "integrated_gradients")
     seen = 3 if explain.lens and not back else 0
     compared = sum(len(prompt) + len(answer) for prompt, answer in explain.rows)

@@ -82,7 +82,9 @@ class Explain(msgspec.Struct, frozen=True, kw_only=True):
     target: int | None = None
     """Of a classifier: the class that is explained; None: the likeliest."""
     answer: list[int] = []
-    """Of a decoder: the tokens after the prompt that are explained; none: the likeliest of `against`, or next one."""
+    """Of a decoder: the tokens after the prompt that are explained; none: the likeliest of `against`, or its own,"""
+    own: int = 1
+    """of which so many tokens at the most are written first."""
     against: list[list[int]] = []
     """Of a decoder: the tokens of other answers, their ends included; what is explained is why it is none of these."""
     places: list[int] | None = None

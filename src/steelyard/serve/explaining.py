@@ -129,7 +129,7 @@ async def asking(
     read = [Shown(source.ids) for source in sources] if shown is None else shown
     ready = served.ready()
     for number, (one, explain) in enumerate(zip(read, explains, strict=True)):
-        length = one.tokens + longest_answer(explain) if lengths is None else lengths[number]
+        length = one.tokens + effort.longest_answer(explain) if lengths is None else lengths[number]
         units = None if shown is None else one.units(ready)
         whole += effort.check(explain, effort.in_windows(length, ready.window, ready.around), units, param)
     bill = payer.bill(fresh("explain-"), served, Counts(whole, 0, 0), "explanations")
@@ -139,11 +139,6 @@ async def asking(
 
 def _ids(bill: Bill, count: int) -> list[str]:
     return [f"{bill.reservation.id}-{number}" for number in range(count)]
-
-
-def longest_answer(explain: Explain) -> int:
-    """Tokens of the longest answer that is explained or compared with."""
-    return max(map(len, (explain.answer, *explain.against)))
 
 
 def with_answer(explain: Explain, source: Source, answer: Sequence[int]) -> Explain:

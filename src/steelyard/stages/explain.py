@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -41,6 +41,7 @@ MOST_TOKENS = 4096
 TOLD = 200
 """Characters of a row that learning used."""
 Report_ = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -81,6 +82,11 @@ class Explained(msgspec.Struct, frozen=True, kw_only=True):
     nearest: list[Neighbour] | None = None
     computed_tokens: int
 
+    @property
+    def mostly_unaccounted(self) -> bool:
+        """Whether more than half of the value is nobody's share."""
+        return abs(self.residual) > 0.5 * abs(self.value - self.base) > 0
+
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """How to explain."""
@@ -89,8 +95,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     target: str | None = None
     faithfulness: bool = True
     lens: int = 0
-    row: int = 1
-    """Of a file with rows."""
+    row: int | None = None
+    """Of a file with rows; None: the first."""
     nearest: int = 0
     rows: Path | None = None
     """That learning used; None: as the checkpoint's lineage says."""
@@ -129,7 +135,7 @@ def explain(
 
     Args:
         checkpoint: a model, or an adapter on its base.
-        given: a text; of what reads images an image's file; of what reads several kinds a file of rows.
+        given: a text, or a file of rows; of what reads images an image's file.
         format_: how texts are asked, and rows read.
         wanted: how.
         report: told (pieces of work done, of how many; 0 while nobody knows).
@@ -211,11 +217,34 @@ def _prepared(checkpoint: Path, given: str, format_: FormatConfig, wanted: Wante
             raise CheckpointError(f"'{checkpoint}' tags words, which is not explained here")
         classifier = open_classifier(checkpoint)
         if classifiers.reads_texts(checkpoint):
-            return _text(classifier, given, format_, wanted)
+            return _text(classifier, _said(given, format_, wanted), format_, wanted)
         return _example(classifier, given, format_, wanted)
     if classifiers.architecture(manifest.base_of(checkpoint)) in classifiers.ENCODERS:
         raise CheckpointError(f"'{checkpoint}' says nothing of texts: explain a classifier that was made from it")
-    return _answer(checkpoint, given, format_, wanted)
+    return _answer(checkpoint, _said(given, format_, wanted), format_, wanted)
+
+
+def _said(given: str, format_: FormatConfig, wanted: Wanted) -> str:
+    """A text, or that of a file's row."""
+    listed = given.lower().endswith(images.LISTS)
+    if not listed or (len(given.split()) > 1 and not Path(given).is_file()):
+        if not given.strip():
+            raise ConfigError("there is nothing to explain: the text is empty")
+        if wanted.row is not None:
+            raise ConfigError(f"--row {wanted.row} is of a file of rows ({', '.join(images.LISTS)}), not of a text")
+        return given
+    if not Path(given).is_file():
+        raise ConfigError(f"there is no file '{given}'")
+    rows = chat.read(Path(given), format_)
+    row = _row(rows, given, wanted)
+    return row.text or next(message.content for message in reversed(row.messages) if message.role != "assistant")
+
+
+def _row(rows: Sequence[T], given: str, wanted: Wanted) -> T:
+    number = wanted.row or 1
+    if number > len(rows):
+        raise ConfigError(f"--row {number}: '{given}' has {len(rows)} rows")
+    return rows[number - 1]
 
 
 def _class_of(classifier: Classifier, scores: torch.Tensor, target: str | None) -> int:
@@ -258,9 +287,7 @@ def _example(classifier: Classifier, given: str, format_: FormatConfig, wanted: 
         raise ConfigError(f"'{given}' is no file: this model reads images, or rows of several kinds")
     if isinstance(classifier.inputs, FusedInputs):
         rows = fused.read(path, format_, classifier.fused.modalities)
-        if wanted.row > len(rows):
-            raise ConfigError(f"--row {wanted.row}: '{given}' has {len(rows)} rows")
-        unlabelled = [msgspec.structs.replace(rows[wanted.row - 1], label=None)]
+        unlabelled = [msgspec.structs.replace(_row(rows, given, wanted), label=None)]
         (example,) = labelled_rows(classifier, unlabelled, None, None).examples
     else:
         inputs = classifier.image

@@ -11,6 +11,7 @@ from steelyard.stages.explain import Drawing, Explained
 
 MOST_PIXELS = 64
 """Of a side of an image that is drawn."""
+UNACCOUNTED = "More than half of the value is not accounted for: trust the order more than the figures."
 
 
 def page(checkpoint: Path, found: Explained, drawing: Drawing) -> Report:
@@ -38,13 +39,12 @@ def page(checkpoint: Path, found: Explained, drawing: Drawing) -> Report:
     report.bars(
         "largest shares", {f"{unit.unit.strip()} ({place})": unit.share for place, unit in enumerate(largest, 1)}
     )
-    accounted = found.value - found.base
     report.table(
         ["value", "of nothing", "accounted for by units", "by the rest", "not accounted for"],
         [[found.value, found.base, sum(shares), found.rest, found.residual]],
     )
-    if abs(accounted) > 0 and abs(found.residual) > 0.5 * abs(accounted):
-        report.text("More than half of the value is not accounted for: trust the order more than the figures.")
+    if found.mostly_unaccounted:
+        report.text(UNACCOUNTED)
     if found.faithfulness is not None and found.chance is not None:
         rows: list[list[Cell]] = [
             [name, *(getattr(figures, name) for figures in (found.faithfulness, found.chance)), better]

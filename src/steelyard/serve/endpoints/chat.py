@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard.errors import SteelyardError
-from steelyard.infer.effort import MOST_ANSWER, check
+from steelyard.infer.effort import MOST_ANSWER, check, longest_answer
 from steelyard.infer.request import Output
 from steelyard.serve.billing.bill import Payer
 from steelyard.serve.connection import DONE, EventStream, event, while_connected
-from steelyard.serve.explaining import asking, longest_answer, with_answer
+from steelyard.serve.explaining import asking, with_answer
 from steelyard.serve.generation import Choice, Generation, finish, plan
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.chat import (

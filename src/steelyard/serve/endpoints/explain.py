@@ -10,11 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard.errors import RequestError
-from steelyard.infer.effort import check
+from steelyard.infer.effort import MOST_OWN, check, longest_answer
 from steelyard.infer.request import Explain, Ready
 from steelyard.serve.connection import while_connected
 from steelyard.serve.examples import Shown
-from steelyard.serve.explaining import asking, longest_answer, with_answer
+from steelyard.serve.explaining import asking, with_answer
 from steelyard.serve.learnt import learnt_rows
 from steelyard.serve.models import ServedModel
 from steelyard.serve.protocol.errors import json_response
@@ -49,7 +49,7 @@ async def create(service: Service, request: Request) -> Response:
     if ready.task == "classify":
         explain = body.asked(target=None if body.target is None else ready.labels.index(body.target))
     else:
-        check(body.asked(answer=[0]), len(source.ids) + 1, param=_param(body))  # before answers are written after it
+        check(body.asked(answer=[0]), len(source.ids) + 1, param=_param(body))  # before more is computed of it
         explain = await asyncio.to_thread(_asked, served, body, source)
     learnt = None
     if body.nearest:
@@ -75,7 +75,8 @@ def _asked(served: ServedModel, body: ExplainRequest, source: Source) -> Explain
         if body.against:
             raise RequestError("'against' is what else it could be: name more than the target", param="against")
         answer = [] if body.target is None else served.tokenizer.encode_plain(body.target)
-        return with_answer(body.asked(), source, answer)
+        own = 1 if body.messages is None else max(1, min(MOST_OWN, served.ready().context - len(source.ids) + 1))
+        return with_answer(body.asked(own=own), source, answer)
     said = against if body.target is None else [body.target, *against]
     if len(said) < 2:
         raise RequestError("'against' names one answer: name another, or the 'target'", param="against")

@@ -26,7 +26,8 @@ class ExplainRequest(ReadingFields, ExplainOptions):
     nearest: Annotated[int, Field(ge=0, le=MOST_NEAREST)] | None = None
     """Of a model that was tuned here by this project: rows that it learnt from that are most like what is explained."""
     target: Annotated[str, Field(min_length=1, max_length=1 << 14)] | None = None
-    """The class, or the answer, that is explained; default: the likeliest class, or next token."""
+    """The class, or the answer, that is explained; default: the likeliest class, of a conversation the likeliest answer
+    token by token, 32 at most, of a text the likeliest next token."""
 
     @pydantic.field_validator("messages", mode="before")
     @classmethod
