@@ -72,7 +72,10 @@ async def refuse_path(request: Request, error: Exception) -> Response:
         message = f"{request.method} is not a method of {path}: use {(error.headers or {}).get('Allow', 'another')}"
         code = "method_not_allowed"
     elif error.status_code == 404:
-        message, code = f"there is no {path} here: see the list of endpoints", edge(PathNotFoundError("")).code or ""
+        message, code = (
+            f"there is no {path} here: GET /openapi.json lists what there is",
+            edge(PathNotFoundError("")).code or "",
+        )
     else:
         message, code = str(error.detail), "invalid_request"
     body = ErrorBody(ErrorObject(_one_line(message), "invalid_request_error", None, code))
