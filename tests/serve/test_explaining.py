@@ -249,6 +249,19 @@ def test_a_text_is_read_as_completions_read_it(decoder: Service) -> None:
     assert told["tokens"][0]["share"] is None
 
 
+def test_what_a_stop_string_cut_off_is_not_explained(decoder: Service) -> None:
+    """The answer that is explained is the one that was told."""
+    asked: dict[str, Any] = {"messages": CHAT, "max_tokens": 8, "temperature": 0}
+    whole = post(decoder, "/v1/chat/completions", **asked).json()["choices"][0]["message"]["content"]
+    for stop in (whole[:2], whole[len(whole) // 2 :], whole[-1]):
+        told = post(decoder, "/v1/chat/completions", **asked, stop=[stop], explain={"faithfulness": False}).json()
+        content = told["choices"][0]["message"]["content"]
+        if "explanation" in told:
+            assert content.startswith(told["explanation"]["target"]["text"])
+        else:
+            assert (content, told["explanation_error"]) == ("", "the answer has no token")
+
+
 def test_an_answer_without_its_explanation_is_an_answer(decoder: Service) -> None:
     """What cannot be explained after it was said and paid for: the answer comes, and says why there is none."""
     body: dict[str, Any] = {"messages": [{"role": "user", "content": " "}], "max_tokens": 3, "explain": True}

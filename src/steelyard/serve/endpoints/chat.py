@@ -46,8 +46,8 @@ from steelyard.text.source import Source
 from steelyard.text.tool_calls import Arguments, Begun, CallReader, Piece, Said
 
 Keep = Callable[[list[Choice]], Awaitable[None]]
-Explain = Callable[[list[int]], Coroutine[Any, Any, Explained | str]]
-"""The tokens of an answer -> why it is so."""
+Explain = Callable[[Choice], Coroutine[Any, Any, Explained | str]]
+"""An answer -> why it is so."""
 Explaining = Callable[[], contextlib.AbstractAsyncContextManager[Explain | None]]
 
 
@@ -84,7 +84,7 @@ async def create(service: Service, request: Request) -> Response:
         if keep is not None:
             await keep(choices)
         if explain is not None:
-            found = await while_connected(request.receive, explain(choices[0].tokens))
+            found = await while_connected(request.receive, explain(choices[0]))
             answer = msgspec.structs.replace(answer, **_explanation(found))
     return json_response(answer)
 
@@ -116,7 +116,8 @@ async def _explaining(
     longest = len(source.ids) + max(said, longest_answer(asked))
     async with asking(served, payer, [source], [asked], lengths=[longest], param="messages") as reserved:
 
-        async def explain(tokens: list[int]) -> Explained | str:
+        async def explain(choice: Choice) -> Explained | str:
+            tokens = _heard(served, choice)
             if not tokens:
                 return "the answer has no token"
             explained = asked
@@ -133,6 +134,14 @@ async def _explaining(
             return found
 
         yield explain
+
+
+def _heard(served: ServedModel, choice: Choice) -> list[int]:
+    """The tokens of an answer without those of a stop string, which nobody was told."""
+    count = len(choice.tokens)
+    while count and len(served.tokenizer.decode(choice.tokens[:count])) > len(choice.text):
+        count -= 1
+    return choice.tokens[:count]
 
 
 def _among(served: ServedModel, labels: Answers, tokens: list[int]) -> tuple[list[int], list[list[int]]]:
@@ -257,7 +266,7 @@ async def _events(
         if keep is not None:
             await keep(choices)
         if explain is not None:
-            yield event(msgspec.structs.replace(blank, **_explanation(await explain(choices[0].tokens))))
+            yield event(msgspec.structs.replace(blank, **_explanation(await explain(choices[0]))))
     if body.include_usage:
         usage = _with_thoughts(generation, [one.thought for one in told])
         yield event(msgspec.structs.replace(blank, usage=usage))
