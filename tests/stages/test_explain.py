@@ -14,7 +14,8 @@ import several_kinds
 from steelyard.cli import main
 from steelyard.data.chat import FormatConfig
 from steelyard.errors import CheckpointError, ConfigError, DataError
-from steelyard.stages.explain import Explained, Wanted, explain
+from steelyard.stages.explain import Explained, explain
+from steelyard.stages.explain_inputs import Wanted
 from steelyard.stages.explain_page import page
 from steelyard.stages.train import train
 from steelyard.train.config import DataConfig, TrainConfig

@@ -16,6 +16,7 @@ from steelyard.cli import console
 from steelyard.cli.data import given as settings_of
 from steelyard.infer.request import Method
 from steelyard.stages import explain as stage
+from steelyard.stages.explain_inputs import Drawing, Wanted
 from steelyard.stages.explain_page import UNACCOUNTED
 from steelyard.stages.explain_page import page as page_of
 from steelyard.stages.formats import trained_format
@@ -52,7 +53,7 @@ def command(
     console.logs()
     checkpoint = resolve(model)
     format_ = trained_format(checkpoint, **settings_of(settings, None))
-    wanted = stage.Wanted(
+    wanted = Wanted(
         method=method, target=target, faithfulness=faithfulness, lens=lens, row=row, nearest=nearest, rows=rows
     )
     with contextlib.ExitStack() as stack:
@@ -88,7 +89,7 @@ def command(
         console.out.print(Text(f"a page to look at: {page}"))
 
 
-def _heat(found: stage.Explained, drawing: stage.Drawing) -> Text:
+def _heat(found: stage.Explained, drawing: Drawing) -> Text:
     """The text, what speaks for the target in blue, what against it in red."""
     widest = max((abs(unit.share) for unit in found.units), default=0.0) or 1.0
     text = Text()

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from steelyard.report import Cell, Report
-from steelyard.stages.explain import Drawing, Explained
+from steelyard.stages.explain import Explained
+from steelyard.stages.explain_inputs import Drawing
 
 MOST_PIXELS = 64
 """Of a side of an image that is drawn."""
