@@ -57,10 +57,12 @@ FOLDER = Path("bench/compression").absolute()
 CALIBRATION, ROW = 1 << 14, 512
 """Tokens to judge by, and of a row of them."""
 PROMPT = 256
+SOME = ("*.[qkv]_proj", "*.down_proj")
 METHODS: dict[str, QuantizeConfig | PruneConfig | None] = {
     "bfloat16": None,
     "int8": QuantizeConfig(),
     "int8 smoothquant": QuantizeConfig(method="smoothquant"),
+    "int8 some g64 smoothquant": QuantizeConfig(group=64, method="smoothquant", group_layers=SOME),
     "int8 g64": QuantizeConfig(group=64),
     "int8 g64 smoothquant": QuantizeConfig(group=64, method="smoothquant"),
     "int4 g64": QuantizeConfig(bits=4, group=64),

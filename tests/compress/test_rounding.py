@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,27 @@ def test_transformers_opens_the_portable_form(tmp_path: Path, family: str) -> No
     for layer in small.modules():
         if hasattr(layer, "bits"):
             assert layer.bits == 4
+
+
+def test_some_layers_alone_have_groups(tmp_path: Path) -> None:
+    make(tmp_path / "base", "smollm")
+    dense = weights.load(tmp_path / "base", torch.float32)
+    config = QuantizeConfig(group=16, group_layers=("*.down_proj", "*.0.self_attn.[qkv]_proj"))
+    (tmp_path / "some").mkdir()
+    layout.write(dense, tmp_path / "some", tmp_path / "base", config)
+    small = weights.load(tmp_path / "some", torch.float32)
+    for path, layer in small.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            grouped = path.endswith("down_proj") or (".0.self_attn" in path and not path.endswith("o_proj"))
+            assert layer.bits == 8
+            assert layer.weight_scale.shape[1] == (layer.in_features // 16 if grouped else 1), path
+    schemes = json.loads((tmp_path / "some" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert schemes["group_0"]["weights"]["strategy"] == "channel"
+    assert schemes["group_3"]["weights"]["group_size"] == 16
+    assert "model.layers.0.self_attn.q_proj" in schemes["group_3"]["targets"]
+    token_ids = torch.randint(97, (40,), generator=torch.Generator().manual_seed(3))
+    expected = logits(dense, token_ids)
+    assert float((logits(small, token_ids) - expected).norm() / expected.norm()) < 0.05
 
 
 @pytest.mark.parametrize("portable", [False, True])

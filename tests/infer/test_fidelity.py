@@ -21,6 +21,7 @@ from steelyard.stages.compress import quantize
 CONFIGS = {
     "int8": QuantizeConfig(),
     "int8-groups": QuantizeConfig(group=16),
+    "int8-some-groups": QuantizeConfig(group=16, group_layers=("*.down_proj", "*.[qkv]_proj")),
     "int4": QuantizeConfig(bits=4, group=16),
     "mixed": QuantizeConfig(bits=4, group=16, int8_layers=("*.v_proj", "*.up_proj", "*.0.mlp.down_proj")),
 }

@@ -119,6 +119,10 @@ def test_judged_by_rows(tiny_model: Path, tmp_path: Path, method: Any, bits: Any
         (QuantizeConfig(group=16, portable=True), False, {}, "leave out the group"),
         (QuantizeConfig(int8_layers=("*.down_proj",)), False, {}, "set bits to 4"),
         (QuantizeConfig(bits=4, group=16, int8_layers=("*.v_proj",), portable=True), False, {}, "all or none"),
+        (QuantizeConfig(group=16, group_layers=("*.v_proj",)), False, {}, "group_layers: of q_proj.* all or none$"),
+        (QuantizeConfig(group_layers=("*.down_proj",)), False, {}, "set bits to 8, and a group"),
+        (QuantizeConfig(bits=4, group=16, group_layers=("*.down_proj",)), False, {}, "set bits to 8, and a group"),
+        (QuantizeConfig(group=16, group_layers=("head",)), False, {}, "no linear layer is 'head'"),
         (
             QuantizeConfig(bits=4, group=16, int8_layers=("head",)),
             False,

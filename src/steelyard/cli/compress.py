@@ -132,6 +132,12 @@ def quantize(
         list[str] | None,
         typer.Option(help="With 4 bits: linear layers that keep 8, a path or a pattern such as '*.down_proj'."),
     ] = None,
+    group_layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With 8 bits: linear layers that alone have groups, such as '*.[qkv]_proj'; the others are faster."
+        ),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Rows to judge by, as train reads them.")] = None,
     tokens: Annotated[
         int | None, typer.Option(help=f"How many of their tokens are read, at most; {stage.SMOOTHING} by default.")
@@ -160,6 +166,7 @@ def quantize(
         strength=strength,
         portable=portable,
         int8_layers=int8_layers or (),
+        group_layers=group_layers or (),
         rows=data is not None,
         decoder=not is_network(source),
         smooth=stage.smooths(source),

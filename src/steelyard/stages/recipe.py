@@ -72,6 +72,7 @@ class Quantize(msgspec.Struct, frozen=True, kw_only=True):
     strength: float = smoothing.STRENGTH
     portable: bool = False
     int8_layers: tuple[str, ...] = ()
+    group_layers: tuple[str, ...] = ()
     data: str | None = None
     tokens: int | None = None
 
@@ -84,6 +85,7 @@ class Quantize(msgspec.Struct, frozen=True, kw_only=True):
             strength=self.strength,
             portable=self.portable,
             int8_layers=self.int8_layers,
+            group_layers=self.group_layers,
             rows=rows,
             decoder=decoder,
             smooth=smooth,

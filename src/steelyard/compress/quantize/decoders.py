@@ -47,6 +47,9 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Leave embedding and head as they are, and activations of int4: for other readers."""
     int8_layers: tuple[str, ...] = ()
     """Linear layers that have 8 bits where the others have 4: paths, or patterns of them such as `*.down_proj`."""
+    group_layers: tuple[str, ...] = ()
+    """Of 8 bits: linear layers that alone have groups, the others are by channel; none: all have. Those that need it
+    most cost least: what reads an input together (q, k, v; gate and up) has them or not."""
 
     def bits_of(self, path: str) -> Literal[8, 4]:
         """Of the weights of one linear layer."""
@@ -54,6 +57,8 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def group_of(self, path: str) -> Group:
         """Of the weights of one linear layer: other readers take 8 bits by channel alone."""
+        if self.group_layers and not any(fnmatchcase(path, pattern) for pattern in self.group_layers):
+            return None
         return None if self.portable and self.bits != self.bits_of(path) else self.group
 
     @classmethod
@@ -66,6 +71,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
         strength: float = smoothing.STRENGTH,
         portable: bool = False,
         int8_layers: Sequence[str] = (),
+        group_layers: Sequence[str] = (),
         rows: bool,
         decoder: bool = True,
         smooth: bool = True,
@@ -79,6 +85,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
             strength: see above.
             portable: see above.
             int8_layers: see above.
+            group_layers: see above.
             rows: whether there are any to judge by.
             decoder: whether the model is one.
             smooth: whether scales can move into its norms.
@@ -104,6 +111,7 @@ class QuantizeConfig(msgspec.Struct, frozen=True, kw_only=True):
             strength=strength,
             portable=portable,
             int8_layers=tuple(int8_layers),
+            group_layers=tuple(group_layers),
         )
 
 
@@ -136,18 +144,29 @@ def check(config: QuantizeConfig, decoder: Decoder) -> None:
     check_group(decoder, config.group)
     paths = [path for path in linears(decoder) if path != HEAD]
     check_int8_layers(config, paths)
+    _check_group_layers(config, paths)
     if config.portable:
-        _check_together(config, paths)
+        _check_together(config.bits_of, paths, "int8_layers", ", in a portable model")
 
 
-def _check_together(config: QuantizeConfig, paths: Sequence[str]) -> None:
-    """Other readers join layers that read the same, and have one form for all of them."""
+def _check_group_layers(config: QuantizeConfig, paths: Sequence[str]) -> None:
+    if not config.group_layers:
+        return
+    if config.bits != 8 or config.group is None:
+        raise ConfigError("group_layers are those that have groups among layers of 8 bits: set bits to 8, and a group")
+    for pattern in config.group_layers:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ConfigError(f"group_layers: no linear layer is '{pattern}'; one is '{paths[0] if paths else 'none'}'")
+    _check_together(config.group_of, paths, "group_layers")  # what is read is rounded once for all of them
+
+
+def _check_together(form: Callable[[str], object], paths: Sequence[str], field: str, where: str = "") -> None:
+    """Layers that read the same are joined, and have one form."""
     for path in paths:
         block, _, name = path.rpartition(".")
         for joined in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            bits = {config.bits_of(f"{block}.{other}") for other in joined}
-            if name in joined and len(bits) > 1:
-                raise ConfigError(f"int8_layers: of {', '.join(joined)} in '{block}' all or none, in a portable model")
+            if name in joined and len({form(f"{block}.{other}") for other in joined}) > 1:
+                raise ConfigError(f"{field}: of {', '.join(joined)} in '{block}' all or none{where}")
 
 
 def check_int8_layers(config: QuantizeConfig, paths: Sequence[str]) -> None:
@@ -230,9 +249,10 @@ def quantize(
         smoothed = smoothing.smooth(decoder, batches, rule, head=not config.portable, report=report)
     integers: dict[str, Integers] = {}
     if not config.portable:
-        integers[EMBEDDING] = grid.rounded(decoder.model.embed_tokens.weight, 8, config.group)
+        around = None if config.group_layers else config.group
+        integers[EMBEDDING] = grid.rounded(decoder.model.embed_tokens.weight, 8, around)
         if not decoder.config.tied:
-            integers[HEAD] = grid.rounded(decoder.lm_head.weight, 8, config.group)
+            integers[HEAD] = grid.rounded(decoder.lm_head.weight, 8, around)
     judged, whole = config.method in ("awq", "gptq"), config.method == "gptq"
     passing = Passing(decoder, batches if judged else ())
     for number, block in enumerate(decoder.model.layers):

@@ -94,14 +94,19 @@ def quantization_config(config: QuantizeConfig, paths: Sequence[str] = ()) -> di
         paths: of the decoder's linear layers.
     """
     whole = {"type": "int", "symmetric": True}
+    grouped = [path for path in paths if config.group_layers and config.group_of(path) is not None]
+    most = None if grouped else config.group
     linear: dict[str, Any] = {
         "targets": ["Linear"],
-        "weights": {**whole, "num_bits": config.bits, **by_weight(config.group)},
-        "input_activations": None if config.portable and config.bits == 4 else activations(config.group),
+        "weights": {**whole, "num_bits": config.bits, **by_weight(most)},
+        "input_activations": None if config.portable and config.bits == 4 else activations(most),
     }
     groups = {"group_0": linear}
     form = FORMATS[config.bits]
-    bytes_ = {**whole, "num_bits": 8, **by_weight(config.group)}
+    bytes_ = {**whole, "num_bits": 8, **by_weight(most)}
+    if grouped:
+        by_group = {"weights": {**bytes_, **by_weight(config.group)}, "input_activations": activations(config.group)}
+        groups["group_3"] = {**linear, **by_group, "targets": grouped}
     eight = [path for path in paths if config.bits_of(path) != config.bits]
     if eight:
         # Readers ask for a layer's name before they ask for its class.

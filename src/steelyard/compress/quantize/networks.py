@@ -47,6 +47,8 @@ def check(network: nn.Module, config: QuantizeConfig) -> None:
         raise ConfigError(f"{config.method} is for decoders: nearest and gptq are for any network")
     if config.portable:
         raise ConfigError("portable is for decoders: no other program reads this network")
+    if config.group_layers:
+        raise ConfigError("group_layers is for decoders: other networks have groups everywhere, or nowhere")
     check_group(network, config.group)
     check_int8_layers(config, list(linears(network)))
 
