@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,7 @@ def test_serving_an_adapter_brings_its_base(tiny_model: Path, tmp_path: Path) ->
 
     adapter = tmp_path / "mine" / "best"
     adapter.mkdir(parents=True)
+    (adapter.parent / "run.json").write_text("{}")
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model)}))
     tiny, worn = str(tiny_model), str(adapter)
     assert with_bases([tiny]) == ([tiny_model], [], {})
@@ -199,6 +201,10 @@ def test_serving_an_adapter_brings_its_base(tiny_model: Path, tmp_path: Path) ->
     assert with_bases([tiny, worn]) == ([tiny_model], [f"mine={adapter}@tiny"], {})
     named = ([tiny_model], [f"spam={adapter}@base"], {tiny_model: "base"})
     assert with_bases([f"base={tiny}", f"spam={worn}"]) == named
+    relative = Path(os.path.relpath(tiny_model))
+    assert with_bases([f"base={relative}", worn]) == ([relative], [f"mine={adapter}@base"], {relative: "base"})
+    with pytest.raises(ConfigError, match="a model has one name"):
+        with_bases([f"a={tiny}", f"b={tiny}"])
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/gone"}))
     with pytest.raises(CheckpointError, match="names the base '/gone', which is not there: pull it first"):
         with_bases([worn])

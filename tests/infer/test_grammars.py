@@ -315,3 +315,16 @@ def test_beams_say_different_texts(tiny_model: Path) -> None:
         assert scores == sorted(scores, key=lambda score: -(score or 0.0))
     narrow = asked(0, grammar.of_choice(words, "choice"), temperature=0, beam=Beam(width=3), n=3)
     assert len({output.text for output in engine.run([narrow])}) == 3
+
+
+def test_too_few_texts_are_filled_up(tiny_model: Path) -> None:
+    """Where a narrow search finds one text alone, other ways to spell it come after it: never fewer than before."""
+    engine = Engine.load(tiny_model, dtype=torch.float32)
+    rules, counts = grammar.of_choice(["alpha", "beta"], "choice"), []
+    for number in range(8):
+        request = asked(number, rules, temperature=0, beam=Beam(width=2), n=2)
+        outputs = list(engine.run([request]))
+        assert {output.text for output in outputs} <= {"alpha", "beta"}
+        counts.append(len({output.text for output in outputs}))
+        assert len({tuple(output.tokens) for output in outputs}) == 2
+    assert 2 in counts

@@ -302,6 +302,7 @@ def test_a_prompt_may_fill_all_but_one_of_the_context(service: Service) -> None:
         ([1, 2], "'input[0]' must be a valid string, not 1"),
         (["a", {"text": "b"}], '\'input[1]\' must be a valid string, not {"text":"b"}'),
         ("", "'input' must be at least 1 long"),
+        ({"text": "b", "image": ""}, "'input.image' must be at least 1 long"),
         ([{"text": "b"}, {"txt": "c"}], "unknown field 'input[1].txt': remove it"),
     ],
 )
@@ -309,6 +310,12 @@ def test_of_a_field_of_several_kinds_the_most_telling_is_said(given: Any, told: 
     with pytest.raises(RequestError) as caught:
         parse(ClassifyRequest, json.dumps({"model": "m", "input": given}).encode())
     assert str(caught.value) == told
+
+
+def test_too_many_pairs_are_counted() -> None:
+    body = {**CHAT, "metadata": {str(number): "x" for number in range(20)}}
+    with pytest.raises(RequestError, match="'metadata' must hold at most 16, not 20"):
+        parse(ChatRequest, json.dumps(body).encode())
 
 
 def test_what_is_nested_too_deeply_is_called_so() -> None:

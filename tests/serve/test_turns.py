@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +56,39 @@ def test_nobody_is_lost(arrivals: list[str], places: int, leaving: frozenset[int
     assert set(range(len(arrivals))) - leaving <= set(served)
     assert len(set(served)) == len(served)
     assert most <= places
+
+
+def test_who_leaves_while_a_thread_works_keeps_the_place_until_it_ends() -> None:
+    """A thread cannot be stopped: as many work at once as there are places, however often somebody leaves."""
+    import threading
+    import time
+    from types import SimpleNamespace
+
+    from steelyard.serve.service import Service
+
+    at_once = most = 0
+    lock = threading.Lock()
+
+    def form() -> str:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.05)
+        with lock:
+            at_once -= 1
+        return "form"
+
+    async def come_and_go() -> str | None:
+        service: Any = SimpleNamespace(checks=Turns(2))
+        for _ in range(6):
+            leaving = asyncio.create_task(Service.checked(service, "a", form))
+            await asyncio.sleep(0.005)
+            leaving.cancel()
+        return await Service.checked(service, "b", form)
+
+    assert asyncio.run(come_and_go()) == "form"
+    assert most <= 2
 
 
 def test_of_each_project_the_first_is_first() -> None:

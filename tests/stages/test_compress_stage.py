@@ -123,6 +123,7 @@ def test_judged_by_rows(tiny_model: Path, tmp_path: Path, method: Any, bits: Any
         (QuantizeConfig(group_layers=("*.down_proj",)), False, {}, "set bits to 8, and a group"),
         (QuantizeConfig(bits=4, group=16, group_layers=("*.down_proj",)), False, {}, "set bits to 8, and a group"),
         (QuantizeConfig(group=16, group_layers=("head",)), False, {}, "no linear layer is 'head'"),
+        (QuantizeConfig(group=16, method="awq", group_layers=("*.down_proj",)), True, {}, "awq judges all layers"),
         (
             QuantizeConfig(bits=4, group=16, int8_layers=("head",)),
             False,

@@ -97,7 +97,15 @@ def test_a_row_of_a_file_is_its_text(learnt: Path, tmp_path: Path) -> None:
     assert "".join(part for part, _ in drawing.parts) == "today it was frost again"
     text, _ = explain(learnt, "frost in held.csv", FormatConfig(), Wanted(faithfulness=False))
     assert len(text.units) > 2
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "frost?"}]
+    answer = {"role": "assistant", "content": "Yes."}
+    chats.write_text("".join(json.dumps({"messages": each}) + "\n" for each in ([turns[1], answer], [*turns, answer])))
+    asked, _ = explain(learnt, str(chats), FormatConfig(), Wanted(faithfulness=False))
+    assert "".join(unit.unit for unit in asked.units) == "frost?"
     for given, wanted, complaint in (
+        (str(chats), Wanted(row=2), "more is said before the answer"),
+        ("frost " * 100 + "held.csv", Wanted(row=1), "--row 1 is of a file of rows"),
         (str(rows), Wanted(row=3), "has 2 rows"),
         (str(tmp_path / "none.jsonl"), Wanted(), "there is no file"),
         ("frost", Wanted(row=2), "--row 2 is of a file of rows"),

@@ -12,6 +12,7 @@ from steelyard import app
 from steelyard.checkpoint import manifest
 from steelyard.checkpoint.sources import resolve
 from steelyard.cli import console
+from steelyard.errors import ConfigError
 from steelyard.infer.request import CacheKind
 from steelyard.serve.models import called, named
 
@@ -102,18 +103,22 @@ def command(
 
 
 def with_bases(checkpoints: Sequence[str]) -> tuple[list[Path], list[str], dict[Path, str]]:
-    """Folders of models; adapters, each of whose bases is among these once; names of models where some are given."""
-    folders: list[Path] = []
+    """Folders of models; adapters, each of whose bases is among these once; names of models where some are given.
+
+    Raises:
+        ConfigError: a model has two names.
+    """
+    folders: dict[Path, Path] = {}
     names: dict[Path, str] = {}
     worn: list[tuple[str, Path, Path]] = []
     for text in checkpoints:
         name, path = named(text)
         checkpoint = resolve(path)
         base = manifest.base_of(checkpoint)
-        if base not in folders:
-            folders.append(base)
+        folder = folders.setdefault(base.resolve(), base)
         if base != checkpoint:
-            worn.append((name or called(checkpoint.resolve()), checkpoint, base))
-        elif name is not None:
-            names[base] = name
-    return folders, [f"{name}={path}@{names.get(base) or called(base.resolve())}" for name, path, base in worn], names
+            worn.append((name or called(checkpoint.resolve()), checkpoint, folder))
+        elif name is not None and names.setdefault(folder, name) != name:
+            raise ConfigError(f"'{path}' cannot be called '{names[folder]}' and '{name}': a model has one name")
+    adapters = [f"{name}={path}@{names.get(base) or called(base)}" for name, path, base in worn]
+    return list(folders.values()), adapters, names

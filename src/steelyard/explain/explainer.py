@@ -137,8 +137,8 @@ class DecoderExplainer:
         for prompt, answer in asked.rows:
             if not prompt or not answer or not all(0 <= token < self._vocabulary for token in (*prompt, *answer)):
                 raise RequestError("rows have a prompt and an answer of known tokens", param="nearest")
-        if not 1 <= asked.own <= effort.MOST_OWN:
-            raise RequestError(f"own answers have 1 to {effort.MOST_OWN} tokens", param="target")
+        if not 0 <= asked.own <= effort.MOST_OWN:
+            raise RequestError(f"own answers have at most {effort.MOST_OWN} tokens", param="target")
         effort.check(asked, len(request.prompt) + effort.longest_answer(asked))
 
     def explain(self, request: Request, tally: Tally) -> Steps[Explanation]:
@@ -153,7 +153,7 @@ class DecoderExplainer:
         if not answer and asked.against:
             answer = yield from likeliest_of(decoder, adapter, request.prompt, asked.against, tally)
         elif not answer:
-            answer = yield from self._own(decoder, adapter, request.prompt, asked.own, tally)
+            answer = yield from self._own(decoder, adapter, request.prompt, max(1, asked.own), tally)
         places = asked.places
         if places is None:
             special = self._tokenizer.special_tokens
@@ -185,9 +185,11 @@ class DecoderExplainer:
         while len(answer) < most:
             following = yield from likeliest(decoder, adapter, [*prompt, *answer])
             tally.before += len(prompt) + len(answer)
-            if answer and following in self._tokenizer.eos_ids:
+            ends = following in self._tokenizer.eos_ids
+            if not (ends and answer):  # that it says nothing is an answer, too
+                answer.append(following)
+            if ends:
                 break
-            answer.append(following)
         return answer
 
     def _nearest(

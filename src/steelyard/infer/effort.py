@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from steelyard.errors import RequestError
 from steelyard.infer.request import Explain
 
@@ -52,6 +54,14 @@ def longest_answer(explain: Explain) -> int:
     return max(own, *map(len, (explain.answer, *explain.against)))
 
 
+def fitting_own(explain: Explain, tokens: int, context: int) -> int:
+    """How many tokens of an answer of its own fit after a prompt of so many, what is computed of them included."""
+    own = max(1, min(MOST_OWN, LONGEST - tokens, context - tokens + 1))
+    while own > 1 and most(msgspec.structs.replace(explain, own=own), tokens + own) > MOST:
+        own //= 2
+    return own
+
+
 def check_answers(answers: Sequence[Sequence[int]], param: str) -> None:
     """Raises RequestError: one is too long to be explained, or compared with."""
     longest = max(map(len, answers), default=0)
@@ -79,7 +89,7 @@ def most(explain: Explain, tokens: int, units: int | None = None) -> int:
     }[explain.method]
     if explain.faithfulness:
         passes += 2 * (1 + DRAWN) * len(GRID)
-    wanted = 0 if explain.answer or explain.target is not None else len(explain.against) or explain.own
+    wanted = 0 if explain.answer or explain.target is not None else len(explain.against) or max(1, explain.own)
     back = explain.method in ("lrp", "gradient_x_input", "integrated_gradients")
     seen = 3 if explain.lens and not back else 0
     compared = sum(len(prompt) + len(answer) for prompt, answer in explain.rows)

@@ -83,8 +83,8 @@ class Explain(msgspec.Struct, frozen=True, kw_only=True):
     """Of a classifier: the class that is explained; None: the likeliest."""
     answer: list[int] = []
     """Of a decoder: the tokens after the prompt that are explained; none: the likeliest of `against`, or its own,"""
-    own: int = 1
-    """of which so many tokens at the most are written first."""
+    own: int = 0
+    """of which so many tokens at the most are written first; 0: one."""
     against: list[list[int]] = []
     """Of a decoder: the tokens of other answers, their ends included; what is explained is why it is none of these."""
     places: list[int] | None = None

@@ -20,8 +20,8 @@ from steelyard.text.chat_template import ChatTemplate
 from steelyard.text.tokenizer import Tokenizer
 
 MODEL_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,127})=([^=].*)", re.DOTALL)
-PLACES = ("best", "last", "model")
-"""Folders that are called by what they are within another, which says whose they are."""
+PLACES = ("best", "last")
+"""Folders of a run, which says whose they are."""
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 MOST_OF_A_TOKEN = 128
@@ -108,7 +108,7 @@ def named(text: str) -> tuple[str | None, str]:
 def called(folder: Path) -> str:
     """What a checkpoint is called by its place: `runs/sms/best` is `sms`."""
     whole = Path(os.path.abspath(folder))  # noqa: PTH100  (a link keeps its own name)
-    return whole.parent.name if whole.name in PLACES and whole.parent.name else whole.name
+    return whole.parent.name if whole.name in PLACES and (whole.parent / "run.json").is_file() else whole.name
 
 
 def parse_adapters(texts: Sequence[str], models: Sequence[str]) -> dict[str, dict[str, Path]]:

@@ -98,7 +98,11 @@ class Service:
             RequestError: it is none.
         """
         async with self.checks.place(project):
-            return await asyncio.to_thread(form)
+            checking = asyncio.ensure_future(asyncio.to_thread(form))
+            try:
+                return await asyncio.shield(checking)
+            finally:  # a thread cannot be stopped: the place is its own until it ends, whoever has left
+                await asyncio.gather(checking, return_exceptions=True)
 
     def now(self) -> int:
         """Unix seconds."""

@@ -46,10 +46,13 @@ class Turns:
         """Hand a place on, or keep it free."""
         while self._waiting:
             project, queue = self._waiting.popitem(last=False)
+            while queue and queue[0].done():  # who has left has no turn
+                queue.popleft()
+            if not queue:
+                continue
             mine = queue.popleft()
             if queue:
                 self._waiting[project] = queue  # behind the others
-            if not mine.done():
-                mine.set_result(None)
-                return
+            mine.set_result(None)
+            return
         self._free += 1

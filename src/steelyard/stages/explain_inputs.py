@@ -107,17 +107,30 @@ def prepare(checkpoint: Path, given: str, format_: FormatConfig, wanted: Wanted)
 def _said(given: str, format_: FormatConfig, wanted: Wanted) -> str:
     """A text, or that of a file's row."""
     listed = given.lower().endswith(images.LISTS)
-    if not listed or (len(given.split()) > 1 and not Path(given).is_file()):
+    if not listed or (len(given.split()) > 1 and not _is_file(given)):
         if not given.strip():
             raise ConfigError("there is nothing to explain: the text is empty")
         if wanted.row is not None:
             raise ConfigError(f"--row {wanted.row} is of a file of rows ({', '.join(images.LISTS)}), not of a text")
         return given
-    if not Path(given).is_file():
+    if not _is_file(given):
         raise ConfigError(f"there is no file '{given}'")
     rows = chat.read(Path(given), format_)
     row = _row(rows, given, wanted)
-    return row.text or next(message.content for message in reversed(row.messages) if message.role != "assistant")
+    if row.text:
+        return row.text
+    asked = row.messages[:-1] if row.messages[-1].role == "assistant" else row.messages
+    if [message.role for message in asked] != ["user"]:
+        reason = "more is said before the answer than one message: give the text that is to be explained"
+        raise DataError(reason, file=row.file, line=row.line)
+    return asked[0].content
+
+
+def _is_file(given: str) -> bool:
+    try:
+        return Path(given).is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 def _row(rows: Sequence[T], given: str, wanted: Wanted) -> T:

@@ -43,8 +43,9 @@ def answer_tokens(tokenizer: Tokenizer, template: ChatTemplate, messages: Messag
     Raises:
         TemplateError: the template failed, or writes a prompt otherwise once it is answered.
     """
-    guarded, mark = tokenizer.guard_messages(messages), {"role": "assistant", "content": BEGIN}
-    prompt, answered = template.render_many([(guarded, True), ([*guarded, mark], False)])
+    guarded = tokenizer.guard_messages(messages)
+    marks = [[*guarded, {"role": "assistant", "content": content}] for content in (BEGIN, f" {BEGIN} ")]
+    prompt, answered, spaced = template.render_many([(guarded, True), *((mark, False) for mark in marks)])
     lead, found, end = answered.removeprefix(prompt).partition(BEGIN)
     if not answered.startswith(prompt) or not found:
         raise TemplateError("the chat template writes a prompt otherwise once it is answered")
@@ -54,7 +55,8 @@ def answer_tokens(tokenizer: Tokenizer, template: ChatTemplate, messages: Messag
         last = next((place for place, id in enumerate(ids) if id in tokenizer.eos_ids), len(ids))
         return ids[: last + 1]
 
-    said = [tokenizer.guard(answer) for answer in answers]
+    trims = spaced == answered
+    said = [tokenizer.guard(answer.strip() if trims else answer) for answer in answers]
     whole = [tokens(lead + one + end) for one in said]
     return Answers(whole, [tokens(one + end) for one in said], bool(lead.strip()))
 

@@ -154,6 +154,8 @@ def _check_group_layers(config: QuantizeConfig, paths: Sequence[str]) -> None:
         return
     if config.bits != 8 or config.group is None:
         raise ConfigError("group_layers are those that have groups among layers of 8 bits: set bits to 8, and a group")
+    if config.method == "awq":
+        raise ConfigError("awq judges all layers by groups: leave group_layers out, or take smoothquant")
     for pattern in config.group_layers:
         if not any(fnmatchcase(path, pattern) for path in paths):
             raise ConfigError(f"group_layers: no linear layer is '{pattern}'; one is '{paths[0] if paths else 'none'}'")

@@ -52,7 +52,8 @@ class Beams:
         beam: width, penalties, groups.
         ends: tokens that end a continuation.
         most: tokens of one, at most; what has reached them ends.
-        says: what tokens say; where several say the same, the likeliest are kept. None: all are different.
+        says: what tokens say; of those that say the same only the likeliest is searched from, and others are among the
+            best only where there are too few. None: all are different.
     """
 
     def __init__(self, beam: Beam, ends: frozenset[int], most: int, says: Says | None = None) -> None:
@@ -91,7 +92,8 @@ class Beams:
         """What has ended, the best first; where less than `width` has, what was on its way is among it."""
         found = sorted((ended for group in self._groups for ended in group.all()), key=lambda ended: -ended.score)
         if self._says is not None:
-            found = _different(found, self._ends, self._says)
+            spare = [ended for group in self._groups for ended in group.spare]
+            found = [*_parted(found, self._ends, self._says)[0], *sorted(spare, key=lambda ended: -ended.score)]
         return found[: self._beam.width]
 
 
@@ -101,6 +103,8 @@ class _Group:
         self._says = says
         self._kept = [Beginning((), 0.0)]
         self._ended: list[Ended] = []
+        self.spare: list[Ended] = []
+        """What says the same as one that has ended, and is less likely."""
         self.length = 0
         self.done = False
 
@@ -146,7 +150,8 @@ class _Group:
         self._ended.append(Ended(one.tokens, self._score(one)))
         self._ended.sort(key=lambda ended: -ended.score)
         if self._says is not None:
-            self._ended = _different(self._ended, self._ends, self._says)
+            self._ended, again = _parted(self._ended, self._ends, self._says)
+            self.spare += again
         del self._ended[self._width :]
 
     def _score(self, one: Beginning) -> float:
@@ -163,9 +168,10 @@ class _Group:
         return self._kept[0].log_probability / float(length**self._beam.length_penalty) > self._ended[-1].score
 
 
-def _different(ended: list[Ended], ends: frozenset[int], says: Says) -> list[Ended]:
-    """Of those that say the same the first; what ends a continuation says nothing."""
+def _parted(ended: list[Ended], ends: frozenset[int], says: Says) -> tuple[list[Ended], list[Ended]]:
+    """Of those that say the same the first, and the others; what ends a continuation says nothing."""
     first: dict[Hashable, Ended] = {}
     for one in ended:
         first.setdefault(says(one.tokens[:-1] if one.tokens[-1] in ends else one.tokens), one)
-    return list(first.values())
+    kept = list(first.values())
+    return kept, [one for one in ended if not any(one is other for other in kept)]

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from steelyard.errors import RequestError
-from steelyard.infer.effort import MOST_OWN, check, longest_answer
+from steelyard.infer.effort import check, fitting_own, longest_answer
 from steelyard.infer.request import Explain, Ready
 from steelyard.serve.connection import while_connected
 from steelyard.serve.examples import Shown
@@ -75,7 +75,9 @@ def _asked(served: ServedModel, body: ExplainRequest, source: Source) -> Explain
         if body.against:
             raise RequestError("'against' is what else it could be: name more than the target", param="against")
         answer = [] if body.target is None else served.tokenizer.encode_plain(body.target)
-        own = 1 if body.messages is None else max(1, min(MOST_OWN, served.ready().context - len(source.ids) + 1))
+        own = 1
+        if body.messages is not None and not answer:
+            own = fitting_own(body.asked(), len(source.ids), served.ready().context)
         return with_answer(body.asked(own=own), source, answer)
     said = against if body.target is None else [body.target, *against]
     if len(said) < 2:

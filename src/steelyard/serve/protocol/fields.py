@@ -58,8 +58,8 @@ Metadata = Annotated[
 
 
 BOUNDS = {
-    "too_short": "hold at least {min_length}, not {actual_length}",
-    "too_long": "hold at most {max_length}, not {actual_length}",
+    "too_short": "hold at least {min_length}, not {length}",
+    "too_long": "hold at most {max_length}, not {length}",
     "string_too_short": "be at least {min_length} long",
     "string_too_long": "be at most {max_length} long",
     "string_pattern_mismatch": "match {pattern}",
@@ -147,7 +147,7 @@ def _explained(error: pydantic.ValidationError, body: object) -> RequestError:
     if first["type"] == "missing":
         return RequestError(f"'{path}' is missing", param=path, code="missing_required_parameter")
     if (bound := BOUNDS.get(first["type"])) is not None:
-        told = bound.format(**first["ctx"])
+        told = bound.format(**first["ctx"], length=len(first["input"]))
         return RequestError(f"'{path}' must {told}", param=path, code="invalid_value")
     reason = first["msg"].removeprefix("Input should be ")
     return RequestError(f"'{path}' must be {reason}, not {show(first['input'])}", param=path, code="invalid_value")
