@@ -19,7 +19,7 @@ async def decoded(made: Sounds, content: bytes) -> Samples:
     with made.file() as recording:
         recording.write(content)
         recording.flush()
-        return await made.decode(recording)
+        return await made.decode(recording, "one")
 
 
 def children() -> list[str]:
